@@ -1,0 +1,45 @@
+"""Durations as people write them in YAML: `90s`, `10m`, `24h`, `7d`, `1500ms`, and sums such as `1h30m`."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+PATTERN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h|d|w))+$"
+_TOKEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def parse_duration(text: str) -> timedelta:
+    """`1h30m` → timedelta. Raises ValueError that says the form."""
+    if not re.fullmatch(PATTERN, text):
+        raise ValueError(f"{text!r} is not a duration; write for example 90s, 10m, 24h, 7d")
+    return timedelta(seconds=sum(float(n) * _SECONDS[u] for n, u in _TOKEN.findall(text)))
+
+
+def format_duration(value: timedelta) -> str:
+    """timedelta → the shortest exact form with whole units (`1d12h`); zero is `0s`."""
+    ms = round(value.total_seconds() * 1000)
+    out: list[str] = []
+    for unit in ("d", "h", "m", "s", "ms"):
+        size = round(_SECONDS[unit] * 1000)
+        count, ms = divmod(ms, size)
+        if count:
+            out.append(f"{count}{unit}")
+    return "".join(out) or "0s"
+
+
+def _before(value: Any) -> Any:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(_before),
+    PlainSerializer(format_duration, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": PATTERN, "description": "a duration: 90s, 10m, 24h, 7d"}),
+]
+"""A pydantic field of this type reads `24h` and writes it back."""

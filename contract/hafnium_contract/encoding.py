@@ -1,0 +1,139 @@
+"""Values of a contract → the float32 matrix that the ONNX graph takes: the same code in training and in serving.
+
+Column j of the matrix is `contract.inputs[j]`. NaN = missing. A category is its code, an unknown category is -1
+(the graph has a row of its own for it), a bool is 0 or 1. Clamping, imputing and scaling are inside the graph and not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hafnium_contract.errors import FeatureError, Problem
+from hafnium_contract.model_contract import Derived, Feature, FromDerived, ModelContract
+
+UNKNOWN_CATEGORY = -1.0
+_INT_EXACT_MAX = 2**53
+
+Floats = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float32]
+
+
+def is_missing(value: Any) -> bool:
+    """None and NaN are missing; so are pandas' NaT and NA, which differ from themselves or refuse comparison."""
+    if value is None:
+        return True
+    try:
+        return bool(value != value)
+    except TypeError:
+        return True
+
+
+def encode_value(feature: Feature, value: Any, path: str) -> float:
+    """One value → float64. Raises FeatureError with `path`, what was expected and what came. Missing → NaN, always.
+
+    Policy for missing values is the caller's: this function only says what a present value means.
+    """
+    if is_missing(value):
+        return math.nan
+    if isinstance(value, np.generic):
+        value = value.item()
+    if feature.dtype == "category":
+        if not isinstance(value, str):
+            raise _problem(path, "a string", value)
+        return float(category_codes(feature).get(value, UNKNOWN_CATEGORY))
+    if feature.dtype == "bool":
+        if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+            return float(value)
+        raise _problem(path, "true or false", value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _problem(path, "a number", value)
+    if isinstance(value, int) and abs(value) > _INT_EXACT_MAX:
+        raise _problem(path, "a number below 2^53", value)
+    number = float(value)
+    if math.isinf(number):
+        raise _problem(path, "a finite number", value)
+    if feature.dtype == "int" and not number.is_integer():
+        raise _problem(path, "a whole number", value)
+    assert feature.range is not None  # noqa: S101 - the contract's validator guarantees it
+    low, high = feature.range
+    if feature.out_of_range == "reject" and not low <= number <= high:
+        raise _problem(path, f"a value from {low:g} to {high:g} {_unit(feature)}".rstrip(), value)
+    return number
+
+
+def _unit(feature: Feature) -> str:
+    return "" if feature.unit == "1" else feature.unit
+
+
+def _problem(path: str, expected: str, value: Any) -> FeatureError:
+    shown = repr(value)
+    return FeatureError([Problem(path, f"expected {expected}, got {shown if len(shown) <= 60 else shown[:57] + '...'}")])
+
+
+_CODES: dict[tuple[str, ...], dict[str, int]] = {}
+
+
+def category_codes(feature: Feature) -> dict[str, int]:
+    """Category → code. Cached by the tuple of categories: a request must not build a dict."""
+    codes = _CODES.get(feature.categories)
+    if codes is None:
+        codes = _CODES[feature.categories] = {c: i for i, c in enumerate(feature.categories)}
+    return codes
+
+
+def encode_column(feature: Feature, values: Any) -> Floats:
+    """A whole column of training data → float64 [rows]. Values out of range stay (the graph clamps them).
+
+    Training data is history and can't be refused row by row; a column of the wrong type is refused as a whole.
+    """
+    array = np.asarray(values)
+    if feature.dtype == "category":
+        codes = category_codes(feature)
+        objects = array.astype(object)
+        return np.array([math.nan if is_missing(v) else codes.get(str(v), UNKNOWN_CATEGORY) for v in objects], np.float64)
+    try:
+        if array.dtype == object:
+            array = np.array([math.nan if is_missing(v) else v for v in array], dtype=np.float64)
+        out = array.astype(np.float64)
+    except (TypeError, ValueError) as e:
+        raise FeatureError([Problem(feature.name, f"expected a column of numbers, got {array.dtype}: {e}")]) from e
+    out[np.isinf(out)] = np.nan
+    return out
+
+
+def derive(operation: Derived, values: Mapping[str, Floats], event_time: Floats) -> Floats:
+    """A derived feature for all rows. `event_time`: seconds since 1970-01-01 UTC. NaN in, NaN out; x/0 is NaN."""
+    if operation.operation == "hour_of_day":
+        return np.floor(event_time / 3600.0) % 24.0
+    if operation.operation == "day_of_week":
+        return (np.floor(event_time / 86400.0) + 3.0) % 7.0  # 1970-01-01 was a Thursday; Monday is 0
+    inputs = [values[name] for name in operation.inputs]
+    match operation.operation:
+        case "log1p":
+            return np.log1p(np.where(inputs[0] > -1.0, inputs[0], np.nan))
+        case "ratio":
+            zero = inputs[1] == 0.0
+            return np.where(zero, np.nan, inputs[0] / np.where(zero, 1.0, inputs[1]))
+        case "difference":
+            return inputs[0] - inputs[1]
+        case "sum":
+            return np.sum(inputs, axis=0)
+        case _:
+            return np.prod(inputs, axis=0)
+
+
+def assemble(contract: ModelContract, values: Mapping[str, Floats], event_time: Floats) -> Matrix:
+    """Encoded columns of every non-derived feature (float64 [rows]) → float32 [rows, n] in contract order."""
+    columns = dict(values)
+    for f in contract.features:
+        if isinstance(f.source, FromDerived):
+            columns[f.name] = derive(f.source.derived, columns, event_time)
+    out = np.empty((len(event_time), len(contract.inputs)), np.float32)
+    for j, f in enumerate(contract.inputs):
+        out[:, j] = columns[f.name]
+    return out

@@ -1,0 +1,49 @@
+"""Every Prometheus metric of Hafnium, declared once. Servers register from here, rules and dashboards are tested against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+"""Dense around the owners' thresholds (p95 50 ms, p99 100 ms): a share slower than 100 ms is read without interpolation."""
+SCORE_BUCKETS = tuple(round(i / 20, 2) for i in range(1, 21))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One family. `name` as scraped: counters end in _total, units are base units."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_MODEL = ("component", "model_name", "model_version")
+
+REQUESTS = Metric("inference_requests_total", "counter", "Requests answered, whatever the answer", _MODEL)
+ERRORS = Metric("inference_errors_total", "counter", "Requests answered with an error, by type", (*_MODEL, "type"))
+DURATION = Metric("inference_duration_seconds", "histogram", "Time from request to answer", _MODEL, LATENCY_BUCKETS_S)
+PREDICTIONS = Metric("model_predictions_total", "counter", "Scores by outcome", ("model_name", "model_version", "outcome"))
+PREDICTION_LATENCY = Metric(
+    "model_prediction_latency_seconds", "histogram", "Time inside the model", ("model_name", "model_version"),
+    (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1),
+)
+SCORE = Metric("model_score", "histogram", "Scores given", ("model_name", "model_version"), SCORE_BUCKETS)
+FEATURE_LOOKUP = Metric("feature_lookup_seconds", "histogram", "Time of a feature lookup", ("model_name",), LATENCY_BUCKETS_S)
+FEATURE_STALENESS = Metric(
+    "feature_staleness_seconds", "gauge", "Age of the values last read from a view, at the event's time", ("view",)
+)
+FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
+LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
+LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())
+MODEL_INFO = Metric(
+    "model_info", "gauge", "1 for the model that is loaded", ("model_name", "model_version", "model_digest", "contract_digest")
+)
+
+ALL = (
+    REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_STALENESS,
+    FEATURE_MISSING, LOG_DROPPED, LOG_WRITTEN, MODEL_INFO,
+)

@@ -1,0 +1,99 @@
+"""Values → matrix: one meaning for training (columns) and serving (values)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hafnium_contract.contract_file import parse_contract
+from hafnium_contract.encoding import UNKNOWN_CATEGORY, assemble, encode_column, encode_value
+from hafnium_contract.errors import FeatureError
+from hafnium_contract.model_contract import Feature
+
+AMOUNT = Feature(name="a", description="-", dtype="float", range=(0, 100))
+CLAMPED = Feature(name="a", description="-", dtype="float", range=(0, 100), out_of_range="clamp")
+COUNT = Feature(name="n", description="-", dtype="int", range=(-100, 100))
+FLAG = Feature(name="f", description="-", dtype="bool")
+KIND = Feature(name="k", description="-", dtype="category", categories=("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("feature", "value", "encoded"),
+    [
+        (AMOUNT, 5, 5.0), (AMOUNT, 100.0, 100.0), (CLAMPED, 1e9, 1e9), (COUNT, -3, -3.0), (COUNT, 3.0, 3.0),
+        (FLAG, True, 1.0), (FLAG, 0, 0.0), (KIND, "y", 1.0), (KIND, "never seen", UNKNOWN_CATEGORY),
+        (AMOUNT, np.float32(2), 2.0),
+    ],
+)
+def test_present_values_have_one_meaning(feature: Feature, value: Any, encoded: float) -> None:
+    assert encode_value(feature, value, "p") == encoded
+
+
+@pytest.mark.parametrize("feature", [AMOUNT, COUNT, FLAG, KIND])
+@pytest.mark.parametrize("value", [None, math.nan, np.datetime64("NaT")])
+def test_missing_is_nan_whatever_the_type(feature: Feature, value: Any) -> None:
+    assert math.isnan(encode_value(feature, value, "p"))
+
+
+@pytest.mark.parametrize(
+    ("feature", "value", "says"),
+    [
+        (AMOUNT, "12", "a number, got '12'"), (AMOUNT, True, "a number, got True"), (AMOUNT, math.inf, "finite"),
+        (AMOUNT, 101, "from 0 to 100"), (AMOUNT, -0.01, "from 0 to 100"), (COUNT, 1.5, "whole number"),
+        (COUNT, 10**30, "2\\^53"), (FLAG, "yes", "true or false"), (FLAG, 2, "true or false"), (KIND, 1, "a string"),
+        (CLAMPED, -math.inf, "finite"), (AMOUNT, [1], "a number"), (AMOUNT, {"x": "y" * 500}, "\\.\\.\\."),
+    ],
+)
+def test_wrong_values_are_named_with_their_path(feature: Feature, value: Any, says: str) -> None:
+    with pytest.raises(FeatureError, match=says) as e:
+        encode_value(feature, value, "features.thing")
+    assert e.value.problems[0].path == "features.thing"
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0, 100), st.integers(0, 100)), min_size=1))
+def test_a_column_and_its_values_encode_alike(values: list[float | None]) -> None:
+    column = encode_column(AMOUNT, np.array(values, dtype=object))
+    np.testing.assert_array_equal(column, [encode_value(AMOUNT, v, "p") for v in values])
+
+
+@given(st.lists(st.sampled_from(["x", "y", "z", None]), min_size=1))
+def test_categories_encode_alike_in_both_ways(values: list[str | None]) -> None:
+    column = encode_column(KIND, np.array(values, dtype=object))
+    np.testing.assert_array_equal(column, [encode_value(KIND, v, "p") for v in values])
+
+
+def test_a_column_of_text_is_refused_for_a_number() -> None:
+    with pytest.raises(FeatureError, match="column of numbers"):
+        encode_column(AMOUNT, np.array(["1", "two"], dtype=object))
+
+
+def test_derived_features_are_computed_in_contract_order() -> None:
+    def derived(name: str, operation: str, *inputs: str) -> dict[str, Any]:
+        return {"name": name, "description": "-", "dtype": "float", "range": [-1e9, 1e9],
+                "source": {"derived": {"operation": operation, "inputs": list(inputs)}}}
+
+    contract = parse_contract({
+        "schemaVersion": 1, "name": "d", "version": "1", "owner": "o", "description": "-",
+        "data": {"eventTime": {"column": "t"}, "label": {"column": "y"}, "labelTime": {"delay": "0s"}},
+        "features": [
+            {"name": "a", "description": "-", "dtype": "float", "range": [-1e9, 1e9]},
+            {"name": "b", "description": "-", "dtype": "float", "range": [-1e9, 1e9], "modelInput": False},
+            derived("ratio", "ratio", "a", "b"), derived("difference", "difference", "a", "b"), derived("sum", "sum", "a", "b"),
+            derived("product", "product", "a", "b", "a"), derived("log", "log1p", "a"),
+            derived("hour", "hour_of_day", "event_time"), derived("day", "day_of_week", "event_time"),
+            derived("twice", "sum", "sum", "sum"),
+        ],
+        "decision": {"threshold": 0.5},
+    })
+    # 2026-01-05 was a Monday; 23:59:59 is still hour 23
+    monday = 1767571200.0 + 86399
+    got = assemble(contract, {"a": np.array([3.0, -2.0]), "b": np.array([2.0, 0.0])}, np.array([monday, 0.0]))
+    assert contract.input_names == ("a", "ratio", "difference", "sum", "product", "log", "hour", "day", "twice")
+    np.testing.assert_allclose(got[0], [3, 1.5, 1, 5, 18, math.log(4), 23, 0, 10], rtol=1e-6)
+    np.testing.assert_allclose(got[1], [-2, np.nan, -2, -2, 0, np.nan, 0, 3, -4])
+    assert got.dtype == np.float32
