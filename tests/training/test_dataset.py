@@ -1,0 +1,157 @@
+"""What training may know: the cut-off of labels, the split in time, and refusals that say what to do."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hafnium_contract.contract_file import parse_contract
+from hafnium_contract.errors import InputError
+from hafnium_contract.model_contract import ModelContract
+from hafnium_training.dataset import dataset_of, load_dataset, split_by_time
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def contract(label_time: dict[str, str] | None = None) -> ModelContract:
+    return parse_contract({
+        "schemaVersion": 1, "name": "loans", "version": "1", "owner": "risk", "description": "default within a year",
+        "data": {
+            "eventTime": {"column": "applied"}, "label": {"column": "defaulted"}, "labelTime": label_time or {"column": "known"},
+        },
+        "features": [
+            {"name": "income", "description": "yearly income", "dtype": "float", "unit": "EUR", "range": [0, 1e6], "missing": "impute"},
+            {"name": "home", "description": "how the applicant lives", "dtype": "category", "categories": ["rent", "own"],
+             "missing": "impute", "source": {"request": "home_type"}},
+            {"name": "hour", "description": "hour of day", "dtype": "float", "range": [0, 23], "missing": "impute",
+             "source": {"derived": {"operation": "hour_of_day", "inputs": ["event_time"]}}},
+        ],
+        "protected": [{"name": "age_band"}],
+        "decision": {"threshold": 0.5},
+    })
+
+
+def table(rows: int = 400, late_negative_days: float = 60.0, late_positive_days: float = 10.0) -> pd.DataFrame:
+    """One row a day-tenth; every tenth row is positive and becomes known sooner than the negatives."""
+    rng = np.random.default_rng(0)
+    positive = np.arange(rows) % 10 == 3
+    applied = [START + timedelta(days=i / 10) for i in range(rows)]
+    known = [t + timedelta(days=late_positive_days if p else late_negative_days) for t, p in zip(applied, positive, strict=True)]
+    return pd.DataFrame({
+        "applied": applied, "known": known, "defaulted": positive.astype(int), "income": rng.uniform(1e4, 1e5, rows),
+        "home_type": rng.choice(["rent", "own", "boat", None], rows), "age_band": rng.choice(["young", "old"], rows),
+    })
+
+
+def test_a_label_that_arrives_after_the_cutoff_is_not_used() -> None:
+    frame = table(rows=1000)
+    until = START + timedelta(days=90)
+    data = dataset_of(frame, contract(), until=until)
+    cut = until.timestamp() * 1e6
+    assert data.label_time.max() <= cut
+    assert data.event_time.max() < cut
+    usable = (frame["known"] <= until) & (frame["defaulted"] == 0)
+    assert (data.y == 0).sum() == usable.sum()
+
+
+def test_positives_known_early_are_left_out_where_negatives_are_not_known_yet() -> None:
+    frame = table(rows=1000)
+    until = START + timedelta(days=90)
+    data = dataset_of(frame, contract(), until=until)
+    newest_negative = frame.loc[(frame["known"] <= until) & (frame["defaulted"] == 0), "applied"].max()
+    assert data.event_time.max() == round(newest_negative.timestamp() * 1e6)
+    assert (frame["known"] <= until).sum() > data.rows  # there were more known frauds to be tempted by
+    assert abs(data.positives / data.rows - 0.1) < 0.01
+
+
+def test_an_event_at_the_cutoff_is_too_late_and_a_label_at_the_cutoff_is_in_time() -> None:
+    frame = table(rows=600, late_negative_days=0.0, late_positive_days=0.0)
+    until = START + timedelta(days=30)
+    data = dataset_of(frame, contract(), until=until)
+    assert data.rows == 300  # row 300 happens at `until`
+    later = dataset_of(table(rows=600, late_negative_days=10.0), contract(), until=until)
+    assert later.label_time.max() == round(until.timestamp() * 1e6)
+
+
+def test_columns_take_their_meaning_from_the_contract() -> None:
+    frame = table().sample(frac=1.0, random_state=1)
+    data = dataset_of(frame, contract())
+    assert data.X.dtype == np.float32
+    assert data.X.shape == (400, 3)
+    assert (np.diff(data.event_time) >= 0).all()
+    homes = set(np.unique(data.X[:, 1][~np.isnan(data.X[:, 1])]))
+    assert homes == {0.0, 1.0, -1.0}
+    assert np.isnan(data.X[:, 1]).any()
+    assert set(data.X[:, 2]) <= set(range(24))
+    assert set(data.protected) == {"age_band"}
+    with pytest.raises(ValueError, match="read-only"):
+        data.X[0, 0] = 1.0
+
+
+def test_the_split_is_in_time_and_keeps_rows_of_one_moment_together() -> None:
+    frame = table()
+    frame["applied"] = frame["applied"].dt.floor("7D")
+    frame["known"] = frame["applied"]
+    split = split_by_time(dataset_of(frame, contract()))
+    assert split.train.event_time.max() < split.validation.event_time.min()
+    assert split.validation.event_time.max() < split.test.event_time.min()
+    assert split.train.rows + split.validation.rows + split.test.rows == 400
+
+
+def test_csv_and_parquet_of_the_same_rows_have_one_digest_and_a_changed_label_another(tmp_path: Path) -> None:
+    frame = table()
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_parquet(tmp_path / "t.parquet")
+    from_csv, from_parquet = (load_dataset(tmp_path / n, contract()) for n in ("t.csv", "t.parquet"))
+    assert from_csv.digest() == from_parquet.digest()
+    frame.loc[0, "defaulted"] = 1 - frame.loc[0, "defaulted"]
+    assert dataset_of(frame, contract()).digest() != from_csv.digest()
+
+
+def drop(column: str) -> Any:
+    return lambda f: f.drop(columns=column)
+
+
+def setting(column: str, value: Any) -> Any:
+    return lambda f: f.assign(**{column: value})
+
+
+@pytest.mark.parametrize(("change", "until", "expected"), [
+    (setting("defaulted", 0), None, "no row has defaulted = 1"),
+    (setting("defaulted", 1), None, "every row has defaulted = 1"),
+    (lambda f: f.head(100), None, "training needs at least 200"),
+    (drop("income"), None, "income"),
+    (drop("home_type"), None, "home_type"),
+    (drop("defaulted"), None, "defaulted"),
+    (drop("applied"), None, "applied"),
+    (drop("known"), None, "known"),
+    (setting("income", "much"), None, "income"),
+    (setting("defaulted", 2), None, "0 or 1"),
+    (lambda f: f, START + timedelta(days=1), "no negative label is known by"),
+    (lambda f: f, START + timedelta(days=70), "choose a later --until"),
+    (lambda f: f, datetime(2026, 1, 5), "has no time zone"),  # noqa: DTZ001 - that is the mistake
+], ids=["no-positives", "no-negatives", "few-rows", "no-feature", "no-request-field", "no-label", "no-event-time", "no-label-time",
+        "text-for-number", "label-2", "nothing-known-yet", "too-early", "naive-time"])
+def test_unusable_data_is_refused_with_the_reason(change: Any, until: datetime | None, expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as found:
+        dataset_of(change(table()), contract(), until=until, source="loans.csv")
+    assert found.value.exit_status == 2
+
+
+def test_a_part_without_positives_is_named() -> None:
+    frame = table()
+    frame["defaulted"] = (np.arange(len(frame)) < 40).astype(int)
+    with pytest.raises(InputError, match="validation part"):
+        split_by_time(dataset_of(frame, contract({"delay": "0s"})))
+
+
+def test_rows_without_a_label_yet_are_not_used() -> None:
+    frame = table()
+    frame["defaulted"] = frame["defaulted"].astype(float)
+    frame.loc[frame.index[-50:], "defaulted"] = np.nan
+    assert dataset_of(frame, contract()).rows == 350

@@ -1,0 +1,169 @@
+"""The search gives one answer for one seed, through killed workers and killed searches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hafnium_training_cases import lender, lender_table
+
+from hafnium_contract.errors import InputError
+from hafnium_contract.progress import Silent
+from hafnium_training.dataset import dataset_of, split_by_time
+from hafnium_training.fit import Prepare, fit, prepare
+from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparameters, read_hyperparameters
+from hafnium_training.search import RaySession, Searched, search, search_key
+
+TRIALS, EPOCHS = 2, 6
+
+
+def prepared() -> Prepare:
+    return prepare(split_by_time(dataset_of(lender_table(rows=1500), lender())), 0)
+
+
+def run_search(folder: Path, key: str = "k", trials: int = TRIALS) -> Searched:
+    with RaySession() as session:
+        return search(session, prepared(), trials=trials, epochs=EPOCHS, seed=3, folder=folder, key=key, progress=Silent())
+
+
+def trial_workers() -> list[psutil.Process]:
+    """Ray's workers below this process that run a trial."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if any("ImplicitFunc" in part or "run_trial" in part for part in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue  # it ended while we looked
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return run_search(tmp_path_factory.mktemp("search"))
+
+
+@pytest.mark.slow
+def test_the_same_search_twice_gives_the_same_trials(undisturbed: Searched, tmp_path: Path) -> None:
+    assert len(undisturbed.trials) == TRIALS
+    assert undisturbed.trials[0].hyperparameters == Hyperparameters()
+    assert undisturbed.best == max(undisturbed.trials, key=lambda t: t.validation_pr_auc).hyperparameters
+    assert run_search(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(undisturbed: Searched, tmp_path: Path) -> None:
+    killed = threading.Event()
+
+    def kill_first_worker() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not killed.is_set():
+            for worker in trial_workers():
+                worker.kill()
+                killed.set()
+                return
+            time.sleep(0.02)
+    killer = threading.Thread(target=kill_first_worker)
+    killer.start()
+    try:
+        found = run_search(tmp_path)
+    finally:
+        alive = killed.is_set()
+        killed.set()
+        killer.join()
+    assert alive, "no worker was ever seen, so none was killed"
+    assert found == undisturbed
+
+
+KILLED_SEARCH = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_search import run_search
+run_search(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: Path) -> None:
+    support = Path(__file__).parents[1] / "support"
+    environment = {**os.environ, "PYTHONPATH": str(support), "TUNE_GLOBAL_CHECKPOINT_S": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_SEARCH, str(tmp_path), str(Path(__file__).parent)], env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        state = tmp_path / "k"
+        while time.monotonic() < deadline and process.poll() is None:
+            if list(state.glob("experiment_state*.json")) and list(state.glob("run_trial_*")):
+                break
+            time.sleep(0.05)
+        assert process.poll() is None, "the search ended before it could be killed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    events: list[str] = []
+
+    class Heard(Silent):
+        def event(self, text: str) -> None:
+            events.append(text)
+    with RaySession() as session:
+        found = search(
+            session, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, folder=tmp_path, key="k", progress=Heard(),
+        )
+    assert "going on with a search that was interrupted" in events
+    assert found == undisturbed
+
+
+def test_a_number_of_trials_out_of_bounds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--trials 0"):
+        search(RaySession(), prepared(), trials=0, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
+
+
+def test_other_data_is_another_search() -> None:
+    assert search_key("sha256:a", 4) == search_key("sha256:a", 4)
+    assert search_key("sha256:a", 4) != search_key("sha256:b", 4)
+
+
+def test_training_twice_gives_the_same_weights_and_another_seed_others() -> None:
+    data = prepared()
+    weights = [
+        [p.tolist() for p in fit(data, Hyperparameters(), epochs=3, seed=seed).network.parameters()] for seed in (5, 5, 6)
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_training_learns_and_stops_when_nothing_gets_better() -> None:
+    fitted = fit(prepared(), Hyperparameters(), epochs=60, seed=0)
+    assert fitted.best.validation_pr_auc > 0.5
+    assert len(fitted.epochs) < 60
+    assert fitted.best.validation_pr_auc == max(e.validation_pr_auc for e in fitted.epochs)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("{not json", "not JSON"), ('{"learningRate": -1}', "learningRate"), ('{"learning": 1}', "hyperparameters are"),
+    ("[]", "hyperparameters"),
+])
+def test_hyperparameters_that_make_no_sense_are_refused(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=expected):
+        read_hyperparameters(file)
+    with pytest.raises(InputError, match="can't be read"):
+        read_hyperparameters(tmp_path / "absent.json")
+
+
+def test_hyperparameters_survive_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    given = parse_hyperparameters({"learningRate": 0.012345678901234, "groups": 3}, "test")
+    file.write_text(given.model_dump_json())
+    assert read_hyperparameters(file) == given

@@ -1,0 +1,231 @@
+"""Hyperparameter search: Ray Tune runs the trials, Optuna proposes them, ASHA ends the hopeless ones early.
+
+The same data, seed and number of trials give the same result. That rules out trials side by side: ASHA compares a trial with
+those that *have* reported, and Optuna learns from those that *have* finished, so with two at a time the winner would depend on
+which worker was quicker. Trials therefore follow each other in one worker, which also imports torch only once. Ray is kept for
+what it does well: a killed worker's trial is run again, a killed search goes on where it was, and the same code runs on a
+KubeRay cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.progress import Progress, Silent
+from hafnium_training.fit import Epoch, Prepare, fit
+from hafnium_training.hyperparameters import Hyperparameters
+
+TRIALS_MAX = 1_000
+WORKER_FAILURES_MAX = 2
+"""A worker that is killed for lack of memory will be again; a node that goes away goes away once."""
+OBJECT_STORE_BYTES = 256 * 1024 * 1024
+SOCKET_PATH_MAX = 60
+"""Ray's sockets add 45 characters to its folder, and Linux allows 107."""
+START_TIMEOUT_S = 120.0
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+METRIC = "best_pr_auc"
+GRACE_EPOCHS = 3
+
+
+_LISTENERS: dict[str, Progress] = {}
+"""Search's key → who hears of its trials."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of hyperparameters and how far it came. `epochs` is less than asked for when it was stopped early."""
+
+    number: int
+    hyperparameters: Hyperparameters
+    validation_pr_auc: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Searched:
+    best: Hyperparameters
+    trials: tuple[Trial, ...]
+
+
+def search_key(*facts: object) -> str:
+    """Name of a search: the same facts (data, contract, seed, …) find the same unfinished search again."""
+    return "search-" + hashlib.sha256("\n".join(str(f) for f in facts).encode()).hexdigest()[:12]
+
+
+def search(
+    session: RaySession, prepared: Prepare, *, trials: int, epochs: int, seed: int, folder: Path, key: str, progress: Progress,
+) -> Searched:
+    """Runs `trials` trials (the first one has the defaults) and returns the best by validation PR-AUC.
+
+    `folder`: where Ray keeps the state; a search of the same `key` that was killed there goes on. Raises HafniumError when
+    every trial failed; a trial whose worker died is run again up to WORKER_FAILURES_MAX times.
+    """
+    if not 1 <= trials <= TRIALS_MAX:
+        raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
+    session.ready()
+    return _run(prepared, trials, epochs, seed, folder, key, progress)
+
+
+def run_trial(config: dict[str, Any], prepared: Prepare, epochs: int, seed: int) -> None:
+    """One trial, inside a Ray worker."""
+    from ray import tune
+
+    def report(epoch: Epoch) -> None:
+        nonlocal best
+        best = max(best, epoch.validation_pr_auc)
+        tune.report({METRIC: best, "epoch": epoch.number})
+
+    best = 0.0
+    fit(prepared, Hyperparameters(**config), epochs=epochs, seed=seed, on_epoch=report)
+
+
+def _run(
+    prepared: Prepare, trials: int, epochs: int, seed: int, folder: Path, key: str, progress: Progress,
+) -> Searched:
+    import optuna
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    class Watched(ASHAScheduler):
+        """Tells of finished trials (by name: Tune pickles its schedulers, and a progress bar can't be).
+
+        It is not a Tune callback, because one of those makes Tune import MLflow, to see whether it is its own.
+        """
+
+        search_key = key
+
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            super().on_trial_complete(tune_controller, trial, result)
+            _LISTENERS.get(self.search_key, Silent()).advance()
+
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, prepared=prepared, epochs=epochs, seed=seed), {"cpu": 1},
+    )
+    defaults = Hyperparameters()
+    # a plain list: reported metrics, and with them the search, must not carry anything that differs from run to run
+    names = ("learning_rate", "weight_decay", "batch_rows", "groups", "units", "hidden", "embedding", "positive_power", "smoothness")
+    space: dict[str, Any] = {
+        "learning_rate": tune.loguniform(0.01, 0.06),
+        "weight_decay": tune.loguniform(1e-3, 3e-1),
+        "batch_rows": tune.choice([512, 1024, 2048]),
+        "groups": tune.choice([3, 4, 6]),
+        "units": tune.choice([3, 4, 6]),
+        "hidden": tune.choice([8, 12, 16]),
+        "embedding": tune.choice([4, 6, 8]),
+        "positive_power": tune.uniform(0.0, 0.5),
+        "smoothness": tune.loguniform(1e-2, 2e-1),
+    }
+    path = folder / key
+    if tune.Tuner.can_restore(str(path)):
+        progress.event("going on with a search that was interrupted")
+        tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable, param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=METRIC, mode="max", num_samples=trials, max_concurrent_trials=1, reuse_actors=True,
+                search_alg=OptunaSearch(seed=seed, points_to_evaluate=[{n: getattr(defaults, n) for n in names}]),
+                scheduler=Watched(
+                    time_attr="epoch", max_t=max(epochs, GRACE_EPOCHS), grace_period=min(GRACE_EPOCHS, epochs), reduction_factor=3,
+                ),
+            ),
+            run_config=tune.RunConfig(
+                name=key, storage_path=str(folder.resolve()), verbose=0,
+                failure_config=tune.FailureConfig(max_failures=WORKER_FAILURES_MAX),
+            ),
+        )
+    _LISTENERS[key] = progress
+    try:
+        results = tuner.fit()
+    finally:
+        del _LISTENERS[key]
+    done: list[Trial] = []
+    for number in range(len(results)):
+        result = results[number]
+        if result.error is None and result.metrics and METRIC in result.metrics and result.config:
+            hyper = Hyperparameters(**{n: result.config[n] for n in names})
+            done.append(Trial(number, hyper, float(result.metrics[METRIC]), int(result.metrics["epoch"])))
+    if not done:
+        reason = next(
+            (str(e).strip().splitlines()[-1] for i in range(len(results)) if (e := results[i].error) is not None), "no trial reported",
+        )
+        raise HafniumError(f"the search failed: all {trials} trials ended with an error: {reason}")
+    best = max(done, key=lambda t: (t.validation_pr_auc, -t.number))
+    return Searched(best.hyperparameters, tuple(done))
+
+
+class RaySession:
+    """Ray on this machine, or on the cluster that RAY_ADDRESS names, from `with` to its end.
+
+    It begins to start at once, in a thread: eight seconds that loading the data can share.
+    The thread lives as long as Ray does: Linux ends Ray's processes with the *thread* that started them.
+    """
+
+    def __init__(self) -> None:
+        self._started = threading.Event()
+        self._over = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join(START_TIMEOUT_S)
+
+    def ready(self) -> None:
+        """Waits until Ray answers. Raises HafniumError when it doesn't start."""
+        if not self._started.wait(START_TIMEOUT_S):
+            raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray")
+        if self._error is not None:
+            raise HafniumError(f"Ray did not start: {self._error}; with --trials 1 training needs no Ray") from self._error
+
+    def _live(self) -> None:
+        for name, value in QUIET_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        folder: Path | None = None
+        try:
+            import ray
+            if ray.is_initialized():
+                self._started.set()
+                return
+            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(**quiet)
+            else:
+                base = tempfile.gettempdir()
+                short = base if len(base) < SOCKET_PATH_MAX else "/tmp"  # noqa: S108 - see SOCKET_PATH_MAX
+                folder = Path(tempfile.mkdtemp(prefix="hfr", dir=short))
+                ray.init(
+                    num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, _temp_dir=str(folder), **quiet,
+                )
+            # No warm worker: Tune's actors have an environment of their own and never take over a worker that ran a task.
+            importlib.import_module("ray.tune.search.optuna")
+            self._started.set()
+            self._over.wait()
+            ray.shutdown()
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is raised in the thread that waits for Ray
+            self._error = e
+            self._started.set()
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,151 @@
+"""Runs, trials and model versions in MLflow: one SQLite file and a folder of artifacts beside it.
+
+Runs in a helper process, because importing MLflow and creating its database takes as long as training the model. The tracking
+store is a record, not a part of the product: what is served is the bundle, and its digest is how the two are tied together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hafnium_contract.errors import HafniumError
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "artifacts"
+ALIAS = "candidate"
+DIGEST_TAG = "hafnium.bundle_digest"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One nested run."""
+
+    name: str
+    parameters: Mapping[str, float]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One training, as it is written down. Metrics that are not finite are left out: MLflow has no place for them."""
+
+    experiment: str
+    name: str
+    parameters: Mapping[str, object]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    """Holds git commit, and the digests of data, contract and bundle."""
+    trials: tuple[TrialRecord, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Artifact name → text."""
+    onnx: bytes | None = None
+    """The model to register under the experiment's name; None: a run without a model (its gates failed)."""
+    inputs: int = 0
+    """Width of the model's input."""
+    requirements: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Where a training was written down. `model_version` is None when no model was registered."""
+
+    run_id: str
+    model_version: str | None
+    already_registered: bool = False
+
+
+def warm_up(folder: Path) -> None:
+    """Imports MLflow and creates (or migrates) the database in `folder`."""
+    _client(folder)
+
+
+def _client(folder: Path) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    folder.mkdir(parents=True, exist_ok=True)
+    import mlflow
+    for name in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    uri = f"sqlite:///{(folder / DATABASE).resolve()}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient(uri, uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def record(folder: Path, run: RunRecord) -> Tracked:
+    """Writes the run, its trials and its model. A bundle that is registered already is found by its digest and not added again.
+
+    Raises HafniumError when MLflow can't write.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = _client(folder)
+        experiment = client.get_experiment_by_name(run.experiment)
+        place = (folder / ARTIFACTS).resolve().as_uri()
+        identity = experiment.experiment_id if experiment else client.create_experiment(run.experiment, artifact_location=place)
+        known = None if run.onnx is None else _registered(client, run.experiment, run.tags[DIGEST_TAG])
+        if known is not None:
+            client.set_registered_model_alias(run.experiment, ALIAS, known.version)
+            return Tracked(known.run_id or "", str(known.version), True)
+        with mlflow.start_run(experiment_id=identity, run_name=run.name, tags=dict(run.tags)) as active:
+            run_id = active.info.run_id
+            _log(client, run_id, run.parameters, run.metrics)
+            for trial in run.trials:
+                nested = client.create_run(identity, run_name=trial.name, tags={"mlflow.parentRunId": run_id})
+                _log(client, nested.info.run_id, trial.parameters, trial.metrics)
+                client.set_terminated(nested.info.run_id)
+            for name, text in run.files.items():
+                client.log_text(run_id, text, name)
+            version = None if run.onnx is None else _register(client, run, run.onnx)
+        return Tracked(run_id, version)
+    except (MlflowException, OSError) as e:
+        raise HafniumError(f"{folder / DATABASE}: MLflow could not record the run: {e}") from e
+
+
+def _log(client: Any, run_id: str, parameters: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric, Param
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if math.isfinite(v)],
+        params=[Param(k, str(v)) for k, v in parameters.items()],
+    )
+
+
+def _registered(client: Any, name: str, digest: str) -> Any | None:
+    """The version that holds this bundle's model, if there is one."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'", max_results=1)
+    return found[0] if found else None
+
+
+def _register(client: Any, run: RunRecord, model: bytes) -> str:
+    import numpy as np
+    import onnx
+    from mlflow import onnx as mlflow_onnx
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Schema, TensorSpec
+
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype("float32"), (-1, run.inputs), "features")]),
+        Schema([TensorSpec(np.dtype("float32"), (-1,), "score"), TensorSpec(np.dtype("float32"), (-1, 2), "interval")]),
+    )
+    logged = mlflow_onnx.log_model(
+        onnx.load_from_string(model), name="model", signature=signature, registered_model_name=run.experiment,
+        pip_requirements=list(run.requirements), onnx_execution_providers=["CPUExecutionProvider"], save_as_external_data=False,
+    )
+    version = str(logged.registered_model_version)
+    for key, value in run.tags.items():
+        client.set_model_version_tag(run.experiment, version, key, value)
+    client.set_registered_model_alias(run.experiment, ALIAS, version)
+    return version
