@@ -1,0 +1,193 @@
+"""The outermost ASGI app: answers the hot and the operational routes itself and passes everything else to KServe's app.
+
+Hot is V2 with binary tensors, which is what the transformer sends: bytes in, one `session.run`, bytes out, without the
+SDK's pydantic models and lists, which cost ten times the inference. V1 and V2 JSON go through the SDK, with a limit on the
+body before it and RFC 9457 documents in place of its errors. A later protocol below ASGI answers `infer_binary` and leaves
+the rest here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from hafnium_contract.asgi import (
+    JSON_TYPE,
+    Answer,
+    App,
+    BodyTooLargeError,
+    ClientGoneError,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    call,
+    headers_of,
+    problem_answer,
+    read_body,
+    send_answer,
+)
+from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, decode_request, encode_answer
+from hafnium_contract.wire import CONTRACT_HEADER, DEADLINE_HEADER, MODEL_DIGEST_HEADER, MODEL_VERSION_HEADER
+from hafnium_predictor.engine import Engine
+from hafnium_predictor.errors import AnswerError, DeadlineError, RowsError
+from hafnium_predictor.metrics import PredictorMetrics
+from hafnium_predictor.model import RiskModel, check_contract
+from hafnium_predictor.settings import Settings
+
+log = logging.getLogger("hafnium.predictor")
+_CONTRACT = CONTRACT_HEADER.encode()
+_LENGTH = LENGTH_HEADER.encode()
+_DEADLINE = DEADLINE_HEADER.encode()
+_OCTETS: Header = (b"content-type", b"application/octet-stream")
+_TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 501: "Not implemented", 503: "Not ready"}
+_KINDS = {400: "bad_request", 404: "not_found", 409: "contract_mismatch", 413: "too_large", 501: "not_implemented",
+          503: "not_ready", 504: "deadline"}
+
+Handler = Callable[[Scope, Receive], Awaitable[Answer]]
+
+
+class Gate:
+    """ASGI app around KServe's."""
+
+    def __init__(self, inner: App, model: RiskModel, metrics: PredictorMetrics, settings: Settings) -> None:
+        self._inner = inner
+        self._model = model
+        self._metrics = metrics
+        self._bytes_max = settings.body_bytes_max
+        name = settings.model_name
+        self._infer_path = f"/v2/models/{name}/infer"
+        self._inference = {self._infer_path, f"/v1/models/{name}:predict"}
+        self._operational: dict[tuple[str, str], Callable[[], Answer]] = {
+            ("GET", f"/v1/models/{name}/contract"): self._contract,
+            ("GET", "/health/live"): lambda: Answer(200, (JSON_TYPE,), b'{"live":true}'),
+            ("GET", "/health/ready"): self._ready,
+            ("GET", "/v2/health/ready"): self._ready,
+        }
+        self._facts: tuple[Engine, tuple[Header, ...]] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        path: str = scope["path"]
+        if path in self._inference and scope["method"] == "POST":
+            await self._answer_inference(scope, receive, send)
+        elif (operational := self._operational.get((scope["method"], path))) is not None:
+            await send_answer(send, operational())
+        elif path.startswith("/v2/repository"):
+            # The SDK lets anybody unload the model by a POST. A process serves one bundle for its whole life.
+            await send_answer(send, problem_answer(501, "Not implemented", "models are not loaded or unloaded over HTTP"))
+        else:
+            await self._inner(scope, receive, send)
+
+    async def _answer_inference(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.perf_counter()
+        kind: str | None = None
+        try:
+            answer = await self._infer(scope, receive)
+        except ClientGoneError:
+            self._metrics.answered(time.perf_counter() - start, "client_gone")
+            return
+        except BodyTooLargeError as e:
+            answer = problem_answer(413, "Content too large", str(e), headers=self._identity())
+        except AnswerError as e:
+            answer = problem_answer(e.status, e.title, str(e), headers=self._identity())
+            kind = e.kind
+        if answer.status >= 400 and kind is None:
+            kind = _KINDS.get(answer.status, "internal")
+        await send_answer(send, answer)
+        self._metrics.answered(time.perf_counter() - start, kind)
+
+    async def _infer(self, scope: Scope, receive: Receive) -> Answer:
+        headers = headers_of(scope)
+        body = await read_body(headers, receive, self._bytes_max)
+        engine = self._model.loaded
+        digest = headers.get(_CONTRACT)
+        if digest is not None:
+            check_contract(engine, digest.decode("latin-1"))
+        deadline = headers.get(_DEADLINE)
+        if deadline is not None and not _positive(deadline):
+            raise DeadlineError(f"{DEADLINE_HEADER}: {deadline.decode('latin-1')[:20]} ms are left")
+        length = headers.get(_LENGTH)
+        if length is not None and scope["path"] == self._infer_path:
+            return self.infer_binary(engine, body, length)
+        return await self._through_sdk(scope, body)
+
+    def infer_binary(self, engine: Engine, body: bytes, length: bytes) -> Answer:
+        """V2 body with binary tensors → answer. Raises AnswerError."""
+        try:
+            request = decode_request(body, length, engine.columns, engine.rows_max)
+        except TensorError as e:
+            raise RowsError(str(e)) from e
+        score, interval = engine.run(request.matrix)
+        manifest = engine.bundle.manifest
+        header_length, out = encode_answer(score, interval, manifest.model_name, manifest.model_version, request)
+        if header_length is None:
+            return Answer(200, (JSON_TYPE, *self._identity()), out)
+        return Answer(200, (_OCTETS, (_LENGTH, str(header_length).encode()), *self._identity()), out)
+
+    async def _through_sdk(self, scope: Scope, body: bytes) -> Answer:
+        """KServe's own app. It takes any body that is not labelled JSON for bytes and fails on it, so JSON it is called."""
+        kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", _LENGTH) and not k.startswith(b"ce-")]
+        answer = await call(self._inner, {**scope, "headers": [*kept, JSON_TYPE]}, body)
+        if answer.status < 400:
+            headers = [h for h in answer.headers if h[0] != b"content-length"]
+            return Answer(answer.status, (*headers, *self._identity()), answer.body)
+        status = 400 if answer.status == 422 else answer.status
+        if status >= 500 and status not in (501, 503):
+            log.error("SDK answered %d: %s", status, answer.body[:500])
+        return problem_answer(status, _TITLES.get(status, "Error"), _sdk_detail(answer.body), headers=self._identity())
+
+    def _identity(self) -> tuple[Header, ...]:
+        """Headers that say which model answered."""
+        engine = self._model.engine_or_none
+        if engine is None:
+            return ()
+        if self._facts is None or self._facts[0] is not engine:
+            m = engine.bundle.manifest
+            facts = ((CONTRACT_HEADER, m.contract_digest), (MODEL_VERSION_HEADER, m.model_version),
+                     (MODEL_DIGEST_HEADER, m.digest))
+            self._facts = (engine, tuple((k.encode(), v.encode()) for k, v in facts))
+        return self._facts[1]
+
+    def _contract(self) -> Answer:
+        engine = self._model.engine_or_none
+        if engine is None:
+            return problem_answer(503, "Model not ready", self._model.reason)
+        manifest = engine.bundle.manifest
+        body = {
+            "model_name": manifest.model_name, "model_version": manifest.model_version, "model_digest": manifest.digest,
+            "contract_digest": manifest.contract_digest, "contract": engine.bundle.contract.model_dump(mode="json"),
+        }
+        return Answer(200, (JSON_TYPE, *self._identity()), json.dumps(body).encode())
+
+    def _ready(self) -> Answer:
+        if self._model.ready:
+            return Answer(200, (JSON_TYPE, *self._identity()), b'{"ready":true}')
+        return problem_answer(503, "Model not ready", self._model.reason or "stopping")
+
+
+def _positive(milliseconds: bytes) -> bool:
+    try:
+        return float(milliseconds) > 0.0
+    except ValueError:
+        return True  # a deadline that can't be read is no reason to refuse a request
+
+
+def _sdk_detail(body: bytes) -> str:
+    try:
+        parsed: Any = json.loads(body)
+    except ValueError:
+        return body[:300].decode("utf-8", "replace")
+    if isinstance(parsed, dict):
+        detail: Any = parsed.get("error") or parsed.get("detail") or parsed
+        if isinstance(detail, list):
+            # FastAPI's list of what its models missed, which repeats the input: keep place and message only
+            parts = [f"{'.'.join(str(x) for x in d.get('loc', ()))}: {d.get('msg', '')}" for d in detail if isinstance(d, dict)]
+            return "; ".join(parts[:5])
+        return str(detail)[:500]
+    return str(parsed)[:300]

@@ -1,0 +1,100 @@
+"""KServe's ModelServer with our gate as its outermost app, uvloop, and a process that outlives a bad bundle.
+
+The SDK's `start()` refuses to start without a ready model, so that Kubernetes would show a crash loop and no reason; it
+also names its uvicorn app by a string. Both are what this subclass changes. The SDK's configuration, endpoints, gRPC
+server and health paths stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Any, cast
+
+import uvloop
+from kserve import ModelServer
+from kserve.model_server import app as kserve_app
+from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.rest.server import RESTServer
+
+from hafnium_contract.asgi import App
+from hafnium_predictor.gate import Gate
+from hafnium_predictor.metrics import PredictorMetrics
+from hafnium_predictor.model import RiskModel
+from hafnium_predictor.settings import Settings
+
+log = logging.getLogger("hafnium.predictor")
+GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+"""KServe's own limit."""
+
+
+class _GatedRestServer(RESTServer):
+    """Creates KServe's app as ever and puts the gate before it."""
+
+    def gate(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings) -> None:
+        self._gate = Gate(cast(App, kserve_app), model, metrics, settings)
+
+    def create_application(self) -> None:
+        super().create_application()
+        self.config.app = cast(Any, self._gate)
+
+    def request_exit(self) -> None:
+        self._server.should_exit = True
+
+
+class PredictorServer(ModelServer):
+    """Serves one RiskModel until SIGTERM, then finishes what is in flight."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(
+            http_port=settings.http_port, grpc_port=settings.grpc_port, workers=1, enable_grpc=settings.enable_grpc,
+            enable_latency_logging=False, grace_period=settings.grace_period_s, timeout_keep_alive=settings.keep_alive_s,
+        )
+        self._settings = settings
+        self._metrics = PredictorMetrics(settings.model_name)
+        self._model = RiskModel(settings, self._metrics)
+
+    def run(self) -> None:
+        """Blocks until the server has stopped."""
+        self.register_model(self._model)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        rest = _GatedRestServer(
+            "kserve.model_server:app", self.dataplane, self.model_repository_extension, self.http_port,
+            grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
+        )
+        rest.config.host = self._settings.host
+        rest.gate(self._model, self._metrics, self._settings)
+        # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: rest.request_exit())
+        loop = asyncio.get_running_loop()
+        loading = loop.run_in_executor(None, self._model.load)
+        grpc_task = asyncio.create_task(self._serve_grpc(loading)) if self.enable_grpc else None
+        await rest.start()
+        self._model.ready = False
+        if grpc_task is not None:
+            await self._stop_grpc(grpc_task)
+        await loading
+        log.info("stopped")
+
+    async def _serve_grpc(self, loading: asyncio.Future[bool]) -> None:
+        """gRPC opens when the model is ready: the SDK answers INTERNAL for a model that is not (it means UNAVAILABLE)."""
+        if not await asyncio.shield(loading):
+            return
+        self._grpc_server = GRPCServer(
+            self.grpc_port, self.dataplane, self.model_repository_extension, grace_period=self.grace_period,
+            kwargs={"grpc_max_send_message_length": GRPC_MESSAGE_BYTES_MAX,
+                    "grpc_max_receive_message_length": GRPC_MESSAGE_BYTES_MAX},
+        )
+        await self._grpc_server.start(self.max_threads)
+
+    async def _stop_grpc(self, task: asyncio.Task[None]) -> None:
+        server = cast(GRPCServer | None, self._grpc_server)
+        if server is not None:
+            await server.stop()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
