@@ -1,0 +1,149 @@
+"""The log's bounds and the hop's retry, each at its own seam."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from hafnium_contract.contract_file import load_contract
+from hafnium_contract.errors import InputError
+from hafnium_contract.inference_log import log_files, read_files
+from hafnium_transformer.__main__ import main
+from hafnium_transformer.errors import DeadlineError, UnavailableError
+from hafnium_transformer.gate import arm_of
+from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogRow
+from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.plan import Plan, make_plan
+from hafnium_transformer.predictor_client import Deadline, PredictorClient
+from hafnium_transformer.settings import Settings, parse_settings
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(load_contract(Path(__file__).parents[2] / "examples" / "unified-risk" / "contract.yaml"))
+
+
+def log_row(plan: Plan, number: int, version: str = "1", day: int = 1) -> LogRow:
+    return LogRow(plan, f"r{number}", datetime(2026, 1, day, tzinfo=UTC), version, "sha256:x", "stable", 0.5, 0.4, 0.6,
+                  "approve", (), 1.0, {"customer_id": "c"}, np.full(15, number, np.float32))
+
+
+def open_log(folder: Path, registry: CollectorRegistry, queue: int, flush_rows: int = 1000) -> InferenceLog:
+    return InferenceLog(folder, TransformerMetrics(registry), flush_seconds=3600.0, flush_rows=flush_rows,
+                        queue_rows_max=queue, entity_hash=EntityHash("k"))
+
+
+def test_full_queue_drops_and_counts(plan: Plan, tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    log = open_log(tmp_path, registry, queue=3)
+    for i in range(5):
+        log.append(log_row(plan, i))
+    log.close()
+    log.append(log_row(plan, 9))
+    table = read_files(log_files(tmp_path))
+    assert table is not None
+    assert table["request_id"].to_pylist() == ["r0", "r1", "r2"]
+    text = generate_latest(registry).decode()
+    assert 'inference_log_dropped_total{reason="queue_full"} 3.0' in text
+    assert "inference_log_rows_total 3.0" in text
+
+
+def test_files_are_parted_by_day_and_version_and_flushed_by_rows(plan: Plan, tmp_path: Path) -> None:
+    log = open_log(tmp_path, CollectorRegistry(), queue=100, flush_rows=4)
+    for i, (version, day) in enumerate([("1", 1), ("2", 1), ("1", 2), ("1", 1)]):
+        log.append(log_row(plan, i, version, day))
+    deadline = threading.Event()
+    for _ in range(600):
+        if len(log_files(tmp_path)) == 3:
+            break
+        deadline.wait(0.05)
+    parents = sorted(str(p.parent.relative_to(tmp_path)) for p in log_files(tmp_path))
+    assert parents == ["date=2026-01-01/model_version=1", "date=2026-01-01/model_version=2", "date=2026-01-02/model_version=1"]
+    log.close()
+    assert len(log_files(tmp_path)) == 3
+
+
+def test_entity_hash_depends_on_key_and_entity_and_hides_both() -> None:
+    one = EntityHash("key")
+    assert one.of({"a": "1", "b": "2"}) == EntityHash("key").of({"b": "2", "a": "1"})
+    assert one.of({"a": "1"}) != EntityHash("other").of({"a": "1"})
+    assert one.of({"a": "1"}) != one.of({"a": 1})
+    assert one.of({}) is None
+    assert EntityHash(None).of({"a": "1"}) != EntityHash(None).of({"a": "1"})
+    assert len(str(one.of({"a": "1"}))) == 32
+
+
+async def broken_server(seen: list[bytes], answer: bytes) -> asyncio.Server:
+    """A real TCP server that reads a request, answers with these bytes, and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        seen.append(head)
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(("answer", "error", "tries"), [
+    (b"", UnavailableError, 2),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf", UnavailableError, 2),
+    (b"nonsense\r\n\r\n", UnavailableError, 1),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", UnavailableError, 1),
+    (b"HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\n{}", UnavailableError, 1),
+    (b"HTTP/1.1 504 X\r\ncontent-length: 2\r\n\r\n{}", DeadlineError, 1),
+], ids=["closed", "half a body", "not HTTP", "not V2", "503", "504"])
+async def test_only_a_broken_connection_is_tried_again_and_once(answer: bytes, error: type[Exception], tries: int) -> None:
+    seen: list[bytes] = []
+    server = await broken_server(seen, answer)
+    port = server.sockets[0].getsockname()[1]
+    client = PredictorClient(f"127.0.0.1:{port}", "m", ssl=False, connections_max=2)
+    try:
+        with pytest.raises(error):
+            await client.predict(np.zeros((1, 3), np.float32), "sha256:d", Deadline.after_ms(5000),
+                                 {"x-request-id": "q", "traceparent": "00-aa-bb-01"})
+        assert len(seen) == tries
+        head = seen[0].lower()
+        for line in (b"x-request-id: q", b"traceparent: 00-aa-bb-01", b"x-hafnium-contract: sha256:d", b"x-hafnium-deadline-ms: "):
+            assert line in head
+        assert "reached" in await client.ready(2.0) or "not ready" in await client.ready(2.0) or answer.startswith(b"HTTP/1.1 200")
+        with pytest.raises(UnavailableError, match="contract"):
+            await client.fetch_contract(2.0)
+    finally:
+        await client.close()
+        server.close()
+    with pytest.raises(DeadlineError):
+        await client.predict(np.zeros((1, 3), np.float32), "d", Deadline.after_ms(-1), {})
+
+
+@pytest.mark.parametrize(("headers", "arm"), [
+    ({}, "stable"), ({b"x-hafnium-arm": b"candidate"}, "candidate"), ({b"x-hafnium-arm": b"nonsense"}, "stable"),
+    ({b"host": b"risk-shadow:8080", b"x-hafnium-arm": b"stable"}, "shadow"), ({b"host": b"risk-shadow"}, "shadow"),
+    ({b"host": b"risk:8080-shadow"}, "shadow"), ({b"host": b"shadow:8080"}, "stable"),
+])
+def test_arm_comes_from_the_gateways_header_and_a_mirrored_host(headers: dict[bytes, bytes], arm: str) -> None:
+    assert arm_of(headers) == arm
+
+
+def test_settings_come_from_flags_then_environment() -> None:
+    env = {"HAFNIUM_PREDICTOR_HOST": "p:80", "HAFNIUM_ENTITY_HASH_KEY": "secret", "HAFNIUM_LOG_FLUSH_SECONDS": "2"}
+    settings = parse_settings(["--log_flush_seconds", "3", "--workers", "1"], env)
+    assert (settings.predictor_host, settings.log_flush_seconds) == ("p:80", 3.0)
+    assert settings.sdk_arguments == ("--workers", "1")
+    assert "secret" not in repr(settings)
+    assert [n for n, f in Settings.model_fields.items() if not f.description] == []
+    for argv, said in (([], "predictor_host"), (["--predictor_host", "a b"], "predictor_host"), (["--deadline_ms", "0"], "deadline_ms")):
+        with pytest.raises(InputError, match=said):
+            parse_settings(argv, {})
+
+
+def test_bad_arguments_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "--predictor_host" in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""What is done about a value that is missing, stale or unusable, by the contract's policy. Real Feast, real predictor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hafnium_servers import Server, make_feature_repo, predictor
+from prometheus_client import CollectorRegistry
+
+from hafnium_contract.contract_file import parse_contract
+from hafnium_contract.model_contract import ModelContract
+from hafnium_testing import make_bundle
+from hafnium_transformer.errors import LookedUpError, OverloadedError, RowInvalidError, ScoringError, UnavailableError
+from hafnium_transformer.feature_store import FeastReader, Lookup
+from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.plan import ENTITY_TEXT, make_plan
+from hafnium_transformer.predictor_client import Deadline, PredictorClient
+from hafnium_transformer.scoring import Context, Scorer
+from hafnium_transformer.settings import Settings
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def number(name: str, missing: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "description": name, "dtype": "float", "range": [0, 100], "missing": missing, **more}
+
+
+@pytest.fixture(scope="module")
+def contract() -> ModelContract:
+    return parse_contract({
+        "schemaVersion": 1, "name": "policies", "version": "1", "owner": "o", "description": "d",
+        "data": {"eventTime": {"column": "t"}, "label": {"column": "y"}, "labelTime": {"delay": "1d"}},
+        "entities": [{"name": "card", "joinKey": "card_id"}],
+        "views": [{"name": "usage", "entity": "card", "maxAge": "2h"}],
+        "features": [
+            number("amount", "reject"), number("risk", "degrade"), number("age", "impute"),
+            number("must", "reject", source={"view": "usage", "field": "must"}),
+            number("may", "impute", source={"view": "usage", "field": "may"}),
+            number("said", "degrade", source={"view": "usage", "field": "said"}, maxAge="10h"),
+            number("share", "reject", outOfRange="clamp", source={"derived": {"operation": "ratio", "inputs": ["amount", "must"]}}),
+            number("own", "degrade", outOfRange="clamp", source={"derived": {"operation": "ratio", "inputs": ["amount", "age"]}}),
+        ],
+        "decision": {"threshold": 0.5},
+    })
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, contract: ModelContract) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("policies")
+    bundle = make_bundle(folder / "b", contract)
+    fresh, old, older = NOW - HOUR, NOW - 3 * HOUR, NOW - 11 * HOUR
+
+    def row(card: str, when: datetime, must: Any = 1.0, may: Any = 2.0, said: Any = 3.0) -> dict[str, Any]:
+        return {"card_id": card, "event_timestamp": when, "must": must, "may": may, "said": said}
+
+    make_feature_repo(folder / "repo", contract, {"usage": [
+        row("fresh", fresh), row("old", old), row("older", older), row("no-must", fresh, must=None),
+        row("no-may", fresh, may=None), row("no-said", fresh, said=None), row("bad-may", fresh, may=101.0),
+        row("bad-must", fresh, must=-1.0), row("zero", fresh, must=0.0),
+    ]})
+    with predictor(bundle.path, folder) as running:
+        running.wait()
+        yield running
+
+
+@pytest.fixture
+async def scorer(server: Server) -> AsyncIterator[Scorer]:
+    settings = Settings(model_name="m", predictor_host=f"127.0.0.1:{server.port}", lookup_timeout_ms=10_000)
+    client = PredictorClient(settings.predictor_host, "m", ssl=False, connections_max=4)
+    made = Scorer(settings, client, TransformerMetrics(CollectorRegistry()), None, clock=lambda: NOW)
+    with pytest.raises(UnavailableError, match="--feature_repo"):
+        await made.refresh(None)
+    made.use_store(FeastReader(server.log_path.parent / "repo"))
+    await made.refresh(None)
+    yield made
+    made.close()
+    await client.close()
+
+
+def context() -> Context:
+    return Context("id", "stable", Deadline.after_ms(20_000), time.perf_counter(), {"x-request-id": "id"})
+
+
+def request(card: str = "fresh", **features: Any) -> dict[str, Any]:
+    return {"entity": {"card_id": card}, "features": {"amount": 10, "risk": 1, "age": 2, **features}}
+
+
+@pytest.mark.parametrize(("row", "degraded"), [
+    (request(), []),
+    (request(risk=None), ["risk"]),
+    (request(age=None), ["own"]),
+    (request("no-may"), []),
+    (request("no-said"), ["said"]),
+    (request("bad-may"), ["may"]),
+    ({**request("old"), "event_time": (NOW - 2 * HOUR).isoformat()}, []),
+], ids=["all there", "request field degrades", "derived input degrades", "missing is imputed in silence",
+        "missing degrades", "unusable is said whatever the policy", "age counts at the event's time"])
+async def test_row_is_scored_and_says_what_was_degraded(scorer: Scorer, row: dict[str, Any], degraded: list[str]) -> None:
+    result = (await scorer.score([row], context()))[0]
+    assert not isinstance(result, ScoringError), result
+    assert result["degraded"] == degraded
+
+
+@pytest.mark.parametrize(("card", "path", "said"), [
+    ("no-must", "usage.must", "has no value for card_id 'no-must'"),
+    ("nobody", "usage.must", "has no value for card_id 'nobody'"),
+    ("old", "usage.must", "is 10800 s old at the event's time, the contract allows 7200 s"),
+    ("bad-must", "usage.must", "is not usable: expected a value from 0 to 100"),
+    ("zero", "share", "can't be computed"),
+])
+async def test_looked_up_value_that_is_demanded_ends_as_503_and_names_the_view(
+    scorer: Scorer, card: str, path: str, said: str,
+) -> None:
+    result = (await scorer.score([request(card)], context()))[0]
+    assert isinstance(result, LookedUpError)
+    assert result.status == 503
+    assert "view usage" in result.detail
+    assert result.problems[0].path == path
+    assert said in result.problems[0].message
+
+
+async def test_bad_rows_of_a_batch_leave_the_others_their_own_values(scorer: Scorer) -> None:
+    rows = [request("fresh"), request("no-must"), request("fresh", amount=None), request("zero"), request("no-may", amount=90)]
+    results = await scorer.score(rows, context(), [f"r[{i}]" for i in range(5)])
+    assert [type(r) for r in results] == [dict, LookedUpError, RowInvalidError, LookedUpError, dict]
+    alone = [(await scorer.score([rows[k]], context()))[0] for k in (0, 4)]
+    assert isinstance(alone[0], dict)
+    assert isinstance(alone[1], dict)
+    assert [{**r, "request_id": ""} for r in results if isinstance(r, dict)] == \
+        [{**r, "request_id": ""} for r in alone if isinstance(r, dict)]
+
+
+async def test_each_feature_keeps_its_own_age_limit(scorer: Scorer, server: Server) -> None:
+    reader = FeastReader(server.log_path.parent / "repo")
+    plan = scorer.plan
+    assert plan.entity_types == {"card_id": ENTITY_TEXT}
+    found = reader.read(plan, [{"card_id": "older"}, {"card_id": "nobody"}])
+    assert found[1] == {}
+    assert {k: v[0] for k, v in found[0].items()} == {"usage__must": 1.0, "usage__may": 2.0, "usage__said": 3.0}
+    limits = {f.feature.name: f.max_age_s for f in plan.views[0].features}
+    assert limits == {"must": 7200.0, "may": 7200.0, "said": 36000.0}
+
+
+class _Counting:
+    """A reader that answers with the entity itself and remembers the sizes of its batches."""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.batches: list[int] = []
+        self.fail = fail
+
+    def entity_types(self, plan: Any) -> dict[str, str]:
+        return {}
+
+    def read(self, plan: Any, entities: Any) -> list[dict[str, Any]]:
+        self.batches.append(len(entities))
+        if self.fail:
+            raise OSError("gone")
+        return [{"x": (e["card_id"], 1.0)} for e in entities]
+
+    def refresh(self) -> None: ...
+
+
+async def test_rows_that_wait_are_read_together_and_come_back_to_their_own_caller(contract: ModelContract) -> None:
+    import asyncio
+
+    reader = _Counting()
+    lookup = Lookup(reader, threads=1, rows_max=8, queue_rows_max=30)
+    plan = make_plan(contract)
+    answers = await asyncio.gather(*(lookup.read(plan, [{"card_id": f"c{i}"}], 10.0) for i in range(30)))
+    assert [a[0]["x"][0] for a in answers] == [f"c{i}" for i in range(30)]
+    assert max(reader.batches) == 8
+    assert len(reader.batches) <= 6
+    with pytest.raises(OverloadedError):
+        await lookup.read(plan, [{"card_id": "c"}] * 31, 10.0)
+    reader.fail = True
+    with pytest.raises(UnavailableError, match="OSError"):
+        await lookup.read(plan, [{"card_id": "c"}, {"card_id": "d"}], 10.0)
+    reader.fail = False
+    assert await lookup.read(plan, [{"card_id": "c"}], 10.0) == [{"x": ("c", 1.0)}]
+    lookup.close()

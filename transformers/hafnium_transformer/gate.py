@@ -1,0 +1,258 @@
+"""The outermost ASGI app: answers scoring, health and the contract itself, and passes everything else to KServe's app.
+
+`/v1/score` and `/v1/score/batch` are ours. KServe's V1 and V2 go through its SDK into `model.py` and come back to the same
+scorer; since the SDK keeps no status of ours, the error travels beside it in a context variable.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, cast
+
+import orjson
+
+from hafnium_contract.asgi import (
+    JSON_TYPE,
+    PROBLEM_TYPE,
+    Answer,
+    App,
+    BodyTooLargeError,
+    ClientGoneError,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    call,
+    headers_of,
+    problem_answer,
+    read_body,
+    send_answer,
+)
+from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
+from hafnium_transformer.errors import DeadlineError, MalformedError, OverloadedError, ScoringError
+from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.predictor_client import Deadline
+from hafnium_transformer.rows import TEXT_MAX
+from hafnium_transformer.scoring import Context, Scorer
+from hafnium_transformer.settings import Settings
+
+log = logging.getLogger("hafnium.transformer")
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
+_DEADLINE = DEADLINE_HEADER.encode()
+_ARM = ARM_HEADER.encode()
+_TRACE = (b"traceparent", b"tracestate")
+_READY_KEPT_S = 1.0
+"""A readiness answer is kept this long, so that probes by many don't become load on predictor and store."""
+SHADOW_SUFFIX = "-shadow"
+
+
+class Exchange:
+    """One request's context on its way through the SDK, and the error that came of it."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.error: ScoringError | None = None
+
+
+EXCHANGE: ContextVar[Exchange | None] = ContextVar("hafnium_exchange", default=None)
+
+
+class Gate:
+    """ASGI app around KServe's."""
+
+    def __init__(self, inner: App, scorer: Scorer, metrics: TransformerMetrics, settings: Settings) -> None:
+        self._inner = inner
+        self._scorer = scorer
+        self._metrics = metrics
+        self._settings = settings
+        self._in_flight = 0
+        self.stopping = False
+        name = settings.model_name
+        self._sdk_paths = {f"/v1/models/{name}:predict", f"/v2/models/{name}/infer"}
+        self._contract_path = f"/v1/models/{name}/contract"
+        self._ready_until = 0.0
+        self._ready_reason = ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        path: str = scope["path"]
+        if path == "/v1/score" or path == "/v1/score/batch" or path in self._sdk_paths:
+            if scope["method"] == "POST":
+                await self._answer_scoring(scope, receive, send)
+            else:
+                await send_answer(send, problem_answer(405, "Method not allowed", "expected POST", headers=[(b"allow", b"POST")]))
+        elif scope["method"] == "GET" and path in ("/health/ready", "/v2/health/ready"):
+            await send_answer(send, await self._ready())
+        elif scope["method"] == "GET" and path == "/health/live":
+            await send_answer(send, Answer(200, (JSON_TYPE,), b'{"live":true}'))
+        elif scope["method"] == "GET" and path == self._contract_path:
+            await send_answer(send, self._contract())
+        elif path.startswith("/v2/repository"):
+            # The SDK lets anybody unload the model by a POST
+            await send_answer(send, problem_answer(501, "Not implemented", "models are not loaded or unloaded over HTTP"))
+        else:
+            await self._inner(scope, receive, send)
+
+    async def _answer_scoring(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        headers = headers_of(scope)
+        given = headers.get(_REQUEST_ID, b"").decode("latin-1")
+        request_id = given if 0 < len(given) <= TEXT_MAX and given.isprintable() else uuid.uuid4().hex
+        echo: Header = (_REQUEST_ID, request_id.encode("latin-1"))
+        kind: str | None = None
+        self._in_flight += 1
+        try:
+            if self._in_flight > self._settings.in_flight_max:
+                raise OverloadedError(f"{self._settings.in_flight_max} requests are in progress; try again")
+            body = await read_body(headers, receive, self._settings.body_bytes_max)
+            answer = await self._score(scope, headers, body, self._context(headers, request_id, started), echo)
+        except ClientGoneError:
+            self._count(started, "client_gone")
+            return
+        except BodyTooLargeError as e:
+            kind = "too_large"
+            answer = problem_answer(413, "Content too large", str(e), headers=[echo])
+        except ScoringError as e:
+            kind = e.kind
+            answer = _error_answer(e, echo)
+        except Exception:  # whatever was not foreseen is our fault: a 500 with no inside showing, and a trace in the log
+            log.exception("request %s failed", request_id)
+            kind = "internal"
+            answer = problem_answer(500, "Internal error", "the request could not be answered", headers=[echo])
+        finally:
+            self._in_flight -= 1
+        await send_answer(send, answer)
+        self._count(started, kind)
+
+    def _count(self, started: float, kind: str | None) -> None:
+        served = self._scorer.served
+        name = served.contract.name if served else self._settings.model_name
+        series = self._metrics.model(name, served.model_version if served else "none")
+        series.requests.inc()
+        series.duration.observe(time.perf_counter() - started)
+        if kind is not None:
+            series.error(kind)
+
+    def _context(self, headers: dict[bytes, bytes], request_id: str, started: float) -> Context:
+        passed_on = {REQUEST_ID_HEADER: request_id}
+        for name in _TRACE:
+            value = headers.get(name)
+            if value is not None:
+                passed_on[name.decode()] = value.decode("latin-1")
+        deadline_ms = self._settings.deadline_ms
+        given = headers.get(_DEADLINE)
+        if given is not None:
+            try:
+                deadline_ms = min(deadline_ms, float(given))
+            except ValueError as e:
+                raise MalformedError(f"{DEADLINE_HEADER}: expected milliseconds, got {given[:20]!r}") from e
+            if not deadline_ms > 0.0:
+                raise DeadlineError(f"{DEADLINE_HEADER}: {given.decode('latin-1')[:20]} ms are left")
+        return Context(request_id, arm_of(headers), Deadline.after_ms(deadline_ms), started, passed_on)
+
+    async def _score(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, context: Context, echo: Header) -> Answer:
+        if scope["path"] == "/v1/score":
+            result = (await self._scorer.score([_json(body)], context))[0]
+            if isinstance(result, ScoringError):
+                raise result
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps(result))
+        if scope["path"] == "/v1/score/batch":
+            items = batch_items(_json(body), "requests", self._settings.batch_rows_max)
+            results = await self._scorer.score(items, context, [f"requests[{i}]" for i in range(len(items))])
+            shown = [r.document() if isinstance(r, ScoringError) else r for r in results]
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown}))
+        return await self._through_sdk(scope, body, context, echo)
+
+    async def _through_sdk(self, scope: Scope, body: bytes, context: Context, echo: Header) -> Answer:
+        """KServe's own app. Without a length header V2's body is JSON, and V1's always is, whatever its label says."""
+        exchange = Exchange(context)
+        token = EXCHANGE.set(exchange)
+        try:
+            binary = b"inference-header-content-length" in headers_of(scope)
+            kept = [(k, v) for k, v in scope["headers"] if k != b"content-type" and not k.startswith(b"ce-")]
+            label: Header = (b"content-type", b"application/octet-stream") if binary else JSON_TYPE
+            answer = await call(self._inner, {**scope, "headers": [*kept, label]}, body)
+        finally:
+            EXCHANGE.reset(token)
+        if exchange.error is not None:
+            raise exchange.error
+        if answer.status < 400:
+            sdk_headers = [h for h in answer.headers if h[0] != b"content-length"]
+            return Answer(answer.status, (*sdk_headers, echo), answer.body)
+        if answer.status in (400, 422) or binary:
+            # The SDK decodes binary bodies without checks, and fails with 500 on those that are not well formed
+            raise MalformedError(f"KServe could not read the request: {sdk_detail(answer.body)}")
+        raise ScoringError(f"KServe answered {answer.status}: {sdk_detail(answer.body)}")
+
+    async def _ready(self) -> Answer:
+        if self.stopping:
+            return problem_answer(503, "Not ready", "stopping")
+        now = time.monotonic()
+        if now >= self._ready_until:
+            self._ready_reason = await self._scorer.not_ready()
+            self._ready_until = time.monotonic() + _READY_KEPT_S
+        if self._ready_reason:
+            return problem_answer(503, "Not ready", self._ready_reason)
+        return Answer(200, (JSON_TYPE,), b'{"ready":true}')
+
+    def _contract(self) -> Answer:
+        served = self._scorer.served
+        if served is None:
+            return problem_answer(503, "Not ready", self._scorer.reason)
+        contract = served.contract
+        return Answer(200, (JSON_TYPE,), orjson.dumps({
+            "model_name": contract.name, "model_version": served.model_version, "model_digest": served.model_digest,
+            "contract_digest": contract.digest, "contract": contract.model_dump(mode="json"),
+        }))
+
+
+def arm_of(headers: dict[bytes, bytes]) -> str:
+    """`shadow` for a mirrored copy (Envoy puts -shadow behind its host's name), else what the gateway says."""
+    host = headers.get(b"host", b"").decode("latin-1")
+    if host.partition(":")[0].endswith(SHADOW_SUFFIX) or host.endswith(SHADOW_SUFFIX):
+        return "shadow"
+    return "candidate" if headers.get(_ARM) == b"candidate" else "stable"
+
+
+def batch_items(data: Any, key: str, rows_max: int) -> list[Any]:
+    """The list of rows under `key`. Raises MalformedError."""
+    items: Any = cast(dict[str, Any], data).get(key) if isinstance(data, dict) else None
+    if not isinstance(items, list) or not 1 <= len(cast(list[Any], items)) <= rows_max:
+        got = f"{len(cast(list[Any], items))} rows" if isinstance(items, list) else "no such list"
+        raise MalformedError(f'expected {{"{key}": [1 to {rows_max} rows]}}, got {got}')
+    return cast(list[Any], items)
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        raise MalformedError(f"body: not JSON: {e}") from e
+
+
+def _error_answer(e: ScoringError, echo: Header) -> Answer:
+    retry: list[Header] = [(b"retry-after", b"1")] if e.status in (429, 503) else []
+    return Answer(e.status, (PROBLEM_TYPE, echo, *retry), orjson.dumps(e.document()))
+
+
+def sdk_detail(body: bytes) -> str:
+    """What the SDK says in its error body."""
+    try:
+        parsed: Any = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body[:200].decode("utf-8", "replace")
+    if isinstance(parsed, dict):
+        found: Callable[[str], Any] = cast(dict[str, Any], parsed).get
+        detail: Any = found("error") or found("detail") or parsed
+        if isinstance(detail, list):
+            # FastAPI's list of what its models missed, which repeats the input: keep place and message only
+            entries = [cast(dict[str, Any], d) for d in cast(list[Any], detail) if isinstance(d, dict)]
+            return "; ".join(f"{'.'.join(str(x) for x in d.get('loc', ()))}: {d.get('msg', '')}" for d in entries[:5])
+        return str(detail)[:500]
+    return str(parsed)[:200]

@@ -1,0 +1,107 @@
+"""The transformer's Prometheus series. Children are kept once bound: looking labels up costs more than counting."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from hafnium_contract import metric_names
+from hafnium_contract.metric_names import Metric
+
+COMPONENT = "transformer"
+
+
+def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
+    return Counter(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def _gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
+    return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def _histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
+    return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
+
+
+class ModelSeries:
+    """Series of one model version."""
+
+    def __init__(self, metrics: TransformerMetrics, model_name: str, model_version: str) -> None:
+        self._metrics = metrics
+        self._model = (model_name, model_version)
+        labels = (COMPONENT, *self._model)
+        self.requests = metrics.requests.labels(*labels)
+        self.duration = metrics.duration.labels(*labels)
+        self._errors: dict[str, Counter] = {}
+        self._predictions: dict[str, Counter] = {}
+
+    @cached_property
+    def score(self) -> Histogram:
+        """Only a model that scored something has this series."""
+        return self._metrics.score.labels(*self._model)
+
+    def error(self, kind: str) -> None:
+        """One request ended with an error of this kind."""
+        child = self._errors.get(kind)
+        if child is None:
+            child = self._errors[kind] = self._metrics.errors.labels(COMPONENT, *self._model, kind)
+        child.inc()
+
+    def predicted(self, score: float, decision: str) -> None:
+        """One row was scored."""
+        child = self._predictions.get(decision)
+        if child is None:
+            child = self._predictions[decision] = self._metrics.predictions.labels(*self._model, decision)
+        child.inc()
+        self.score.observe(score)
+
+
+class TransformerMetrics:
+    """All series of one process."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.requests = _counter(metric_names.REQUESTS, registry)
+        self.errors = _counter(metric_names.ERRORS, registry)
+        self.duration = _histogram(metric_names.DURATION, registry)
+        self.predictions = _counter(metric_names.PREDICTIONS, registry)
+        self.score = _histogram(metric_names.SCORE, registry)
+        self._lookup = _histogram(metric_names.FEATURE_LOOKUP, registry)
+        self._staleness = _gauge(metric_names.FEATURE_STALENESS, registry)
+        self._missing = _counter(metric_names.FEATURE_MISSING, registry)
+        self._dropped = _counter(metric_names.LOG_DROPPED, registry)
+        self.log_written = _counter(metric_names.LOG_WRITTEN, registry)
+        self._models: dict[tuple[str, str], ModelSeries] = {}
+        self._children: dict[tuple[str, str], Counter | Gauge | Histogram] = {}
+
+    def model(self, model_name: str, model_version: str) -> ModelSeries:
+        """Series of a model version, kept. Versions come from bundles, so they are few."""
+        found = self._models.get((model_name, model_version))
+        if found is None:
+            found = self._models[(model_name, model_version)] = ModelSeries(self, model_name, model_version)
+        return found
+
+    def looked_up(self, model_name: str, seconds: float) -> None:
+        """One lookup took this long."""
+        child = self._children.get(("lookup", model_name))
+        if not isinstance(child, Histogram):
+            child = self._children[("lookup", model_name)] = self._lookup.labels(model_name)
+        child.observe(seconds)
+
+    def staleness(self, view: str, seconds: float) -> None:
+        """Age of the values just read from a view."""
+        child = self._children.get(("view", view))
+        if not isinstance(child, Gauge):
+            child = self._children[("view", view)] = self._staleness.labels(view)
+        child.set(seconds)
+
+    def missing(self, feature: str) -> None:
+        """A value was missing, too old or unusable."""
+        child = self._children.get(("missing", feature))
+        if not isinstance(child, Counter):
+            child = self._children[("missing", feature)] = self._missing.labels(feature)
+        child.inc()
+
+    def log_dropped(self, reason: str, rows: int = 1) -> None:
+        """Rows that the inference log lost."""
+        self._dropped.labels(reason).inc(rows)

@@ -1,0 +1,139 @@
+"""KServe's Model over the scorer: V1 with rows as objects, V2 with a tensor per field."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from typing import Any, cast
+
+import numpy as np
+from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
+from kserve.errors import InvalidInput
+
+from hafnium_contract.bundle import INTERVAL_OUTPUT, SCORE_OUTPUT
+from hafnium_contract.wire import REQUEST_ID_HEADER
+from hafnium_transformer.errors import MalformedError, ScoringError
+from hafnium_transformer.gate import EXCHANGE, Exchange, batch_items
+from hafnium_transformer.plan import Plan
+from hafnium_transformer.predictor_client import Deadline
+from hafnium_transformer.scoring import Context, Scorer
+from hafnium_transformer.settings import Settings
+
+_TOP = ("event_time", "request_id")
+
+
+class RiskTransformer(Model):
+    """V1 `{"instances": [row, …]}` → `{"predictions": [answer, …]}`; V2: one tensor per field, [rows] or [rows, 1].
+
+    Neither protocol has errors per row: one bad row is the whole request's error, with its path.
+    """
+
+    def __init__(self, settings: Settings, scorer: Scorer) -> None:
+        super().__init__(settings.model_name)
+        self._settings = settings
+        self._scorer = scorer
+        self.ready = True
+
+    def start(self) -> None:
+        """Nothing to start: the server does."""
+
+    async def healthy(self) -> bool:
+        """Ready once a contract is in force."""
+        return self._scorer.active
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        """V2's metadata: one tensor per field of a request."""
+        if not self._scorer.active:
+            return []
+        plan = self._scorer.plan
+        keys = [{"name": key, "datatype": "BYTES", "shape": [-1]} for key in (*plan.join_keys, *_TOP)]
+        kinds = {"category": "BYTES", "bool": "BOOL", "int": "INT64", "float": "FP64"}
+        return keys + [{"name": n, "datatype": kinds[f.dtype], "shape": [-1]} for n, f in plan.request_features]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        """V2's metadata."""
+        return [{"name": SCORE_OUTPUT, "datatype": "FP32", "shape": [-1]},
+                {"name": INTERVAL_OUTPUT, "datatype": "FP32", "shape": [-1, 2]},
+                {"name": "decision", "datatype": "BYTES", "shape": [-1]}]
+
+    async def predict(
+        self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None,
+    ) -> dict[str, Any] | InferResponse:
+        """Scores all rows. Raises InvalidInput; over HTTP the gate puts the real error in its place."""
+        exchange = EXCHANGE.get() or Exchange(self._grpc_context(headers or {}))
+        try:
+            if isinstance(payload, InferRequest):
+                items = rows_of_v2(payload, self._scorer.plan, self._settings.batch_rows_max)
+                return _to_v2(payload, await self._all(items, "rows", exchange.context))
+            items = batch_items(payload, "instances", self._settings.batch_rows_max)
+            return {"predictions": await self._all(items, "instances", exchange.context)}
+        except ScoringError as e:
+            exchange.error = e
+            raise InvalidInput(f"{e.status} {e.title}: {e.detail}") from e
+
+    async def _all(self, items: list[Any], name: str, context: Context) -> list[dict[str, Any]]:
+        results = await self._scorer.score(items, context, [f"{name}[{i}]" for i in range(len(items))])
+        for result in results:
+            if isinstance(result, ScoringError):
+                raise result
+        return [r for r in results if not isinstance(r, ScoringError)]
+
+    def _grpc_context(self, metadata: dict[str, str]) -> Context:
+        request_id = metadata.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
+        return Context(
+            request_id, "stable", Deadline.after_ms(self._settings.deadline_ms), time.perf_counter(),
+            {REQUEST_ID_HEADER: request_id},
+        )
+
+
+def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[str, Any]]:
+    """A V2 request with a tensor per field → the same rows as JSON gives. NaN is missing. Raises MalformedError."""
+    rows: list[dict[str, Any]] = []
+    inputs: list[InferInput] = list(request.inputs)
+    for k, one in enumerate(inputs):
+        shape = [int(s) for s in one.shape]
+        if len(shape) not in (1, 2) or shape[1:] not in ([], [1]) or not 1 <= shape[0] <= rows_max:
+            raise MalformedError(f"inputs[{k}].shape: expected [rows] or [rows, 1] with 1 to {rows_max} rows, got {shape[:8]}")
+        if k == 0:
+            rows = [{"entity": {}, "features": {}} for _ in range(shape[0])]
+        elif len(rows) != shape[0]:
+            raise MalformedError(f"inputs[{k}].shape: {shape[0]} rows, the first input has {len(rows)}")
+        try:
+            values: list[Any] = np.asarray(one.as_numpy()).reshape(-1).tolist()
+        except (InvalidInput, ValueError, TypeError, OverflowError, AttributeError) as e:
+            raise MalformedError(f"inputs[{k}].data: expected {shape[0]} values of {one.datatype}: {e}") from e
+        name = str(one.name)
+        for row, value in zip(rows, values, strict=True):
+            plain = _plain(value)
+            if name in _TOP:
+                row[name] = plain
+            else:
+                row["entity" if name in plan.declared_keys else "features"][name] = plain
+    if not rows:
+        raise MalformedError("inputs: expected one tensor for each field of the request")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _to_v2(request: InferRequest, answers: list[dict[str, Any]]) -> InferResponse:
+    binary = bool(request.use_binary_outputs)
+    tensors: list[tuple[str, str, Any]] = [
+        (SCORE_OUTPUT, "FP32", np.array([a["score"] for a in answers], np.float32)),
+        (INTERVAL_OUTPUT, "FP32", np.array([[a["confidence_lower"], a["confidence_upper"]] for a in answers], np.float32)),
+        ("decision", "BYTES", np.array([a["decision"].encode() for a in answers], np.object_)),
+    ]
+    outputs: list[InferOutput] = []
+    for name, datatype, tensor in tensors:
+        output = InferOutput(name=name, shape=list(tensor.shape), datatype=datatype)
+        output.set_data_from_numpy(tensor, binary_data=binary)
+        outputs.append(output)
+    return InferResponse(
+        response_id=str(request.id or ""), model_name=cast(str, answers[0]["model_name"]),
+        model_version=cast(str, answers[0]["model_version"]), infer_outputs=outputs, use_binary_outputs=binary,
+    )

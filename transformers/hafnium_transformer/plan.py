@@ -1,0 +1,93 @@
+"""A contract, worked out once: what a request must hold, what is looked up, what is computed and what is logged.
+
+A request must not search the contract; it walks the tuples below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hafnium_contract.model_contract import Feature, FromDerived, FromView, ModelContract
+
+ENTITY_TEXT = "a string"
+ENTITY_NUMBER = "a whole number"
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """A feature that comes from a view."""
+
+    feature: Feature
+    column: str
+    """Name in Feast's answer with full feature names: `view__field`."""
+    max_age_s: float
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """A view that the contract reads."""
+
+    name: str
+    join_key: str
+    features: tuple[LookedUp, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a contract. `entity_types` comes from Feast's registry: join key → ENTITY_TEXT or ENTITY_NUMBER."""
+
+    contract: ModelContract
+    digest: str
+    request_features: tuple[tuple[str, Feature], ...]
+    """(field of the request, its feature)."""
+    fields: frozenset[str]
+    protected: frozenset[str]
+    views: tuple[ViewPlan, ...]
+    join_keys: tuple[str, ...]
+    """Needed for the lookup."""
+    declared_keys: frozenset[str]
+    references: tuple[str, ...]
+    """`view:field`, as Feast wants them."""
+    derived_inputs: tuple[tuple[int, Feature], ...]
+    """(column, feature) of the inputs that are computed."""
+    looked_up_behind: dict[str, tuple[str, ...]]
+    """Derived feature → views that its inputs come from."""
+    logged_columns: tuple[int, ...]
+    """Columns of the matrix that may be logged."""
+    entity_types: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def make_plan(contract: ModelContract, entity_types: dict[str, str] | None = None) -> Plan:
+    """Contract → Plan."""
+    views: list[ViewPlan] = []
+    references: list[str] = []
+    for view in contract.views:
+        looked_up: list[LookedUp] = []
+        for f in contract.features_of(view.name):
+            if isinstance(f.source, FromView):
+                age = (f.max_age or view.max_age).total_seconds()
+                looked_up.append(LookedUp(f, f"{view.name}__{f.source.field}", age))
+                references.append(f"{view.name}:{f.source.field}")
+        if looked_up:
+            views.append(ViewPlan(view.name, contract.entity(view.entity).join_key, tuple(looked_up)))
+    derived = tuple((j, f) for j, f in enumerate(contract.inputs) if isinstance(f.source, FromDerived))
+    return Plan(
+        contract=contract, digest=contract.digest, request_features=tuple(contract.request_fields.items()),
+        fields=frozenset(contract.request_fields), protected=frozenset(p.name for p in contract.protected),
+        views=tuple(views), join_keys=tuple(dict.fromkeys(v.join_key for v in views)),
+        declared_keys=frozenset(e.join_key for e in contract.entities), references=tuple(dict.fromkeys(references)),
+        derived_inputs=derived, looked_up_behind=_views_behind(contract),
+        logged_columns=tuple(j for j, f in enumerate(contract.inputs) if not f.personal),
+        entity_types=dict(entity_types or {}),
+    )
+
+
+def _views_behind(contract: ModelContract) -> dict[str, tuple[str, ...]]:
+    behind: dict[str, tuple[str, ...]] = {}
+    for f in contract.features:  # inputs are declared above what is derived from them
+        if isinstance(f.source, FromView):
+            behind[f.name] = (f.source.view,)
+        elif isinstance(f.source, FromDerived):
+            views = [v for name in f.source.derived.inputs for v in behind.get(name, ())]
+            behind[f.name] = tuple(dict.fromkeys(views))
+    return {f.name: behind[f.name] for f in contract.features if isinstance(f.source, FromDerived)}

@@ -1,0 +1,171 @@
+"""One request's JSON → a frozen row, checked against the contract. All that is wrong is named at once, each with its path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from hafnium_contract.encoding import encode_value
+from hafnium_contract.errors import FeatureError, Problem
+from hafnium_contract.model_contract import Feature
+from hafnium_transformer.errors import RowInvalidError
+from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan
+
+_KEYS = frozenset({"request_id", "event_time", "entity", "features", "explain"})
+TEXT_MAX = 256
+"""Characters of a request id or an entity key: they are logged, hashed and sent to the store."""
+
+EntityValue = str | int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A valid request. `values`: encoded request features by name, NaN = missing."""
+
+    request_id: str
+    event_time_s: float
+    """Seconds since 1970-01-01 UTC."""
+    entity: dict[str, EntityValue]
+    values: dict[str, float]
+    degraded: tuple[str, ...]
+    """Missing request features whose policy is `degrade`."""
+    missing: tuple[str, ...]
+    """Missing request features, whatever the policy."""
+    explain: bool
+
+
+def parse_row(plan: Plan, data: Any, *, request_id: str, now: datetime, path: str = "") -> Row:
+    """JSON data → Row. `request_id` and `now` stand in for what the request doesn't give; `path` goes before each path.
+
+    Raises RowInvalidError with all problems.
+    """
+    problems: list[Problem] = []
+    if not isinstance(data, dict):
+        raise RowInvalidError([Problem(path, f"expected an object with features, got {_shown(data)}")])
+    body = cast(dict[str, Any], data)
+    prefix = path + "." if path else ""
+    problems.extend(
+        Problem(prefix + str(key)[:80], f"unknown field; expected {', '.join(sorted(_KEYS))}")
+        for key in body if key not in _KEYS
+    )
+    given_id = body.get("request_id")
+    if given_id is not None:
+        if isinstance(given_id, str) and 0 < len(given_id) <= TEXT_MAX:
+            request_id = given_id
+        else:
+            problems.append(Problem(prefix + "request_id", f"expected 1 to {TEXT_MAX} characters, got {_shown(given_id)}"))
+    event_time_s = _event_time(body.get("event_time"), now, prefix, problems)
+    explain = body.get("explain", False)
+    if not isinstance(explain, bool):
+        problems.append(Problem(prefix + "explain", f"expected true or false, got {_shown(explain)}"))
+    entity = _entity(plan, body.get("entity"), prefix, problems)
+    values, degraded, missing = _features(plan, body.get("features"), prefix, problems)
+    if problems:
+        raise RowInvalidError(problems)
+    return Row(request_id, event_time_s, entity, values, degraded, missing, bool(explain))
+
+
+def _event_time(given: Any, now: datetime, prefix: str, problems: list[Problem]) -> float:
+    if given is None:
+        return now.timestamp()
+    if isinstance(given, str) and len(given) <= 40:
+        try:
+            when = datetime.fromisoformat(given)
+            if when.tzinfo is not None:
+                return when.astimezone(UTC).timestamp()
+        except (ValueError, OverflowError):
+            pass
+    expected = "expected RFC 3339 time with an offset, such as 2026-01-15T12:00:00Z"
+    problems.append(Problem(prefix + "event_time", f"{expected}, got {_shown(given)}"))
+    return math.nan
+
+
+def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dict[str, EntityValue]:
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        problems.append(Problem(prefix + "entity", f"expected an object, got {_shown(given)}"))
+        return {}
+    entity = cast(dict[str, Any], given)
+    out: dict[str, EntityValue] = {}
+    for key, value in entity.items():
+        path = f"{prefix}entity.{str(key)[:80]}"
+        if key not in plan.declared_keys:
+            known = ", ".join(sorted(plan.declared_keys)) or "none"
+            problems.append(Problem(path, f"unknown entity key; the contract's are: {known}"))
+        elif value is not None:
+            expected = plan.entity_types.get(key)
+            text = isinstance(value, str) and 0 < len(value) <= TEXT_MAX
+            number = type(value) is int and abs(value) < 2**63
+            if (text and expected != ENTITY_NUMBER) or (number and expected != ENTITY_TEXT):
+                out[key] = value
+            else:
+                form = f"a string of 1 to {TEXT_MAX} characters" if expected != ENTITY_NUMBER else ENTITY_NUMBER
+                problems.append(Problem(path, f"expected {form}, got {_shown(value)}"))
+    problems.extend(
+        Problem(f"{prefix}entity.{key}", "missing; features are looked up by it")
+        for key in plan.join_keys if entity.get(key) is None
+    )
+    return out
+
+
+def _features(
+    plan: Plan, given: Any, prefix: str, problems: list[Problem],
+) -> tuple[dict[str, float], tuple[str, ...], tuple[str, ...]]:
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        problems.append(Problem(prefix + "features", f"expected an object, got {_shown(given)}"))
+        return {}, (), ()
+    features: Mapping[str, Any] = cast(dict[str, Any], given)
+    problems.extend(
+        Problem(f"{prefix}features.{key[:80]}", _unknown(plan, key)) for key in features if key not in plan.fields
+    )
+    values: dict[str, float] = {}
+    degraded: list[str] = []
+    missing: list[str] = []
+    for name, feature in plan.request_features:
+        path = f"{prefix}features.{name}"
+        try:
+            value = encode_value(feature, features.get(name), path)
+        except FeatureError as e:
+            problems.extend(e.problems)
+            continue
+        if math.isnan(value):
+            missing.append(feature.name)
+            if feature.missing == "reject":
+                problems.append(Problem(path, f"missing; expected {expected_form(feature)}"))
+            elif feature.missing == "degrade":
+                degraded.append(feature.name)
+        values[feature.name] = value
+    return values, tuple(degraded), tuple(missing)
+
+
+def _unknown(plan: Plan, key: str) -> str:
+    if key in plan.protected:
+        return "protected attribute: kept for evaluation, never an input"
+    feature = plan.contract.by_name.get(key)
+    if feature is not None:
+        return "not sent by the caller: the contract looks it up or computes it"
+    return f"unknown feature; the contract takes {', '.join(sorted(plan.fields))[:400]}"
+
+
+def expected_form(feature: Feature) -> str:
+    """What a valid value is, in words."""
+    if feature.dtype == "category":
+        return "a string, such as " + feature.categories[0]
+    if feature.dtype == "bool":
+        return "true or false"
+    low, high = feature.range or (-math.inf, math.inf)
+    unit = "" if feature.unit == "1" else f" {feature.unit}"
+    return f"{'a whole number' if feature.dtype == 'int' else 'a number'} from {low:g} to {high:g}{unit}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

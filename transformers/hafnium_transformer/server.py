@@ -1,0 +1,148 @@
+"""KServe's ModelServer with our gate as its outermost app, uvloop, and the transformer's own work around it.
+
+The SDK's `start()` names its uvicorn app by a string and leaves no place to put anything before it; `run()` here does the
+same things with that place. While the port is open already, the contract is fetched and the feature store opened in the
+background: the process is alive at once and ready when both are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Any, cast
+
+import uvloop
+from kserve import ModelServer
+from kserve.model_server import app as kserve_app
+from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.rest.server import RESTServer
+
+from hafnium_contract.asgi import App
+from hafnium_contract.errors import InputError
+from hafnium_transformer.errors import ScoringError
+from hafnium_transformer.feature_store import FeastReader
+from hafnium_transformer.gate import Gate
+from hafnium_transformer.log_writer import EntityHash, InferenceLog
+from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.model import RiskTransformer
+from hafnium_transformer.predictor_client import PredictorClient
+from hafnium_transformer.scoring import Scorer
+from hafnium_transformer.settings import Settings
+
+log = logging.getLogger("hafnium.transformer")
+GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+"""KServe's own limit."""
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
+"""Pause between tries to get the contract: short at first, since predictor and transformer start together."""
+
+
+class _GatedRestServer(RESTServer):
+    """Creates KServe's app as ever and puts the gate before it."""
+
+    def put_before(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def create_application(self) -> None:
+        super().create_application()
+        self.config.app = cast(Any, self._gate)
+
+    def request_exit(self) -> None:
+        self._gate.stopping = True
+        self._server.should_exit = True
+
+
+class TransformerServer(ModelServer):
+    """Serves until SIGTERM, then finishes what is in flight and writes the rest of the inference log."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(
+            http_port=settings.http_port, grpc_port=settings.grpc_port, workers=1, enable_grpc=settings.enable_grpc,
+            enable_latency_logging=False, grace_period=settings.grace_period_s, timeout_keep_alive=settings.keep_alive_s,
+        )
+        self._settings = settings
+        self._grpc: GRPCServer | None = None
+
+    def run(self) -> None:
+        """Blocks until the server has stopped."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        s = self._settings
+        metrics = TransformerMetrics()
+        key = s.entity_hash_key.get_secret_value() if s.entity_hash_key else None
+        inference_log = None if s.inference_log is None else InferenceLog(
+            s.inference_log, metrics, flush_seconds=s.log_flush_seconds, flush_rows=s.log_flush_rows,
+            queue_rows_max=s.log_queue_rows_max, entity_hash=EntityHash(key),
+        )
+        client = PredictorClient(
+            s.predictor_host, s.model_name, ssl=s.predictor_use_ssl, connections_max=s.connections_max
+        )
+        scorer = Scorer(s, client, metrics, inference_log)
+        self.register_model(RiskTransformer(s, scorer))
+        rest = _GatedRestServer(
+            "kserve.model_server:app", self.dataplane, self.model_repository_extension, self.http_port,
+            grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
+        )
+        rest.config.host = s.host
+        rest.put_before(Gate(cast(App, kserve_app), scorer, metrics, s))
+        # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: rest.request_exit())
+        background = [asyncio.create_task(self._become_ready(scorer))]
+        if self.enable_grpc:
+            background.append(asyncio.create_task(self._serve_grpc()))
+        try:
+            await rest.start()
+        finally:
+            if self._grpc is not None:
+                await self._grpc.stop()
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await client.close()
+            scorer.close()
+            if inference_log is not None:
+                await asyncio.to_thread(inference_log.close)
+            log.info("stopped")
+
+    async def _become_ready(self, scorer: Scorer) -> None:
+        """Opens the feature store, gets the contract, and afterwards keeps the store's registry fresh."""
+        pause = _RETRY_FIRST_S
+        repo = self._settings.feature_repo
+        opened = repo is None
+        while not scorer.active:
+            try:
+                if repo is not None and not opened:
+                    scorer.use_store(await asyncio.to_thread(FeastReader, repo))
+                    opened = True
+                await scorer.refresh(None)
+            except (ScoringError, InputError) as e:
+                reason = e.detail if isinstance(e, ScoringError) else str(e)
+                self._not_yet(scorer, reason)
+            except Exception as e:  # noqa: BLE001 - whatever Feast raises over a broken repository: say it and try again
+                self._not_yet(scorer, f"feature store: {type(e).__name__}: {e}")
+            if not scorer.active:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2.0, _RETRY_MAX_S)
+        while repo is not None:
+            await asyncio.sleep(self._settings.registry_refresh_s)
+            try:
+                await scorer.refresh_registry()
+            except Exception as e:  # noqa: BLE001 - its storage may fail in any way; the old one stays in force
+                log.warning("feature store's registry was not refreshed: %s: %s", type(e).__name__, e)
+
+    @staticmethod
+    def _not_yet(scorer: Scorer, reason: str) -> None:
+        if reason != scorer.reason:
+            log.info("not ready yet: %s", reason)
+        scorer.reason = reason
+
+    async def _serve_grpc(self) -> None:
+        self._grpc = GRPCServer(
+            self.grpc_port, self.dataplane, self.model_repository_extension, grace_period=self.grace_period,
+            kwargs={"grpc_max_send_message_length": GRPC_MESSAGE_BYTES_MAX,
+                    "grpc_max_receive_message_length": GRPC_MESSAGE_BYTES_MAX},
+        )
+        await self._grpc.start(self.max_threads)

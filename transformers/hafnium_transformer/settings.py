@@ -1,0 +1,106 @@
+"""Settings of the transformer: command line first, then HAFNIUM_<NAME> in the environment, then the default."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from hafnium_contract.errors import InputError
+from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
+
+ENVIRONMENT_PREFIX = "HAFNIUM_"
+_NOT_FLAGS = ("sdk_arguments", "entity_hash_key")
+
+
+class Settings(BaseModel):
+    """Each field is also a flag (`--feature_repo`); KServe's own spelling with underscores, because KServe appends flags."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    model_name: str = Field(default="model", pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
+    """Name in the URLs, ours and the predictor's: KServe gives both the InferenceService's."""
+    predictor_host: str = Field(default="", pattern=r"^[-A-Za-z0-9_.\[\]:]*$")
+    """HOST or HOST:PORT of the predictor. KServe appends it."""
+    predictor_use_ssl: bool = False
+    """Speak TLS to the predictor."""
+    http_port: int = Field(default=8080, ge=1, le=65535)
+    """KServe's default."""
+    grpc_port: int = Field(default=8081, ge=1, le=65535)
+    """KServe's default."""
+    enable_grpc: bool = False
+    """V2 over gRPC for callers. Off: scores are asked for by HTTP, and the server costs seven threads."""
+    host: str = "0.0.0.0"  # noqa: S104 - a pod is reached by its address
+    """Address to listen on. The local runtime gives 127.0.0.1."""
+    feature_repo: Path | None = None
+    """Folder with Feast's feature_store.yaml. Needed only when the contract has views."""
+    inference_log: Path | None = None
+    """Folder for the inference log; without it nothing is logged."""
+    log_flush_seconds: float = Field(default=10.0, gt=0)
+    """Longest time that a row waits in memory: what a SIGKILL can lose. Shorter makes many small files."""
+    log_flush_rows: int = Field(default=5_000, ge=1)
+    """Rows that make a file at once: 420 kB with 15 inputs. Files of 20,000 rows took no fewer bytes per row (measured)."""
+    log_queue_rows_max: int = Field(default=20_000, ge=1)
+    """Rows in memory before further ones are dropped and counted: ten seconds of a stalled disk at 2,000
+    rows/s, and 18 MB with 15 inputs."""
+    deadline_ms: float = Field(default=1_000.0, gt=0)
+    """Time for a whole answer when the caller gives no x-hafnium-deadline-ms: ten times the p99 that owners ask for."""
+    lookup_timeout_ms: float = Field(default=250.0, gt=0)
+    """Time for the feature lookup. A store that hangs then counts as one without values: the contract's policy decides."""
+    lookup_threads: int = Field(default=1, ge=1, le=8)
+    """Threads that call Feast. Its work is Python, so a second one fights for the GIL and splits the rows that would be
+    read together: 1,440-1,630 µs of CPU a request instead of 980-1,090 (SQLite, 8 connections, measured)."""
+    lookup_rows_max: int = Field(default=256, ge=1)
+    """Rows in one read of the store: how long one read may hold the thread, at Feast's 0.15 ms a row about 40 ms."""
+    lookup_queue_rows_max: int = Field(default=5_000, ge=1)
+    """Rows that may wait for the store; further ones are answered as if it had no values."""
+    registry_refresh_s: float = Field(default=60.0, gt=0)
+    """Feast's registry is read again this often, in the background. Feast itself would do it inside a request."""
+    connections_max: int = Field(default=64, ge=1)
+    """Connections to the predictor. It has one thread, so more only queue there instead of here."""
+    in_flight_max: int = Field(default=512, ge=1)
+    """Requests in progress; the next gets 429. At the 750 requests/s that one process made it is 0.7 s of
+    work, which still ends within the deadline."""
+    batch_rows_max: int = Field(default=BATCH_ROWS_MAX, ge=1, le=BATCH_ROWS_MAX)
+    """Rows in one batch; the predictor takes no more."""
+    body_bytes_max: int = Field(default=BODY_BYTES_MAX, ge=1024)
+    """A body above it gets 413."""
+    explain_top_k: int = Field(default=5, ge=1)
+    """Contributions in an explanation: what a reviewer reads."""
+    explain_rows_max: int = Field(default=20, ge=1)
+    """Explained rows in one batch: each costs as many predictions as the model has inputs."""
+    grace_period_s: int = Field(default=20, ge=0)
+    """Seconds that requests in flight get on SIGTERM: below Kubernetes' 30, with room to write the log."""
+    keep_alive_s: int = Field(default=65, ge=1)
+    """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes."""
+    entity_hash_key: SecretStr | None = None
+    """Key of the hash that stands for the entity in the log; environment only, since flags are seen by everybody.
+    Without it each process draws its own: nobody can then join rows of different processes by entity."""
+    sdk_arguments: tuple[str, ...] = ()
+    """Arguments that are not ours: KServe's SDK gets them, and refuses what it doesn't know either."""
+
+
+def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
+    """Command line and environment → Settings. Raises InputError that names the flag; `--help` exits."""
+    parser = argparse.ArgumentParser(prog="hafnium_transformer", description=__doc__, allow_abbrev=False)
+    flags = {name: field for name, field in Settings.model_fields.items() if name not in _NOT_FLAGS}
+    for name, field in flags.items():
+        text = f"{field.description} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
+    given, rest = parser.parse_known_args(argv)
+    from_env = [*flags, "entity_hash_key"]
+    values: dict[str, Any] = {name: env[key] for name in from_env if (key := ENVIRONMENT_PREFIX + name.upper()) in env}
+    values |= vars(given) | {"sdk_arguments": tuple(rest)}
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise InputError(f"--{name} (or {ENVIRONMENT_PREFIX}{name.upper()}): {first['msg']}, got {first['input']!r}") from e
+    if not settings.predictor_host:
+        raise InputError("--predictor_host (or HAFNIUM_PREDICTOR_HOST): missing; expected HOST:PORT of the predictor")
+    return settings
