@@ -1,0 +1,183 @@
+"""`python -m hafnium_monitoring drift|performance …`. Exit status: 0 evidence written (Pass, Inconclusive, NoData), 1 it says
+Fail or Error, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+
+from hafnium_contract.bundle import open_bundle
+from hafnium_contract.durations import parse_duration
+from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.evidence import EvidenceSpec, write_evidence
+from hafnium_monitoring.drift import DriftOptions, run_drift
+from hafnium_monitoring.lock import evidence_lock
+from hafnium_monitoring.loop import DriftLoop, FixedTargets, StateFolder, Target, TargetSource, run_loop
+from hafnium_monitoring.performance import PerformanceOptions, run_performance
+from hafnium_monitoring.settings import DriftRules, LoopSettings, ReportSettings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        if arguments.command == "performance":
+            return _performance(arguments)
+        return _drift_loop(arguments) if arguments.every is not None else _drift(arguments)
+    except HafniumError as e:
+        sys.stderr.write(f"{e}\n")
+        return e.exit_status
+
+
+def _duration(text: str) -> timedelta:
+    try:
+        value = parse_duration(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+    if value <= timedelta(0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a duration above zero")
+    return value
+
+
+def _time(text: str) -> datetime:
+    value = datetime.fromisoformat(text)
+    if value.tzinfo is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time with zone, such as 2026-01-15T12:00:00Z")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and 0 < value < 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hafnium_monitoring", description="Evidence about models in production.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    drift = commands.add_parser("drift", help="do the model's inputs still look like what it was trained on?")
+    performance = commands.add_parser("performance", help="is the model still as good, by the labels that are known?")
+    rules = DriftRules()
+    for command in (drift, performance):
+        command.add_argument("--bundle", type=Path, help="the model under test")
+        command.add_argument("--log", type=Path, nargs="+", action="extend", default=[], help="folders of the inference log")
+        command.add_argument("--evidence", type=Path, help="folder that evidence is written to")
+        command.add_argument("--end", type=_time, help="end of the window (default: now)")
+        command.add_argument("--min-rows", type=_count, default=rules.min_rows, help="fewer rows are NoData (default: %(default)s)")
+    drift.add_argument("--window", type=_duration, default=timedelta(hours=1), help="length of the window (default: 1h)")
+    drift.add_argument("--stable-bundle", type=Path, help="the model in production, to compare with in the same window")
+    drift.add_argument("--looks", type=_count, default=rules.looks, help="windows per rollout, which share alpha (%(default)s)")
+    drift.add_argument("--alpha", type=_share, default=rules.alpha, help="chance of a false Fail over all looks (%(default)s)")
+    drift.add_argument("--report-dir", type=Path, help="folder of HTML reports (default: reports/ in the evidence folder)")
+    drift.add_argument("--report", choices=("always", "findings", "never"), help="default: always; with --every: findings")
+    drift.add_argument("--no-report", dest="report", action="store_const", const="never")
+    drift.add_argument("--keep-reports", type=_count, default=ReportSettings().keep, help="default: %(default)s")
+    drift.add_argument("--every", type=_duration, help="keep running: look this often, one disjoint window after the other")
+    drift.add_argument("--state", type=Path, help="state folder of `hafnium up`: follow its routes (with --every)")
+    drift.add_argument("--log-lag", type=_duration, default=timedelta(seconds=LoopSettings().log_lag_s),
+                       help="with --every: how late rows may reach the log: the transformer's --log_flush_seconds (2s)")
+    performance.add_argument("--window", type=_duration, required=True, help="length of the window")
+    performance.add_argument("--labels", type=Path, required=True, help="Parquet or CSV file with request id, label, label time")
+    return parser
+
+
+def _needed(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if not getattr(arguments, name):
+            raise InputError(f"--{name.replace('_', '-')} is needed here; see --help")
+
+
+def _rules(arguments: argparse.Namespace) -> DriftRules:
+    return DriftRules(alpha=arguments.alpha, looks=arguments.looks, min_rows=arguments.min_rows)
+
+
+def _report(arguments: argparse.Namespace, evidence: Path, default: ReportSettings) -> ReportSettings:
+    folder = arguments.report_dir or evidence / "reports"
+    return replace(default, folder=folder, when=arguments.report or default.when, keep=arguments.keep_reports)
+
+
+def _drift(arguments: argparse.Namespace) -> int:
+    if arguments.state is not None:
+        raise InputError("--state follows the routes over time: give --every as well")
+    _needed(arguments, "bundle", "log", "evidence")
+    now = datetime.now(UTC)
+    end: datetime = arguments.end or now
+    options = DriftOptions(
+        bundle=arguments.bundle, logs=tuple(arguments.log), start=end - arguments.window, end=end,
+        stable_bundle=arguments.stable_bundle, rules=_rules(arguments),
+        report=_report(arguments, arguments.evidence, ReportSettings()),
+    )
+    with evidence_lock(arguments.evidence):
+        return _publish(run_drift(options, now).evidence, arguments.evidence)
+
+
+def _publish(evidence: EvidenceSpec, folder: Path) -> int:
+    try:
+        path = write_evidence(folder, evidence)
+    except FileExistsError as e:
+        raise InputError(f"{e.filename2 or folder}: evidence for this model and window exists; evidence is never changed") from e
+    sys.stdout.write(f"{evidence.verdict}: {evidence.message}\n{path}\n")
+    return 1 if evidence.verdict in ("Fail", "Error") else 0
+
+
+def _drift_loop(arguments: argparse.Namespace) -> int:
+    source: TargetSource
+    if arguments.state is not None:
+        source = StateFolder(arguments.state)
+        evidence = arguments.evidence or arguments.state / "evidence"
+    else:
+        _needed(arguments, "bundle", "log", "evidence")
+        evidence = arguments.evidence
+        digest = open_bundle(arguments.bundle).manifest.digest  # known from now on, also when the bundle gets lost
+        source = FixedTargets((Target(
+            "model", arguments.bundle, digest, tuple(arguments.log), arguments.stable_bundle, signature="fixed",
+        ),))
+    settings = LoopSettings(
+        every_s=arguments.every.total_seconds(), window_s_max=arguments.window.total_seconds(),
+        log_lag_s=arguments.log_lag.total_seconds(), rules=_rules(arguments),
+        report=_report(arguments, evidence, LoopSettings().report),
+    )
+    stop = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    with evidence_lock(evidence):
+        run_loop(DriftLoop(source, evidence, settings), stop, lambda: datetime.now(UTC))
+    return 0
+
+
+def _performance(arguments: argparse.Namespace) -> int:
+    _needed(arguments, "bundle", "log", "evidence")
+    now = datetime.now(UTC)
+    end: datetime = arguments.end or now
+    options = PerformanceOptions(
+        bundle=arguments.bundle, logs=tuple(arguments.log), labels=arguments.labels, start=end - arguments.window, end=end,
+        min_rows=arguments.min_rows,
+    )
+    return _publish(run_performance(options, now), arguments.evidence)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

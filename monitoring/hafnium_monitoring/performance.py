@@ -1,0 +1,240 @@
+"""Is the model still as good as when it was evaluated, by the labels that have arrived?
+
+Labels come weeks late, and not at random: confirmed fraud is known first. So a window is judged only when nearly all of its
+rows have a label by now (`labelled_share_min`); earlier it is NoData, since the AUC of the early labels is another number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from hafnium_contract.bundle import Bundle, open_bundle
+from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.evidence import EvidenceSpec, EvidenceValue, Verdict
+from hafnium_contract.model_contract import ModelContract
+from hafnium_monitoring.errors import LabelError
+from hafnium_monitoring.windows import ALL_ARMS, InferenceLog, LogRows, Selection
+
+pc: Any = pyarrow.compute  # its functions are made at import, so type checkers can't see them
+_LOG = logging.getLogger("hafnium.monitoring")
+JOB = "hafnium-monitoring performance"
+SCORE_NAME = "score"
+BASELINE_KEYS = {"roc_auc": ("rocauc",), "pr_auc": ("prauc", "averageprecision"), "brier": ("brier", "brierscore")}
+"""Metric → its names in evaluation.json, compared without case, `_` and `-`."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PerformanceOptions:
+    """What to look at. `start` ≤ time < `end`."""
+
+    bundle: Path
+    logs: tuple[Path, ...]
+    labels: Path
+    """Parquet or CSV with the contract's request id, label and (when it has one) label time columns."""
+    start: datetime
+    end: datetime
+    min_rows: int = 1_000
+    positives_min: int = 30
+    """Fewer frauds leave the interval of PR-AUC wider than any drop worth finding."""
+    labelled_share_min: float = 0.9
+    drop_max: float = 0.02
+    """Relative loss of ROC-AUC or PR-AUC that fails: the owners' export gate, applied to production."""
+    confidence: float = 0.95
+    resamples: int = 500
+    rows_max: int = 200_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its bootstrap percentile interval."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+def run_performance(options: PerformanceOptions, now: datetime) -> EvidenceSpec:
+    """Judges one window by the labels known at `now`. Whatever can't be read gives the verdict Error, as in `run_drift`."""
+    if options.start >= options.end or options.start.tzinfo is None or options.end.tzinfo is None:
+        raise InputError(f"window {options.start} to {options.end}: expected two times with zone, the first earlier")
+    bundle = open_bundle(options.bundle)
+    try:
+        return _run(options, bundle, now)
+    except Exception as e:  # noqa: BLE001 - as in drift.py: strange data must leave a record that nothing is known
+        if not isinstance(e, HafniumError):
+            _LOG.exception("performance run failed")
+        text = str(e) if isinstance(e, HafniumError) else f"{type(e).__name__}: {e}"
+        return _evidence(options, bundle, now, "Error", f"the performance run failed, so nothing is known: {text}"[:2_000], 0, ())
+
+
+def _run(options: PerformanceOptions, bundle: Bundle, now: datetime) -> EvidenceSpec:
+    manifest = bundle.manifest
+    wanted = Selection(manifest.digest, manifest.model_version, ALL_ARMS, options.start, options.end)
+    rows = InferenceLog(options.logs).read(wanted, [], rows_max=options.rows_max, seed=options.seed)
+    if rows.kept == 0:
+        return _evidence(options, bundle, now, "NoData", "no row of the model in the window", 0, ())
+    label, ids = known_labels(options.labels, bundle.contract, now, answered_by=options.end)
+    score, truth, asked = _join(rows, ids, label)
+    positives = int(truth.sum())
+    short = (
+        f"{len(truth)} of {asked} rows have a label by now, {options.labelled_share_min:.0%} are needed"
+        if len(truth) < options.labelled_share_min * asked else
+        f"{len(truth)} labelled rows, {options.min_rows} are needed" if len(truth) < options.min_rows else
+        f"{positives} positive labels, at least {options.positives_min} of either kind are needed"
+        if min(positives, len(truth) - positives) < options.positives_min else ""
+    )
+    if short:
+        return _evidence(options, bundle, now, "NoData", short, len(truth), ())
+    found = measure(score, truth, confidence=options.confidence, resamples=options.resamples, seed=options.seed)
+    return _judged(options, bundle, now, found, len(truth))
+
+
+def _judged(
+    options: PerformanceOptions, bundle: Bundle, now: datetime, found: Mapping[str, Interval], samples: int,
+) -> EvidenceSpec:
+    baseline = baselines(bundle)
+    floors = {m: baseline[m] * (1 - options.drop_max) for m in ("roc_auc", "pr_auc") if m in baseline}
+    failed = [m for m, floor in floors.items() if found[m].upper < floor]
+    values: list[EvidenceValue] = []
+    for metric, x in found.items():
+        floor = floors.get(metric)
+        values.append(EvidenceValue(name=SCORE_NAME, statistic=metric, value=x.value, threshold=floor, drifted=metric in failed))
+        values.append(EvidenceValue(name=SCORE_NAME, statistic=f"{metric}_lower", value=x.lower))
+        values.append(EvidenceValue(name=SCORE_NAME, statistic=f"{metric}_upper", value=x.upper))
+    text = ", ".join(
+        f"{m} {found[m].value:.3f} [{found[m].lower:.3f}, {found[m].upper:.3f}] against {baseline[m]:.3f}" for m in floors
+    )
+    if not floors:
+        verdict, message = "Inconclusive", "the bundle's evaluation.json has neither roc_auc nor pr_auc to compare with"
+    elif failed:
+        verdict, message = "Fail", f"down by more than {options.drop_max:.0%} since the evaluation: {text}"
+    elif all(found[m].lower >= floor for m, floor in floors.items()):
+        verdict, message = "Pass", f"as good as when it was evaluated: {text}"
+    else:
+        verdict, message = "Inconclusive", f"the intervals still contain a loss of more than {options.drop_max:.0%}: {text}"
+    return _evidence(options, bundle, now, verdict, message, samples, values)
+
+
+def known_labels(
+    path: Path, contract: ModelContract, now: datetime, *, answered_by: datetime,
+) -> tuple[Floats, npt.NDArray[np.object_]]:
+    """Labels known at `now` → ([rows] 0 or 1, [rows] request ids). Raises LabelError.
+
+    With a fixed `delay` instead of a label time column, all labels of the window are known once `answered_by` + delay is past.
+    """
+    data = contract.data
+    id_column = data.request_id or "request_id"
+    columns = [id_column, data.label.column, *([data.label_time.column] if data.label_time.column else [])]
+    try:
+        if path.suffix.lower() == ".csv":
+            include = pyarrow.csv.ConvertOptions(include_columns=columns, column_types={id_column: pa.string()})
+            table = pyarrow.csv.read_csv(path, convert_options=include)
+        else:
+            with pq.ParquetFile(path) as file:
+                table = file.read(columns=columns)
+        lacking = [c for c in columns if c not in table.column_names]
+        if lacking:
+            raise LabelError(f"{path}: column {lacking[0]!r} is missing; the contract names it")
+        label = table[data.label.column].cast(pa.float64())
+        known = pc.is_valid(label)
+        if data.label_time.column:
+            times = table[data.label_time.column].cast(pa.timestamp("us", tz="UTC"))
+            known = pc.and_(known, pc.fill_null(pc.less_equal(times, pa.scalar(now, pa.timestamp("us", tz="UTC"))), False))
+        elif answered_by + (data.label_time.delay or timedelta(0)) > now:
+            known = pc.and_(known, False)
+        ids = table[id_column].cast(pa.string())
+    except (pa.ArrowException, OSError, KeyError) as e:
+        raise LabelError(f"{path}: labels can't be read: {str(e).splitlines()[0]}") from e
+    return (
+        np.asarray(label.filter(known).to_numpy(), np.float64), np.asarray(ids.filter(known).to_pandas(), np.object_),
+    )
+
+
+def _join(rows: LogRows, ids: npt.NDArray[np.object_], label: Floats) -> tuple[Floats, Floats, int]:
+    """(score, label) of the requests that have a label, and how many requests there were. A request counts once."""
+    score = dict(zip(rows.request_id.tolist(), rows.score.astype(np.float64).tolist(), strict=True))
+    known = dict(zip(ids.tolist(), label.tolist(), strict=True))
+    both = [(s, known[i]) for i, s in score.items() if i in known]
+    pairs = np.array(both, np.float64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1], len(score)
+
+
+def measure(score: Floats, truth: Floats, *, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
+    """ROC-AUC, PR-AUC (average precision) and Brier score with bootstrap intervals. `score`, `truth`: [rows]."""
+    order = np.argsort(-score, kind="stable")
+    score, truth = score[order], truth[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(score) != 0])  # rows of one score count as one step, not in file order
+    rng = np.random.default_rng(seed)
+    point = _metrics(score, truth, np.ones(len(score)), starts)
+    rows = len(score)
+    draws = np.array([
+        _metrics(score, truth, np.bincount(rng.integers(0, rows, rows), minlength=rows).astype(np.float64), starts)
+        for _ in range(resamples)
+    ])
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.nanquantile(draws, [tail, 1.0 - tail], axis=0)
+    return {
+        m: Interval(float(point[i]), float(low[i]), float(high[i])) for i, m in enumerate(("roc_auc", "pr_auc", "brier"))
+    }
+
+
+def _metrics(score: Floats, truth: Floats, weight: Floats, starts: npt.NDArray[np.int64]) -> tuple[float, float, float]:
+    """Weighted metrics; `score` falls, `starts` are the first rows of each distinct score."""
+    positive = np.add.reduceat(weight * truth, starts)
+    negative = np.add.reduceat(weight * (1.0 - truth), starts)
+    above, false = np.cumsum(positive), np.cumsum(negative)
+    all_positive, all_negative = above[-1], false[-1]
+    if all_positive == 0 or all_negative == 0:
+        return (np.nan, np.nan, float(np.average((score - truth) ** 2, weights=weight)))
+    roc = float(np.sum(negative * (above - positive / 2.0)) / (all_positive * all_negative))
+    taken = above + false
+    precision = np.divide(above, taken, out=np.zeros_like(above), where=taken > 0)
+    return roc, float(np.sum(precision * positive) / all_positive), float(np.average((score - truth) ** 2, weights=weight))
+
+
+def baselines(bundle: Bundle) -> dict[str, float]:
+    """Metrics of evaluation.json's `metrics`: a number each, or an object with `value`."""
+    path = bundle.path / "evaluation.json"
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: can't be read: {e}") from e
+    metrics = data.get("metrics") if isinstance(data, dict) else None
+    if not isinstance(metrics, dict):
+        return {}
+    plain = {str(k).lower().replace("_", "").replace("-", ""): v for k, v in metrics.items()}
+    out: dict[str, float] = {}
+    for metric, keys in BASELINE_KEYS.items():
+        for key in keys:
+            value = plain.get(key)
+            if isinstance(value, dict):
+                value = value.get("value")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                out.setdefault(metric, float(value))
+    return out
+
+
+def _evidence(
+    options: PerformanceOptions, bundle: Bundle, now: datetime, verdict: Verdict, message: str, samples: int,
+    values: list[EvidenceValue] | tuple[EvidenceValue, ...],
+) -> EvidenceSpec:
+    return EvidenceSpec(
+        model_digest=bundle.manifest.digest, kind="performance", window_start=options.start, window_end=options.end,
+        verdict=verdict, samples=samples, values=tuple(values), message=message, job=JOB, created_at=now,
+    )

@@ -1,0 +1,124 @@
+"""Findings → verdict. Pure: no file, no clock. docs/drift.md is the same table in words.
+
+What a short window of one arm differs in from a reference of months is mostly the hour, the weekday and the news. So:
+
+- the candidate against the stable arm in the same window is what may fail a candidate: both see the same minutes;
+- the candidate against its own reference may fail it only when the stable arm is not off its reference there, and the two
+  references differ: then what arrives is what stable was trained on and not what the candidate was trained on;
+- arms whose requests came at different times of the window are not compared at all (the split changed inside it);
+- both arms off their references in the same features is the world: hold, and say so (rule 7);
+- scores of two models differ by design and are never compared here (the rollout's `scores` gate does, in pairs); a
+  candidate's scores fail it only when they left its reference by a threshold more than stable's left stable's.
+
+Without a stable arm (a model that is watched on its own) drift from the reference is a Fail: it is an alarm, there is nothing
+to roll back to. Where a stable arm was expected and has too few rows (weight 100), it is Inconclusive: candidate and world
+can't be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hafnium_contract.evidence import Verdict
+from hafnium_monitoring.comparison import SCORE, Finding, drifted
+
+NAMES_MAX = 5
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """All that was compared. None: not compared, since there was no (or too little of a) stable arm."""
+
+    candidate: tuple[Finding, ...]
+    """The model under test against its own reference."""
+    stable: tuple[Finding, ...] | None = None
+    """The stable model against its own reference, same window."""
+    between: tuple[Finding, ...] | None = None
+    """The candidate's rows against the stable's, same window."""
+    references: tuple[Finding, ...] | None = None
+    """The candidate's reference against the stable's: was there a difference in training already?"""
+    stable_expected: bool = False
+    split_changed: bool = False
+    """The arms' requests came at different times of the window, so they can't be compared."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    verdict: Verdict
+    message: str
+    both_arms: bool = False
+
+
+def judge(found: Comparisons) -> Judgement:
+    """The verdict, and one sentence for who is on call."""
+    moved = drifted(found.candidate)
+    if found.stable is None or found.between is None:
+        return _alone(moved, found)
+    if found.split_changed:
+        return Judgement(
+            "Inconclusive", "the two arms' requests came at different times of the window (its traffic split changed, or one "
+            "arm's log has gaps), so they can't be compared; the next window decides",
+        )
+    differ = drifted(found.between)
+    if differ:
+        return Judgement(
+            "Fail", f"the candidate's inputs differ from the stable model's in the same window: {names(differ)}; "
+            "both see the same traffic, so look at the candidate's feature code, views and contract",
+        )
+    stable = {f.name: f for f in found.stable}
+    references = {f.name: f for f in found.references or ()}
+    world_moved = bool(drifted(found.stable))
+    world = [f for f in moved if f.name in stable and stable[f.name].drifted]
+    own = [f for f in moved if f not in world and _own_fault(f, stable, references, world_moved)]
+    if own:
+        return Judgement(
+            "Fail", f"what arrives is what the stable model was trained on, and not what the candidate was: {names(own)}; "
+            "its training data or its contract differ from production",
+        )
+    if world:
+        return Judgement(
+            "Inconclusive", f"both models' inputs left their references and do not differ from each other: {names(world)}; "
+            "the world changed, not the candidate", both_arms=True,
+        )
+    if moved:
+        return Judgement(
+            "Inconclusive", f"the candidate left its reference a little more than the stable model did ({names(moved)}), "
+            "but the two do not differ from each other; wait for more rows",
+        )
+    return Judgement("Pass", "the candidate's inputs are like its reference and like the stable model's in the same window")
+
+
+def _alone(moved: Sequence[Finding], found: Comparisons) -> Judgement:
+    if not moved:
+        tail = "; the stable arm has too few rows to compare with" if found.stable_expected else ""
+        return Judgement("Pass", f"the model's inputs and scores are like its reference{tail}")
+    if found.stable_expected:
+        return Judgement(
+            "Inconclusive", f"the candidate left its reference ({names(moved)}), and the stable arm has too few rows to tell "
+            "whether the world did",
+        )
+    return Judgement("Fail", f"the model's inputs or scores left its reference: {names(moved)}")
+
+
+def _own_fault(
+    finding: Finding, stable: Mapping[str, Finding], references: Mapping[str, Finding], world_moved: bool,
+) -> bool:
+    """Whether a drift from the candidate's reference, which the stable arm doesn't show, is the candidate's own."""
+    theirs = stable.get(finding.name)
+    if theirs is None:
+        # A feature that only the candidate has: no control. Blame it only when nothing else moved in this window.
+        return not world_moved
+    if finding.name == SCORE:
+        return finding.threshold is not None and finding.value - theirs.value >= finding.threshold
+    # The two arms' inputs are alike, so one can be off its reference alone only if the references differ. When they don't,
+    # one arm is just above and the other just below the line, which is chance.
+    known = references.get(finding.name)
+    return known is not None and known.drifted
+
+
+def names(findings: Sequence[Finding]) -> str:
+    """`a (PSI 1.20), b (PSI 0.31) and 3 more`, largest first."""
+    ordered = sorted(findings, key=lambda f: -abs(f.value) / (f.threshold or 1.0))
+    text = ", ".join(str(f) for f in ordered[:NAMES_MAX])
+    return text + (f" and {len(ordered) - NAMES_MAX} more" if len(ordered) > NAMES_MAX else "")

@@ -1,0 +1,129 @@
+"""Performance from late labels: metrics against scikit-learn, and when nothing may be said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+
+from hafnium_contract.bundle import REQUIRED, Bundle, write_bundle
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_contract.model_contract import ModelContract
+from hafnium_monitoring.performance import PerformanceOptions, measure, run_performance
+
+from .conftest import NOW, START, Matrix, write_log
+
+ROWS = 4_000
+Judge = Callable[..., EvidenceSpec]
+
+
+def test_metrics_agree_with_scikit_learn_also_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    truth = (rng.random(3_000) < 0.1).astype(np.float64)
+    score = np.round(np.clip(rng.normal(0.3 + 0.2 * truth, 0.15), 0, 1), 2)
+    found = measure(score, truth, confidence=0.95, resamples=100, seed=0)
+    assert found["roc_auc"].value == pytest.approx(roc_auc_score(truth, score))
+    assert found["pr_auc"].value == pytest.approx(average_precision_score(truth, score))
+    assert found["brier"].value == pytest.approx(brier_score_loss(truth, score))
+    for x in found.values():
+        assert x.lower < x.value < x.upper
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for i in range(120):
+        truth = (rng.random(800) < 0.2).astype(np.float64)
+        score = 1 / (1 + np.exp(-rng.normal(truth, 1.0)))  # AUC of N(1,1) over N(0,1) is Φ(1/√2) = 0.7602
+        x = measure(score, truth, confidence=0.95, resamples=150, seed=i)["roc_auc"]
+        hits += x.lower <= 0.76025 <= x.upper
+    assert hits >= 105
+
+
+@pytest.fixture
+def judged(tmp_path: Path, contract: ModelContract, candidate_bundle: Bundle, population: Matrix) -> Judge:
+    """Runs over a window whose labels follow the scores; `truth(score, rng)` may make them worse."""
+
+    def run(
+        baseline: float | None = 0.75, skill: float = 4.0, known_after: timedelta = timedelta(days=20), csv: bool = False,
+        hide: float = 0.0, **options: object,
+    ) -> EvidenceSpec:
+        metrics = {} if baseline is None else {"rocAuc": {"value": baseline, "lower": 0.0, "upper": 1.0}}
+        files = {name: (candidate_bundle.path / name).read_bytes() for name in REQUIRED}
+        files["evaluation.json"] = json.dumps({"schemaVersion": 1, "metrics": metrics}).encode()
+        bundle = write_bundle(
+            tmp_path / f"bundle-{baseline}", files, contract=contract, model_version="5", data_digest="sha256:" + "0" * 64,
+            git_commit="0" * 40, seed=0, opset=20,
+        )
+        log = tmp_path / f"log-{baseline}"
+        written = write_log(log, bundle, population[:ROWS], "stable", files=1)
+        score = pq.ParquetFile(written[0]).read()["score"].to_numpy()
+        rng = np.random.default_rng(0)
+        rank = score.argsort().argsort() / ROWS
+        truth = (rng.random(ROWS) < 0.3 * rank**skill).astype(np.int8)
+        keep = rng.random(ROWS) >= hide
+        table = pa.table({
+            "transaction_id": pa.array([f"r-{i}" for i in range(ROWS)]).filter(pa.array(keep)), "is_fraud": truth[keep],
+            "label_time": pa.array([START + known_after] * int(keep.sum()), pa.timestamp("us", tz="UTC")),
+        })
+        labels = tmp_path / ("labels.csv" if csv else "labels.parquet")
+        pyarrow.csv.write_csv(table, labels) if csv else pq.write_table(table, labels)
+        chosen = PerformanceOptions(bundle=bundle.path, logs=(log,), labels=labels, start=START, end=NOW, resamples=100)
+        return run_performance(replace(chosen, **options), START + timedelta(days=60))  # type: ignore[arg-type]
+    return run
+
+
+def test_a_model_as_good_as_evaluated_passes(judged: Judge) -> None:
+    spec = judged()
+    assert (spec.kind, spec.verdict, spec.samples) == ("performance", "Pass", ROWS)
+    assert {v.statistic for v in spec.values} >= {"roc_auc", "roc_auc_lower", "pr_auc", "brier"}
+
+
+def test_a_model_that_became_worse_fails(judged: Judge) -> None:
+    spec = judged(baseline=0.99)
+    assert spec.verdict == "Fail"
+    assert "roc_auc" in spec.message
+
+
+def test_an_interval_around_the_limit_is_inconclusive(judged: Judge) -> None:
+    good = next(v.value for v in judged().values if v.statistic == "roc_auc")
+    spec = judged(baseline=good / 0.98)
+    assert spec.verdict == "Inconclusive"
+    assert "intervals still contain" in spec.message
+
+
+def test_labels_that_are_not_known_yet_are_no_data(judged: Judge) -> None:
+    spec = judged(known_after=timedelta(days=90))
+    assert (spec.verdict, spec.samples) == ("NoData", 0)
+    assert "have a label by now" in spec.message
+
+
+def test_labels_of_a_part_only_are_no_data_since_fraud_is_known_first(judged: Judge) -> None:
+    assert judged(hide=0.3).verdict == "NoData"
+
+
+def test_labels_may_come_as_csv(judged: Judge) -> None:
+    assert judged(csv=True).verdict == "Pass"
+
+
+def test_a_bundle_without_metrics_is_inconclusive(judged: Judge) -> None:
+    assert judged(baseline=None).verdict == "Inconclusive"
+
+
+def test_a_missing_label_file_is_error_evidence(judged: Judge, tmp_path: Path) -> None:
+    spec = judged(labels=tmp_path / "absent.parquet")
+    assert spec.verdict == "Error"
+    assert "absent.parquet" in spec.message
+
+
+def test_too_few_frauds_are_no_data(judged: Judge) -> None:
+    assert "positive labels" in judged(positives_min=3_000).message

@@ -1,0 +1,152 @@
+"""Reading the inference log: which rows, how many in memory, and what is not a log file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hafnium_contract.bundle import Bundle
+from hafnium_contract.inference_log import logged_features
+from hafnium_monitoring.errors import LogReadError
+from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
+
+from .conftest import NOW, START, Matrix, write_log
+
+
+def selection(bundle: Bundle, arms: frozenset[str] = ALL_ARMS, start: datetime = START, end: datetime = NOW) -> Selection:
+    return Selection(bundle.manifest.digest, bundle.manifest.model_version, arms, start, end)
+
+
+def names(bundle: Bundle) -> list[str]:
+    return [f.name for f in logged_features(bundle.contract)]
+
+
+def test_windows_that_touch_share_no_row_and_lose_none(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    write_log(tmp_path, stable_bundle, population[:3_600], "stable", files=7)
+    log = InferenceLog([tmp_path])
+    cuts = [START + timedelta(seconds=s) for s in (0, 1, 60, 1_111.5, 3_600)]
+    counts = [log.count(selection(stable_bundle, start=a, end=b)) for a, b in itertools.pairwise(cuts)]
+    assert sum(counts) == 3_600
+    assert counts[:2] == [1, 59]
+
+
+def test_rows_keep_their_values(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    write_log(tmp_path, stable_bundle, population[:500], "stable")
+    rows = InferenceLog([tmp_path]).read(selection(stable_bundle), names(stable_bundle), rows_max=1_000, seed=0)
+    assert (rows.total, rows.kept) == (500, 500)
+    for name in names(stable_bundle):
+        column = population[:500, stable_bundle.contract.input_names.index(name)]
+        np.testing.assert_array_equal(rows.features[name], column)
+
+
+def test_shadow_rows_are_the_candidates_and_another_digest_is_nobodys(
+    tmp_path: Path, candidate_bundle: Bundle, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    write_log(tmp_path, candidate_bundle, population[:30], "shadow", ids="a")
+    write_log(tmp_path, candidate_bundle, population[:20], "candidate", ids="b")
+    write_log(tmp_path, candidate_bundle, population[:10], "stable", ids="c")
+    write_log(tmp_path / "other", candidate_bundle, population[:40], "candidate", digest=stable_bundle.manifest.digest)
+    log = InferenceLog([tmp_path, tmp_path / "other"])
+    assert log.count(selection(candidate_bundle, CANDIDATE_ARMS)) == 50
+    assert log.count(selection(candidate_bundle, STABLE_ARMS)) == 10
+    assert log.count(selection(candidate_bundle)) == 60
+
+
+def test_beyond_the_limit_a_seeded_uniform_sample_is_kept(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    write_log(tmp_path, stable_bundle, population, "stable", files=40)
+    log = InferenceLog([tmp_path])
+
+    def read(seed: int) -> list[str]:
+        rows = log.read(selection(stable_bundle), ["transaction_amount"], rows_max=1_000, seed=seed)
+        assert (rows.total, rows.kept) == (20_000, 1_000)
+        return [str(i) for i in rows.request_id]
+
+    first = read(1)
+    assert first == read(1)
+    assert first != read(2)
+    position = np.array([int(i.removeprefix("r-")) for i in first])
+    # uniform over the log: each quarter has 250 ± 5 standard deviations
+    assert np.abs(np.bincount(position // 5_000) - 250).max() < 70
+
+
+def test_an_empty_folder_and_a_missing_one_have_no_rows(tmp_path: Path, stable_bundle: Bundle) -> None:
+    rows = InferenceLog([tmp_path, tmp_path / "absent"]).read(selection(stable_bundle), ["velocity_24h"], rows_max=10, seed=0)
+    assert (rows.total, rows.kept, rows.features["velocity_24h"].size) == (0, 0, 0)
+
+
+def place(folder: Path, bundle: Bundle) -> Path:
+    path = folder / f"date={START:%Y-%m-%d}" / f"model_version={bundle.manifest.model_version}" / "part-20260115T120000-x.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def half_written(path: Path, folder: Path, bundle: Bundle, population: Matrix) -> None:
+    whole = write_log(folder / "whole", bundle, population[:100], "stable", files=1)[0].read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def foreign(path: Path, folder: Path, bundle: Bundle, population: Matrix) -> None:
+    pq.write_table(pa.table({"x": [1]}), path)
+
+
+def empty(path: Path, folder: Path, bundle: Bundle, population: Matrix) -> None:
+    path.write_bytes(b"")
+
+
+def without_a_feature(path: Path, folder: Path, bundle: Bundle, population: Matrix) -> None:
+    whole = write_log(folder / "whole", bundle, population[:100], "stable", files=1)[0]
+    table = pq.ParquetFile(whole).read()
+    pq.write_table(table.drop_columns(["feature_velocity_24h"]), path)
+
+
+def times_as_text(path: Path, folder: Path, bundle: Bundle, population: Matrix) -> None:
+    whole = write_log(folder / "whole", bundle, population[:100], "stable", files=1)[0]
+    table = pq.ParquetFile(whole).read()
+    text = pa.array(["yesterday"] * len(table))
+    pq.write_table(table.set_column(table.column_names.index("time"), "time", text), path)
+
+
+@pytest.mark.parametrize("spoil", [half_written, foreign, empty, without_a_feature, times_as_text])
+def test_what_is_not_a_log_file_is_an_error_that_names_it(
+    spoil: object, tmp_path: Path, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    log = tmp_path / "log"
+    write_log(log, stable_bundle, population[:100], "stable")
+    path = place(log, stable_bundle)
+    spoil(path, tmp_path, stable_bundle, population)  # type: ignore[operator]
+    with pytest.raises(LogReadError, match=r"part-20260115T120000-x\.parquet"):
+        InferenceLog([log]).read(selection(stable_bundle), names(stable_bundle), rows_max=1_000, seed=0)
+
+
+def test_a_torn_file_of_long_ago_does_not_blind_later_windows(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    write_log(tmp_path, stable_bundle, population[:100], "stable")
+    path = place(tmp_path, stable_bundle)
+    path.write_bytes(b"PAR1")
+    old = (START - timedelta(hours=2)).timestamp()
+    os.utime(path, (old, old))
+    assert InferenceLog([tmp_path]).count(selection(stable_bundle)) == 100
+
+
+def test_a_file_that_retention_removes_meanwhile_is_no_error(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    files = write_log(tmp_path, stable_bundle, population[:300], "stable", files=3)
+    log = InferenceLog([tmp_path])
+    assert log.count(selection(stable_bundle)) == 300
+    files[0].unlink()
+    assert log.count(selection(stable_bundle)) == 200
+
+
+def test_a_later_window_does_not_open_files_that_it_knows_to_be_older(
+    tmp_path: Path, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    files = write_log(tmp_path, stable_bundle, population[:300], "stable", files=3)
+    log = InferenceLog([tmp_path])
+    log.count(selection(stable_bundle))
+    files[0].write_bytes(b"garbage that would be an error if it were opened")
+    assert log.count(selection(stable_bundle, start=START + timedelta(minutes=30))) == 150
