@@ -1,0 +1,221 @@
+"""What `hafnium rollout …` does: plain functions, state folder in, text or data out. The command line is wired elsewhere.
+
+None of them moves traffic. They write a wish beside the state, and the controller, which has all the rules, acts on it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Generator
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from hafnium_contract.durations import format_duration
+from hafnium_contract.errors import InputError
+from hafnium_rollout.errors import StateError, UnknownRollout
+from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ObjectMeta, UserAction, load_rollout
+from hafnium_rollout.planning import plan_rollout
+from hafnium_rollout.state_folder import StateFolder, write_atomically
+from hafnium_rollout.status import HistoryPoint, RolloutStatus
+
+COLUMNS = ("NAME", "PHASE", "STEP", "WEIGHT", "GATE", "REASON", "AGE")
+ActionType = Literal["Promote", "SkipStep", "Abort", "Retry"]
+
+
+def apply(state: Path, file: Path) -> str:
+    """Checks a ModelRollout file and makes it the wanted one. Returns a line for people.
+
+    Raises InputError or RolloutFileError (every problem with its line); nothing is changed then.
+    """
+    rollout = load_rollout(file)
+    folder = StateFolder(state)
+    target = folder.rollout(rollout.name)
+    text = file.read_text(encoding="utf-8")
+    if target.is_file():
+        old = load_rollout(target)
+        if old.spec.model.name != rollout.spec.model.name:
+            raise StateError(f"{file}: spec.model.name can't change ({old.spec.model.name} → {rollout.spec.model.name}); "
+                             "make another ModelRollout")
+        if target.read_text(encoding="utf-8") == text:
+            return f"modelrollout {rollout.name} unchanged"
+    existed = target.is_file()
+    write_atomically(target, text)
+    return f"modelrollout {rollout.name} {'configured' if existed else 'created'}"
+
+
+def read_status(state: Path, name: str) -> RolloutStatus:
+    """The rollout's status; an empty one when the controller hasn't looked yet. Raises UnknownRollout or StateError."""
+    folder = StateFolder(state)
+    path = folder.status(name)
+    try:
+        return RolloutStatus.model_validate_json(path.read_bytes())
+    except FileNotFoundError as e:
+        if folder.rollout(name).is_file():
+            return RolloutStatus()
+        known = ", ".join(folder.rollout_names()) or "none"
+        raise UnknownRollout(f"no ModelRollout {name!r} in {state}; there are: {known}") from e
+    except (OSError, ValidationError) as e:
+        raise StateError(f"{path}: can't be read: {e}") from e
+
+
+def status(state: Path, name: str | None = None, *, now: datetime | None = None) -> dict[str, Any]:
+    """Rows of all rollouts (or of one), with its gates: {"rollouts": [{"name", "phase", …, "gates": [{…}]}]}."""
+    names = [name] if name is not None else StateFolder(state).rollout_names()
+    return {"rollouts": [_row(n, read_status(state, n), now or datetime.now(UTC)) for n in names]}
+
+
+def _row(name: str, s: RolloutStatus, now: datetime) -> dict[str, Any]:
+    step = s.step
+    worst = next((g for v in ("Fail", "Error", "NoData", "Inconclusive") for g in s.gates if g.verdict == v and g.role != "Advisory"), None)
+    weight = 100 if s.phase == "Promoted" else step.weight_desired if step is not None else 0
+    return {
+        "name": name, "phase": s.phase, "step": None if step is None else step.index, "weight": weight,
+        "weightObserved": None if step is None else step.weight_observed,
+        "shadow": step is not None and s.route is not None and s.route.shadow,
+        "gate": f"{worst.name}:{worst.verdict}" if worst is not None and step is not None else (
+            "all:Pass" if s.gates and step is not None else ""),
+        "reason": s.reason, "message": s.message,
+        "ageSeconds": None if s.started_at is None else max(0.0, (now - s.started_at).total_seconds()),
+        "candidate": None if s.candidate is None else s.candidate.model_dump(mode="json"),
+        "stable": None if s.stable is None else s.stable.model_dump(mode="json"),
+        "gates": [
+            {"name": g.name, "role": g.role, "verdict": g.verdict, "statistic": g.statistic, "lower": g.lower, "upper": g.upper,
+             "samples": g.samples, "missing": g.missing, "message": g.message} for g in s.gates
+        ],
+    }
+
+
+def status_table(state: Path, name: str | None = None, *, now: datetime | None = None) -> str:
+    """NAME PHASE STEP WEIGHT GATE REASON AGE, and below it one line per gate and the message."""
+    rows = status(state, name, now=now)["rollouts"]
+    cells = [[
+        r["name"], r["phase"], "-" if r["step"] is None else str(r["step"]), "shadow" if r["shadow"] else f"{r['weight']}%",
+        r["gate"] or "-", r["reason"] or "-", "-" if r["ageSeconds"] is None else _age(r["ageSeconds"]),
+    ] for r in rows]
+    lines = _aligned([list(COLUMNS), *cells])
+    for r in rows:
+        if r["message"]:
+            lines.append(f"{r['name']}: {r['message']}")
+        lines += [f"  {g['name']:<14} {g['role']:<9} {g['verdict']:<13} {g['message']}" for g in r["gates"]]
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+
+
+def _age(seconds: float) -> str:
+    return format_duration(timedelta(seconds=int(seconds)))
+
+
+def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: float = 1.0) -> Generator[HistoryPoint]:
+    """Events of a rollout as they come (not the looks), from its beginning on. Ends when it is promoted or rolled back.
+
+    `wait(seconds)` is called between two readings; raise in it to stop.
+    """
+    last: datetime | None = None
+    told: set[tuple[datetime, str, str]] = set()
+    while True:
+        s = read_status(state, name)
+        for point in s.history:
+            key = (point.time, point.event, point.message)
+            if point.event == "Look" or key in told or (last is not None and point.time < last):
+                continue
+            told = {k for k in told if k[0] >= point.time} | {key}
+            last = point.time
+            yield point
+        if s.phase in ("Promoted", "RolledBack"):
+            return
+        wait(poll_s)
+
+
+def event_line(point: HistoryPoint) -> str:
+    """One event for people: `12:00:01  StepEntered  step 1: the candidate gets 5 % of requests`."""
+    return f"{point.time:%H:%M:%S}  {point.event:<20} {point.message}"
+
+
+def plan(file: Path, *, rate: float, base: float, regression: float) -> dict[str, Any]:
+    """What to expect before anything moves: times to Pass and Fail per step and gate, and the chances of being wrong.
+
+    `rate` requests/s, `base` share of bad requests today, `regression` the additional share that must not be missed.
+    Raises RolloutFileError, or InputError for numbers that are none.
+    """
+    rollout = load_rollout(file)
+    try:
+        rows = plan_rollout(rollout, rate=rate, base=base, regression=regression)
+    except ValueError as e:
+        raise InputError(f"{file}: {e}") from e
+    alpha = max((g.compare.alpha for g in rollout.spec.gates if g.blocking), default=0.0)
+    known = {r.step: r.step_s for r in rows if r.step_s is not None}
+    return {"rollout": rollout.name, "falseRollbackMax": alpha, "wrongPassMax": alpha, "expectedSeconds": sum(known.values()),
+            "gates": [asdict(r) for r in rows]}
+
+
+def plan_table(file: Path, *, rate: float, base: float, regression: float) -> str:
+    """The plan for people. Arguments and errors as in `plan`."""
+    found = plan(file, rate=rate, base=base, regression=regression)
+
+    def shown(seconds: float | None) -> str:
+        return "never" if seconds is None else _age(seconds)
+
+    rows = [["STEP", "GATE", "PASS", "PASS P90", "STEP TAKES", f"FAIL AT +{100 * regression:g} PT", "MISSED"]]
+    rows += [[
+        "shadow" if r["shadow"] else f"{r['weight']}%", r["gate"], shown(r["pass_s"]), shown(r["pass_s_p90"]), shown(r["step_s"]),
+        shown(r["fail_s"]), f"{100 * r['missed']:.1f} %",
+    ] for r in found["gates"]]
+    end = (f"an equal candidate is rolled back falsely, or a candidate beyond the margin passes a step, in at most "
+           f"{100 * found['falseRollbackMax']:g} % of rollouts each")
+    return "\n".join([*_aligned(rows), end])
+
+
+def promote(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+    """Asks for 100 % at once: waits for no step, but Safety, approvals, readiness and the bake stay."""
+    return _ask(state, name, "Promote", reason, now)
+
+
+def skip(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+    """Asks for the next step without this one's verdict."""
+    return _ask(state, name, "SkipStep", reason, now)
+
+
+def abort(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+    """Asks to take the candidate back and to remember its digest as rejected."""
+    return _ask(state, name, "Abort", reason, now)
+
+
+def retry(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+    """Asks a paused rollout to go on, or an ended one to try the same digest again."""
+    return _ask(state, name, "Retry", reason, now)
+
+
+def _ask(state: Path, name: str, kind: ActionType, reason: str, now: datetime | None) -> str:
+    folder = StateFolder(state)
+    s = read_status(state, name)
+    wanted = load_rollout(folder.rollout(name)).spec.model.digest
+    # What a person sees in the status is what they decide about; Retry is about what the file asks for.
+    digest = s.candidate.digest if s.candidate is not None and kind != "Retry" else wanted
+    if kind == "Retry" and s.phase == "Paused" and s.candidate is not None:
+        digest = s.candidate.digest
+    when = now or datetime.now(UTC)
+    action = UserAction(type=kind, id=f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", candidate_digest=digest, reason=reason)
+    write_atomically(folder.actions / f"ModelRollout-{name}.{action.id}.json", action.model_dump_json(indent=1))
+    return f"asked for {kind} of {digest[:19]}; `hafnium rollout status {name}` shows what becomes of it"
+
+
+def approve(state: Path, name: str, stage: str, approver: str) -> str:
+    """Writes the approval of the rollout's digest for a stage. On one machine whoever can write the folder can approve."""
+    folder = StateFolder(state)
+    if not folder.rollout(name).is_file():
+        read_status(state, name)  # says which rollouts there are
+    spec = load_rollout(folder.rollout(name)).spec
+    label = f"{name}-{spec.model.digest[7:15]}"
+    approval = ModelApproval(
+        metadata=ObjectMeta(name=label), spec=ApprovalSpec(model_digest=spec.model.digest, stage=stage, approver=approver))
+    write_atomically(folder.approvals / f"{label}-{secrets.token_hex(3)}.json", approval.model_dump_json(indent=1))
+    more = "" if stage in spec.approvals.required else f" (required are: {', '.join(spec.approvals.required) or 'none'})"
+    return f"{approver} approved {spec.model.digest[:19]} for {stage}{more}"

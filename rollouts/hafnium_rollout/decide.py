@@ -1,0 +1,148 @@
+"""decide(rollout, status, observation, now) → Decision. Pure: no client, no clock, no randomness.
+
+Order of safety, written here once: the status with the new intent is stored before any action is done, and each action is
+complete in itself. So after a crash at any point the next turn sees either the old route (intent not done yet: do it again)
+or the new one (done). A candidate gains weight only in `climbing.enter`, which is reached only past every rule that could take
+weight away: a rollback under way, a failed gate, a crash loop, a new candidate, a person's word, a stranger's change, blindness.
+
+RULES are asked in this order, and the first that has an answer decides. Numbers refer to the rules of decision in the design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+from hafnium_rollout.actions import Decision
+from hafnium_rollout.climbing import advance, blind, enter, missing_service, overdue, pending
+from hafnium_rollout.endings import finished, go_back, promote, rolling_back
+from hafnium_rollout.intake import take_in
+from hafnium_rollout.objects import ModelRollout
+from hafnium_rollout.observation import Observation
+from hafnium_rollout.outside import outside_change, write_again
+from hafnium_rollout.people import handled, open_actions
+from hafnium_rollout.reporting import finish
+from hafnium_rollout.status import IDS_MAX, RolloutStatus
+from hafnium_rollout.turn import Outcome, Turn, hold, since
+
+
+def decide(rollout: ModelRollout, status: RolloutStatus, seen: Observation, now: datetime) -> Decision:
+    """What to do next. Write the decision's status, then do its actions in order."""
+    before = status
+    turn = take_in(Turn(rollout, status, seen, now))
+    for rule in RULES:
+        outcome = rule(turn)
+        if outcome is not None:
+            return finish(before, outcome)
+    return finish(before, hold(turn, "Waiting", "nothing to do"))
+
+
+def _unsafe(turn: Turn) -> Outcome | None:
+    """Rule 3: Safety Fail or hard limit → back at once. Quality → after its failureLimit. A crash loop is a Safety failure."""
+    fault = _broken_service(turn) or _failed_gate(turn)
+    if fault is None:
+        return None
+    return go_back(turn, fault[0], fault[1], reject=True)
+
+
+def _failed_gate(turn: Turn) -> tuple[str, str] | None:
+    specs = {g.name: g for g in turn.rollout.spec.gates}
+    if turn.status.step is None:
+        return None
+    for status in turn.status.gates:
+        gate = specs[status.name]
+        if gate.blocking and status.verdict == "Fail" and (gate.role == "Safety" or status.failures >= gate.failure_limit):
+            return "GateFailed", f"{gate.role} gate {gate.name}: {status.message}"
+    return None
+
+
+def _broken_service(turn: Turn) -> tuple[str, str] | None:
+    """A candidate that restarts again and again, serves another model, or isn't ready for long while stable is."""
+    strategy, step, candidate = turn.rollout.spec.strategy, turn.status.step, turn.status.candidate
+    found = turn.service(candidate)
+    if step is None or candidate is None or turn.seen.services is None:
+        return None
+    if found is not None and found.restarts - (step.restarts_before or 0) >= strategy.restart_limit:
+        count = found.restarts - (step.restarts_before or 0)
+        return "CrashLoop", f"{candidate.service} was restarted {count} times in this step: {found.message or 'no message'}"
+    if found is not None and found.digest and found.digest != candidate.digest:
+        return "WrongModel", f"{candidate.service} serves {found.digest[:19]}, expected {candidate.digest[:19]}"
+    stable = turn.service(turn.status.stable)
+    too_long = step.unready_since is not None and turn.now - step.unready_since > strategy.max_blind_duration
+    if too_long and stable is not None and stable.ready and step.unready_since is not None:
+        why = found.message if found is not None and found.message else "no message"
+        return "CandidateUnavailable", f"{candidate.service} is not ready since {since(turn, step.unready_since)}: {why}"
+    return None
+
+
+def _superseded(turn: Turn) -> Outcome | None:
+    """Another digest is asked for while this one is under way."""
+    status, spec = turn.status, turn.rollout.spec
+    digest, candidate = spec.model.digest, status.candidate
+    if candidate is None or digest == candidate.digest or digest in status.rejected_digests:
+        return None
+    if status.stable is not None and digest == status.stable.digest:
+        text = f"the stable model {digest[:19]} is asked for again"
+        return go_back(turn, "Reverted", text, reject=False)
+    if spec.strategy.on_new_candidate == "Restart":
+        text = f"a new candidate {spec.model.version} ({digest[:19]}) came; the old one goes back first"
+        return go_back(turn, "Superseded", text, reject=False)
+    if spec.strategy.on_new_candidate == "Reject":
+        turn = turn.update(rejected_digests=(*status.rejected_digests, digest)[-IDS_MAX:])
+        return Outcome(turn.say("CandidateRejected", "CandidateRejected", f"{digest[:19]} came during another rollout"))
+    return None  # Queue: it begins when this run has ended
+
+
+def persons_word(turn: Turn) -> Outcome | None:
+    """A user's action, once, and only for the candidate that it names."""
+    waiting = open_actions(turn)
+    status, candidate = turn.status, turn.status.candidate
+    if not waiting or candidate is None:
+        return None
+    action = waiting[0]
+    turn = handled(turn, action)
+    why = action.reason or "a person asked for it"
+
+    def ignored(text: str) -> Outcome:
+        return Outcome(turn.say("ActionIgnored", "ActionIgnored", f"{action.type}: {text}"))
+
+    if action.candidate_digest != candidate.digest:
+        return ignored(f"it names {action.candidate_digest[:19]}, the candidate is {candidate.digest[:19]}")
+    if action.type == "Abort":
+        return go_back(turn, "Aborted", why, reject=True)
+    step = status.step
+    if step is None:
+        return ignored("the candidate is not ready yet")
+    last = len(turn.rollout.spec.strategy.steps) - 1
+    target = {"Promote": last, "SkipStep": min(step.index + 1, last), "Retry": min(step.index, last)}[action.type]
+    if action.type == "Retry" and status.phase != "Paused":
+        return ignored("the rollout is neither paused nor ended")
+    if turn.rollout.spec.strategy.steps[target].weight is not None and turn.missing_approvals:
+        return ignored(f"approvals are missing: {', '.join(turn.missing_approvals)}")
+    if not turn.candidate_ready:
+        return ignored("the candidate is not ready")
+    if action.type == "Retry":
+        return enter(turn.update(external_changes=()).say("Retry", "Retry", why), target)
+    turn = turn.say(action.type, action.type, why).update(force_promote=action.type == "Promote" or status.force_promote)
+    if step.index == last:
+        return promote(turn)
+    return enter(turn, target)
+
+
+def stopped(turn: Turn) -> Outcome | None:
+    """spec.paused: hold where it is. Safety rules were asked before."""
+    status = turn.status
+    if turn.rollout.spec.paused and status.phase in ("Pending", "Progressing"):
+        if status.step is None:
+            return hold(turn, "PausedBySpec", "spec.paused is true")
+        return Outcome(turn.update(phase="Paused").say("Paused", "PausedBySpec", "spec.paused is true"))
+    if not turn.rollout.spec.paused and status.phase == "Paused" and status.reason == "PausedBySpec" and status.step is not None:
+        step = status.step.model_copy(update={"entered_at": turn.now})  # the deadline's clock stood still
+        return Outcome(turn.update(phase="Progressing", step=step).say("Resumed", "Resumed", "spec.paused is false"))
+    return None
+
+
+RULES: tuple[Callable[[Turn], Outcome | None], ...] = (
+    rolling_back, finished, _unsafe, _superseded, persons_word, outside_change, write_again, stopped, pending, blind,
+    missing_service, overdue, advance,
+)

@@ -1,0 +1,36 @@
+"""Errors of the rollout operator.
+
+HafniumError (contract)
+├── RolloutFileError   a ModelRollout file is not as it should be: carries every problem with its line
+├── StateError         the state folder holds something that can't be used, or another controller holds it
+└── UnknownRollout     a command names a rollout that isn't there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hafnium_contract.errors import HafniumError, Problem
+
+
+class RolloutFileError(HafniumError):
+    """A ModelRollout breaks its schema. `problems` holds all of them, in the order of the file."""
+
+    exit_status = 2
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        lines = "\n".join(f"  {p}" for p in self.problems)
+        super().__init__(f"{source}: {count} problem{'s' if count != 1 else ''}\n{lines}")
+
+
+class StateError(HafniumError):
+    """The state folder can't be used as it is. The message names the file and what to do."""
+
+
+class UnknownRollout(HafniumError):  # noqa: N818 - the name says what is wrong, as a user would
+    """No rollout of this name in the state folder."""
+
+    exit_status = 2

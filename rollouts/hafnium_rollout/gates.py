@@ -1,0 +1,343 @@
+"""One gate, one look: evidence so far + what was seen → verdict, bounds, and a sentence for the person on call.
+
+Verdicts never merge. Fail is read off evidence of the whole run, Pass off evidence of this step alone, and only looks that lie
+wholly after the weight was seen at the gateway count for Pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from hafnium_contract.durations import format_duration
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.objects import Gate
+from hafnium_rollout.observation import Counts, GateLook, Look, Series
+from hafnium_rollout.statistics import betting, dispersion, tilt
+from hafnium_rollout.status import GateState, GateStatus
+
+CLOCK_SKEW_MAX = timedelta(minutes=2)
+"""Evidence from further in the future than this comes from a wrong clock and counts for nothing."""
+_EXPECTED_MAX = 10.0
+"""A candidate without requests is only silent, not lost, while the stable arm's traffic lets expect fewer than these (e⁻¹⁰)."""
+_RECENT = 0.8
+_RECENT_MIN = 20
+"""Stable requests below which nothing is said about the stable arm's own share."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateContext:
+    """What a gate must know besides its own numbers."""
+
+    now: datetime
+    shadow: bool
+    weight: int
+    """Candidate's share of live answers in percent at the gateway; as the gateway has it."""
+    digest: str
+    step_since: datetime | None
+    """Start of the time that counts for this step; None while the weight isn't effective."""
+    counts_for_pass: bool
+    """The look lies wholly after step_since."""
+    counts_for_fail: bool
+    """The weight was steady, and the first moments at a new weight are over: a cold start is not the model's fault."""
+    run_since: datetime | None
+    """Start of the run: a job's Fail about the candidate counts from then on, whatever the step."""
+    alpha_fail: float
+    """The gate's share of alpha for Fail: the claim holds for all gates of the rollout together."""
+    fresh: timedelta
+    """For how long a verdict stands without new data."""
+    void: str = ""
+    """Why arms can't be compared right now (sample-ratio mismatch)."""
+
+
+def judge(gate: Gate, before: GateStatus, look: Look | None, evidence: Sequence[EvidenceSpec], evidence_error: str,
+          context: GateContext) -> GateStatus:
+    """The gate after this look. Pure: the same arguments give the same status."""
+    config = gate.model_dump_json()
+    if before.state.config != config:
+        before = GateStatus(name=gate.name, role=gate.role, state=GateState(config=config))
+    seen = look.gates.get(gate.name) if look is not None else None
+    if gate.counted:
+        after = _counted(gate, before, seen, context)
+    elif gate.kind == "scores":
+        after = _scores(gate, before, seen, context)
+    else:
+        after = _evidence(gate, before, evidence, evidence_error, context)
+    failures = 0
+    if after.verdict == "Fail":
+        # A job's finding counts once, however many looks it is seen in; the other gates count looks.
+        failures = after.failures if gate.kind in ("drift", "evidence") else before.failures + (look is not None)
+    return after.model_copy(update={"role": gate.role, "failures": failures})
+
+
+def new_step(status: GateStatus) -> GateStatus:
+    """The gate at the start of a step: evidence for Pass begins anew, evidence for Fail goes on."""
+    state = status.state.model_copy(update={
+        "passing": (), "counts": (0.0, 0.0, 0.0, 0.0), "last_seen_at": None, "last_data_at": None,
+        "last_verdict": "NoData", "expected": 0.0,
+    })
+    keep_scores = status.state.betting is not None
+    return status.model_copy(update={
+        "state": state, "window_start": None, "window_end": None, "failures": 0,
+        "samples": status.samples if keep_scores else 0, "verdict": status.verdict if keep_scores else "NoData",
+        "missing": None,
+    })
+
+
+# --- counted requests: errors and latency -----------------------------------------------------------------------------------
+
+
+def _counted(gate: Gate, before: GateStatus, seen: GateLook | None, context: GateContext) -> GateStatus:
+    state = before.state
+    error = "" if seen is None else seen.error
+    series = () if seen is None or seen.error else seen.series
+    if series and not state.fail:
+        state = state.model_copy(update={"fail": tuple(tilt.FailState() for _ in series)})
+    if series and len(series) != len(state.fail):
+        series, error = (), f"{len(series)} thresholds came, {len(state.fail)} are being followed"
+    if series:
+        state = _take_counts(gate, state, series, context)
+        state = _take_presence(state, series[0], context)
+    return _read_counted(gate, before, state, error, seen is None, context)
+
+
+def _take_presence(state: GateState, s: Series, context: GateContext) -> GateState:
+    """Is there data, or is it plain that there can be none? Silence of a candidate that should have had requests is blindness."""
+    if context.void:
+        return state
+    if s.candidate.total > 0 and (s.stable.total > 0 or _alone(context)):
+        return state.model_copy(update={"last_seen_at": context.now, "last_data_at": context.now, "expected": 0.0})
+    share = 1.0 if context.shadow else context.weight / max(100.0 - context.weight, 1.0)
+    expected = state.expected + (s.stable.total * share if s.candidate.total == 0 else 0.0)
+    update: dict[str, object] = {"expected": expected}
+    if expected < _EXPECTED_MAX:
+        update["last_seen_at"] = context.now
+    return state.model_copy(update=update)
+
+
+def _alone(context: GateContext) -> bool:
+    """All live traffic is the candidate's: there is nobody to compare with."""
+    return context.weight >= 100 and not context.shadow
+
+
+def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context: GateContext) -> GateState:
+    """The look's increments into every process that they may feed."""
+    update: dict[str, object] = {}
+    phis = [_phi(gate, s) for s in series]
+    if context.counts_for_fail and not context.void:
+        look_s = 0.0 if state.last_seen_at is None else (context.now - state.last_seen_at).total_seconds()
+        restarts = gate.compare.dispersion is not None
+        update["fail"] = tuple(
+            tilt.add_fail(f, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi,
+                          harmless=gate.harmless, look_s=max(look_s, 0.0), restarts=restarts)
+            for f, s, phi in zip(state.fail, series, phis, strict=True)
+        )
+        if context.counts_for_pass:
+            passing = state.passing or tuple(tilt.PassState() for _ in series)
+            update["passing"] = tuple(
+                tilt.add_pass(p, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi)
+                for p, s, phi in zip(passing, series, phis, strict=True)
+            )
+        update["counts_run"] = _plus(state.counts_run, series[0])
+    first = series[0]
+    if context.counts_for_pass:
+        update["counts"] = _plus(state.counts, first)
+    if gate.hard_limit is not None:
+        bad, total = state.stable_recent
+        recent = (bad * _RECENT + first.stable.bad, total * _RECENT + first.stable.total)
+        update["stable_recent"] = recent
+        limit = tilt.add_limit(state.limit, first.candidate.bad, first.candidate.total, gate.hard_limit, phi=phis[0])
+        if _over(limit, context) and _stable_above(gate.hard_limit, recent, first.stable):
+            limit = tilt.forget_limit(limit)  # both arms are: not the candidate's doing, and it must not be held against it later
+        update["limit"] = limit
+    return state.model_copy(update=update)
+
+
+def _plus(counts: tuple[float, float, float, float], s: Series) -> tuple[float, float, float, float]:
+    kc, nc, ks, ns = counts
+    return kc + s.candidate.bad, nc + s.candidate.total, ks + s.stable.bad, ns + s.stable.total
+
+
+def _phi(gate: Gate, s: Series) -> float:
+    d = gate.compare.dispersion
+    if d is None:
+        return 1.0
+    total = s.candidate.total + s.stable.total
+    return dispersion.at_weight(d.phi, d.weight, s.candidate.total / total if total else 0.0)
+
+
+def _over(limit: tilt.LimitState, context: GateContext) -> bool:
+    return tilt.log_e_limit(limit) >= math.log(1.0 / context.alpha_fail)
+
+
+def _stable_above(hard_limit: float, recent: tuple[float, float], look: Counts) -> bool:
+    """The stable arm is above the limit too, in this look or over the last few."""
+    return any(total >= _RECENT_MIN and bad / total > hard_limit for bad, total in (recent, (look.bad, look.total)))
+
+
+def _read_counted(gate: Gate, before: GateStatus, state: GateState, error: str, blind: bool, context: GateContext) -> GateStatus:
+    """State → verdict and sentence."""
+    alpha = context.alpha_fail
+    kc, nc, ks, ns = state.counts
+    e_fail = tilt.log_e_fail(state.fail, gate.harmless) if state.fail else 0.0
+    e_pass = min((tilt.log_e_pass(p, gate.margin) for p in state.passing), default=0.0)
+    lower = tilt.lower_bound(state.fail, alpha) if state.fail else None
+    upper = max((tilt.upper_bound(p, gate.compare.alpha) for p in state.passing), default=None)
+    missing = None if not state.passing else tilt.missing_for_pass(
+        state.passing[-1], gate.margin, gate.compare.alpha, kc, nc, ks, ns)
+    over = gate.hard_limit is not None and _over(state.limit, context)
+    base = before.model_copy(update={
+        "lower": lower, "upper": upper, "samples": int(nc), "missing": missing, "state": state,
+        "statistic": max(e_fail, e_pass), "window_start": context.step_since, "window_end": state.last_data_at,
+    })
+    rates = f"candidate {_share(kc, nc)}, stable {_share(ks, ns)}"
+    if over:
+        # of the whole run: the hard limit also judges looks that are too fresh to count for the step
+        rk, rn, sk, sn = state.counts_run
+        rates = f"candidate {_share(rk, rn)}, stable {_share(sk, sn)} in this run"
+        text = f"the candidate's share of bad requests is above the hard limit {_percent(gate.hard_limit or 0)} ({rates})"
+        return base.model_copy(update={"verdict": "Fail", "statistic": tilt.log_e_limit(state.limit), "message": text})
+    if e_fail >= math.log(1.0 / alpha) and not context.void:
+        more = f" by more than {_percent(gate.harmless)}" if gate.harmless else ""
+        kc, nc, ks, ns = state.counts_run
+        text = (f"the candidate is worse than stable{more}: candidate {_share(kc, nc)}, stable {_share(ks, ns)}; "
+                f"at least {_percent(max(lower or 0.0, gate.harmless))} more")
+        return base.model_copy(update={"verdict": "Fail", "statistic": e_fail, "message": text})
+    if context.void:
+        return base.model_copy(update={"verdict": "Error", "message": context.void})
+    if error:
+        return base.model_copy(update={"verdict": "Error", "message": f"can't be measured: {error}"})
+    if state.last_data_at is None or context.now - state.last_data_at > context.fresh:
+        why = "the counters can't be read" if blind else "no requests" + (" reach the candidate" if ns else "")
+        return base.model_copy(update={"verdict": "NoData", "message": f"{why}; {rates} in this step"})
+    if _alone(context):
+        armed = f"; hard limit {_percent(gate.hard_limit)} armed" if gate.hard_limit is not None else ""
+        verdict = "Pass" if context.counts_for_pass or state.last_verdict == "Pass" else "Inconclusive"
+        text = f"nobody to compare with at weight 100{armed}; candidate {_share(kc, nc)}"
+        kept = state.model_copy(update={"last_verdict": verdict})
+        return base.model_copy(update={"verdict": verdict, "message": text, "state": kept})
+    if state.passing and e_pass >= math.log(1.0 / gate.compare.alpha):
+        text = f"worse by less than {_percent(gate.margin)}, proven: {rates}; at most {_percent(upper or 0.0)} more"
+        return base.model_copy(update={"verdict": "Pass", "statistic": e_pass, "message": text})
+    need = "" if missing is None or not nc else f"; about {missing} more candidate requests are needed"
+    if missing is None and nc:
+        need = "; at these rates it won't pass"
+    return base.model_copy(update={"verdict": "Inconclusive", "message": f"{rates}{need}"})
+
+
+def _share(bad: float, total: float) -> str:
+    return f"{bad:g}/{total:g} ({_percent(bad / total)})" if total else "no requests"
+
+
+def _percent(x: float) -> str:
+    return f"{100.0 * x:.3g} %"
+
+
+# --- paired scores ------------------------------------------------------------------------------------------------------------
+
+
+def _scores(gate: Gate, before: GateStatus, seen: GateLook | None, context: GateContext) -> GateStatus:
+    """Both models' scores of the same requests. Only in shadow; later steps keep what shadow found."""
+    state = before.state
+    if not context.shadow:
+        return before
+    bets = state.betting or betting.begin(gate.margin, gate.harmless)
+    differences = () if seen is None or seen.error else seen.differences
+    update: dict[str, object] = {"betting": bets}
+    if differences and context.counts_for_pass:
+        bets = betting.add(bets, differences)
+        update = {"betting": bets, "last_seen_at": context.now, "last_data_at": context.now}
+    elif seen is not None and not seen.error and seen.series and all(s.candidate.total == 0 for s in seen.series):
+        update["last_seen_at"] = context.now
+    state = state.model_copy(update=update)
+    goal_pass, goal_fail = math.log(1.0 / gate.compare.alpha), math.log(2.0 / context.alpha_fail)
+    e_pass = min(betting.log_e_below(bets, gate.margin), betting.log_e_above(bets, -gate.margin))
+    e_fail = max(betting.log_e_above(bets, gate.harmless), betting.log_e_below(bets, -gate.harmless))
+    missing = betting.missing_for_pass(bets, gate.margin, gate.compare.alpha)
+    mean = bets.total / bets.count if bets.count else 0.0
+    base = before.model_copy(update={
+        "state": state, "lower": betting.lower_bound(bets, gate.compare.alpha), "samples": bets.count, "missing": missing,
+        "upper": betting.upper_bound(bets, gate.compare.alpha), "statistic": max(e_pass, e_fail),
+        "window_start": context.step_since, "window_end": state.last_data_at,
+    })
+    shown = f"scores move by {mean:+.4f} on average over {bets.count} pairs"
+    if e_fail >= goal_fail:
+        text = f"{shown}: more than {gate.harmless:g}, proven"
+        return base.model_copy(update={"verdict": "Fail", "statistic": e_fail, "message": text})
+    if seen is not None and seen.error:
+        return base.model_copy(update={"verdict": "Error", "message": f"can't be measured: {seen.error}"})
+    if state.last_data_at is None or context.now - state.last_data_at > context.fresh:
+        return base.model_copy(update={"verdict": "NoData", "message": f"no new pairs; {shown}"})
+    if e_pass >= goal_pass:
+        text = f"{shown}: less than {gate.margin:g}, proven"
+        return base.model_copy(update={"verdict": "Pass", "statistic": e_pass, "message": text})
+    need = f"; about {missing} more pairs are needed" if missing is not None else "; at this mean it won't pass"
+    return base.model_copy(update={"verdict": "Inconclusive", "message": shown + need})
+
+
+# --- evidence of jobs -------------------------------------------------------------------------------------------------------
+
+
+def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], error: str, context: GateContext) -> GateStatus:
+    """The last finding of a job about this digest. Late, foreign, overlapping, future or old findings never pass."""
+    kind, max_age = _wanted(gate)
+    state = before.state
+    mine = sorted((e for e in evidence if e.kind == kind and e.model_digest == context.digest), key=lambda e: e.window_end)
+    usable = [e for e in mine if _why_not(e, kind, max_age, context) == ""]
+    failing = [e for e in mine if e.verdict == "Fail" and not e.both_arms and _why_not(e, kind, max_age, context, fail=True) == ""]
+    failed = failing[-1] if failing else None
+    # Overlapping windows are no second opinion: one counts, unless it says Fail.
+    until: datetime | None = None
+    chosen: EvidenceSpec | None = None
+    for e in usable:
+        if until is None or e.window_start >= until:
+            until, chosen = e.window_end, e
+    found = failed or chosen
+    if found is None:
+        if error:
+            return before.model_copy(update={"verdict": "Error", "message": f"evidence can't be read: {error}"})
+        why = _why_not(mine[-1], kind, max_age, context) if mine else f"no {kind} evidence for this digest"
+        return before.model_copy(update={"verdict": "NoData", "message": why, "state": state})
+    values = [v for v in found.values if v.compared_with == "stable"] or list(found.values)
+    worst = max((v.value for v in values), default=0.0)
+    state = state.model_copy(update={"last_seen_at": context.now, "last_data_at": context.now})
+    base = before.model_copy(update={
+        "state": state, "statistic": worst, "samples": found.samples, "window_start": found.window_start,
+        "window_end": found.window_end, "evidence": found.report or found.job, "lower": None, "upper": None,
+        "failures": len(failing),
+    })
+    if found.both_arms and found.verdict == "Fail":
+        text = f"stable drifts too: the world changed, not the candidate; holding. {found.message}"
+        return base.model_copy(update={"verdict": "Inconclusive", "message": text})
+    return base.model_copy(update={"verdict": found.verdict, "message": found.message})
+
+
+def _wanted(gate: Gate) -> tuple[str, timedelta]:
+    if gate.evidence is not None:
+        return gate.evidence.kind, gate.evidence.max_age
+    return "drift", gate.drift.max_age if gate.drift is not None else timedelta(hours=24)
+
+
+def _why_not(e: EvidenceSpec, kind: str, max_age: timedelta, context: GateContext, *, fail: bool = False) -> str:
+    """Why this evidence doesn't count (`fail`: as a failure of the run, not for this step); empty when it does."""
+    if e.window_end < e.window_start:
+        return f"{kind} evidence ends before it starts"
+    if max(e.window_end, e.created_at) > context.now + CLOCK_SKEW_MAX:
+        return f"{kind} evidence is from the future ({max(e.window_end, e.created_at):%H:%M:%S}); a clock is wrong"
+    if context.now - e.window_end > max_age:
+        age = format_duration(_whole(context.now - e.window_end))
+        return f"the last {kind} evidence is {age} old, at most {format_duration(max_age)}"
+    if kind in ("drift", "performance"):
+        # These watch traffic, so their window must show the traffic of this step. Smoke and fairness test the model itself.
+        start = context.run_since if fail else context.step_since
+        if start is None:
+            return "the step's weight is not effective yet"
+        if e.window_start < start:
+            return f"the last {kind} window began before this step's weight was effective; waiting for the next"
+    return ""
+
+
+def _whole(age: timedelta) -> timedelta:
+    return timedelta(seconds=round(age.total_seconds()))

@@ -1,0 +1,173 @@
+"""Observation → facts in the status. Nothing is decided here: weights and readiness are followed, gates take their look in."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from hafnium_rollout.gates import GateContext, judge
+from hafnium_rollout.objects import RolloutSpec
+from hafnium_rollout.observation import LiveRoute, Look
+from hafnium_rollout.statistics import sample_ratio
+from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus
+from hafnium_rollout.turn import Turn, normal
+
+_FRESH_MIN = timedelta(seconds=30)
+
+
+def take_in(turn: Turn) -> Turn:
+    """The turn with everything that was seen written into its status."""
+    turn = turn.update(cursor=dict(turn.seen.cursor), observed_generation=turn.rollout.metadata.generation)
+    turn = _learn_stable(turn)
+    turn = _confirm_route(turn)
+    if turn.status.step is None or turn.status.candidate is None or turn.status.phase in ("Promoted", "RolledBack"):
+        return turn
+    turn, steady = _follow_gateway(turn)
+    turn = _follow_candidate(turn)
+    return _judge_gates(turn, steady)
+
+
+def _learn_stable(turn: Turn) -> Turn:
+    """At the very first the route says who is stable; afterwards only a promotion changes it."""
+    status, route = turn.status, turn.seen.route
+    if status.stable is None:
+        if route is None:
+            return turn
+        stable = ModelSeen(service=route.stable)
+        turn = turn.update(stable=stable, route=RouteWanted(stable=route.stable))
+    stable = turn.status.stable
+    found = turn.service(stable)
+    if stable is None or found is None or not found.digest or found.digest == stable.digest:
+        return turn
+    return turn.update(stable=ModelSeen(
+        service=stable.service, storage_uri=found.storage_uri or stable.storage_uri, digest=found.digest, version=found.version,
+    ))
+
+
+def _confirm_route(turn: Turn) -> Turn:
+    status, route = turn.status, turn.seen.route
+    if route is not None and status.route is not None and normal(route) == normal(status.route):
+        return turn.update(route_confirmed=True, route_before=()) if not status.route_confirmed else turn
+    return turn
+
+
+def live_weight(live: LiveRoute, service: str) -> int:
+    return live.weights.get(service, 0)
+
+
+def live_matches(live: LiveRoute, wanted: RouteWanted) -> bool:
+    """The gateway does what the route should say."""
+    wanted = normal(wanted)
+    if wanted.candidate is None:
+        return live.weights.get(wanted.stable, 0) == 100 and not live.mirrors
+    mirrors = frozenset({wanted.candidate}) if wanted.shadow else frozenset[str]()
+    return (live.weights.get(wanted.candidate, 0) == wanted.weight
+            and live.weights.get(wanted.stable, 0) == 100 - wanted.weight and live.mirrors == mirrors)
+
+
+def _follow_gateway(turn: Turn) -> tuple[Turn, bool]:
+    """Weights as the gateway has them. Also: were they the same as at the last look?"""
+    step, live, candidate = turn.status.step, turn.seen.live, turn.status.candidate
+    assert step is not None  # noqa: S101 - take_in checked it
+    assert candidate is not None  # noqa: S101 - take_in checked it
+    if live is None or turn.status.route is None:
+        # Unseen is not changed: the time at weight goes on, but no look counts until it is seen twice again.
+        return turn.update(step=step.model_copy(update={"weight_observed": None})), False
+    weight, shadow = live_weight(live, candidate.service), candidate.service in live.mirrors
+    steady = step.weight_observed == weight and step.shadow_observed == shadow
+    # `steady`: a change and a change back between two looks would also move it, so the start is the later of both.
+    effective = step.weight_effective_since if live_matches(live, turn.status.route) else None
+    if effective is None and live_matches(live, turn.status.route):
+        effective = turn.now
+    return turn.update(step=step.model_copy(update={
+        "weight_observed": weight, "shadow_observed": shadow, "weight_effective_since": effective,
+    })), steady
+
+
+def _follow_candidate(turn: Turn) -> Turn:
+    """Since when the candidate isn't ready, and from where its restarts are counted."""
+    step = turn.status.step
+    assert step is not None  # noqa: S101 - take_in checked it
+    if turn.seen.services is None:
+        return turn
+    found = turn.service(turn.status.candidate)
+    update: dict[str, object] = {"unready_since": None if found is not None and found.ready else step.unready_since or turn.now}
+    if found is not None and (step.restarts_before is None or found.restarts < step.restarts_before):
+        update["restarts_before"] = found.restarts  # the supervisor itself was restarted and counts anew
+    return turn.update(step=step.model_copy(update=update))
+
+
+def _judge_gates(turn: Turn, steady: bool) -> Turn:
+    status, spec, look = turn.status, turn.rollout.spec, turn.seen.look
+    step, candidate = status.step, status.candidate
+    assert step is not None  # noqa: S101 - take_in checked it
+    assert candidate is not None  # noqa: S101 - take_in checked it
+    lag = spec.strategy.scrape_lag
+    step_since = step.weight_effective_since + lag if step.weight_effective_since is not None else None
+    counts = steady and look is not None and step_since is not None and look.started >= step_since
+    turn = _sample_ratio(turn, look if counts else None)
+    before = {g.name: g for g in status.gates}
+    gates: list[GateStatus] = []
+    tests = fail_tests(spec)
+    for gate in spec.gates:
+        context = GateContext(
+            now=turn.now, shadow=step.shadow_observed and not step.weight_observed, weight=step.weight_observed or 0,
+            digest=candidate.digest, step_since=step_since, run_since=status.started_at, counts_for_pass=counts,
+            counts_for_fail=counts or (steady and step_since is None),
+            alpha_fail=gate.compare.alpha / (tests if gate.blocking else 1), fresh=_fresh(spec),
+            void=turn.status.sample_ratio_message,
+        )
+        gates.append(judge(gate, before.get(gate.name, GateStatus(name=gate.name, role=gate.role)), look,
+                           turn.seen.evidence, turn.seen.evidence_error, context))
+    turn = turn.update(gates=tuple(gates))
+    return turn.update(step=_samples(turn, step, look if counts else None))
+
+
+def fail_tests(spec: RolloutSpec) -> int:
+    """How many ways there are to fail by chance: alpha is split over them. Findings of jobs carry their own error rate."""
+    return sum((g.counted or g.kind == "scores") + (g.hard_limit is not None) for g in spec.gates if g.blocking) or 1
+
+
+def _fresh(spec: RolloutSpec) -> timedelta:
+    """A verdict stands this long without new data: a few looks, not longer than blindness is borne."""
+    return max(min(_FRESH_MIN, spec.strategy.max_blind_duration), 3 * spec.strategy.scrape_lag)
+
+
+def _sample_ratio(turn: Turn, look: Look | None) -> Turn:
+    """Rule 8. Only where both arms get live traffic; copies in shadow are no split."""
+    step = turn.status.step
+    if step is None or look is None or look.routed_candidate is None or look.routed_stable is None:
+        return turn
+    weight, total = step.weight_observed or 0, look.routed_candidate + look.routed_stable
+    if not 0 < weight < 100 or total <= 0:
+        return turn
+    ratio = sample_ratio.add(turn.status.sample_ratio, look.routed_candidate, total, weight / 100.0)
+    message = turn.status.sample_ratio_message
+    if sample_ratio.mismatch(ratio) and not message:
+        message = (
+            f"sample-ratio mismatch: the candidate got {ratio.candidate:g} of {ratio.requests:g} requests, at weight {weight} % "
+            f"about {ratio.expected:.0f} were due; the arms don't see the same population, so they aren't compared"
+        )
+        turn = turn.say("SampleRatioMismatch", "SampleRatioMismatch", message, alert=True)
+    return turn.update(sample_ratio=ratio, sample_ratio_message=message)
+
+
+def _samples(turn: Turn, step: StepStatus, look: Look | None) -> StepStatus:
+    """Candidate requests in this step, or pairs of scores where those are compared in shadow."""
+    kinds = {g.name: g for g in turn.rollout.spec.gates}
+    counted = [g.samples for g in turn.status.gates if kinds[g.name].counted]
+    pairs = [g.samples for g in turn.status.gates if kinds[g.name].kind == "scores" and kinds[g.name].blocking]
+    if step.shadow_observed and not step.weight_observed and pairs:
+        return step.model_copy(update={"samples": min(pairs)})
+    if counted:
+        return step.model_copy(update={"samples": max(counted)})
+    routed = look.routed_candidate if look is not None else None
+    return step.model_copy(update={"samples": step.samples + int(routed or 0)})
+
+
+def blind_since(turn: Turn, gate: GateStatus, entered_at: datetime) -> datetime:
+    """Since when a Safety gate is blind. Jobs report seldom by nature, so their evidence has its own maximal age in addition."""
+    spec = next(g for g in turn.rollout.spec.gates if g.name == gate.name)
+    start = max(entered_at, gate.state.last_seen_at or entered_at)
+    if spec.drift is not None:
+        return start + spec.drift.max_age
+    return start + spec.evidence.max_age if spec.evidence is not None else start

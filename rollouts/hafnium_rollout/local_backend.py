@@ -1,0 +1,296 @@
+"""Observe and act on one machine: Envoy's admin endpoint, the inference log and the files of the state folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from hafnium_contract.errors import HafniumError
+from hafnium_contract.wire import DIGEST_LABEL, VERSION_LABEL
+from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, was_reset
+from hafnium_rollout.errors import StateError
+from hafnium_rollout.objects import Gate, ModelRollout, UserAction
+from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen, Series, ServiceSeen
+from hafnium_rollout.score_pairs import ScorePairs
+from hafnium_rollout.state_folder import (
+    MANAGED_BY_LABEL,
+    MANAGER,
+    ROLLOUT_LABEL,
+    EvidenceReader,
+    StateFolder,
+    admin_port,
+    read_actions,
+    read_approvals,
+    read_route,
+    read_services,
+    write_atomically,
+)
+from hafnium_rollout.status import ModelSeen, RolloutStatus
+
+LOCAL_ANNOTATIONS = "local.hafnium.dev/"
+"""Annotations of a ModelRollout with this prefix are for the local runtime and go on to the candidate's InferenceService."""
+_MS = 1000.0
+
+
+class LocalBackend:
+    """Eyes and hands of the controller on one machine. Holds nothing that a restart would miss."""
+
+    def __init__(self, state: StateFolder) -> None:
+        self._state = state
+        self._evidence = EvidenceReader(state.evidence)
+        self._pairs: dict[str, tuple[str, ScorePairs]] = {}
+        self._labels: dict[Path, tuple[int, str]] = {}
+
+    # --- seeing ---------------------------------------------------------------------------------------------------------------
+
+    def observe(self, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> Observation:
+        """Everything that can be seen now. What can't is None and named in `problems`; nothing is raised for it."""
+        problems: list[str] = []
+        services: dict[str, ServiceSeen] | None = None
+        route: RouteSeen | None = None
+        absent = False
+        live: LiveRoute | None = None
+        counters: dict[str, ArmCounters] | None = None
+        try:
+            services = read_services(self._state)
+        except StateError as e:
+            problems.append(str(e))
+        try:
+            route = read_route(self._state, rollout.name)
+            absent = route is None and self._state.root.is_dir()
+        except StateError as e:
+            problems.append(str(e))
+        arms = _arms(status, route)
+        try:
+            admin = EnvoyAdmin(admin_port(self._state))
+            live = admin.live_route(rollout.name)
+            counters = admin.counters(arms) if arms else {}
+        except StateError as e:
+            problems.append(str(e))
+        look, cursor = self._look(rollout, status, counters, live, now, problems)
+        declared, managed = self._objects(rollout.name)
+        evidence, evidence_error = self._evidence.read()
+        actions = [a for _, a in read_actions(self._state, rollout.name)]
+        problems += [a for a in actions if isinstance(a, str)]
+        return Observation(
+            services=services, declared=declared, managed=managed, route=route, route_absent=absent, live=live, look=look,
+            evidence=evidence, evidence_error=evidence_error,
+            approvals=read_approvals(self._state, rollout.spec.model.digest),
+            actions=tuple(a for a in actions if isinstance(a, UserAction)), problems=tuple(problems), cursor=cursor,
+        )
+
+    def _look(
+        self, rollout: ModelRollout, status: RolloutStatus, counters: dict[str, ArmCounters] | None, live: LiveRoute | None,
+        now: datetime, problems: list[str],
+    ) -> tuple[Look | None, dict[str, Any]]:
+        """Increments since the cursor, and the cursor after them. No look when counters are unread, new, or began anew."""
+        cursor = dict(status.cursor)
+        stable, candidate = status.stable, status.candidate
+        if counters is None or stable is None or candidate is None:
+            return None, cursor
+        names = (stable.service, candidate.service)
+        old = {n: from_data(cursor.get("counters", {}).get(n)) for n in names}
+        started = cursor.get("time")
+        cursor["counters"] = {n: c.as_data() for n, c in counters.items() if n in names}
+        cursor["time"] = now.isoformat()
+        differences, scores_error = self._differences(rollout, status, live, cursor)
+        stable_now, stable_before = counters.get(names[0]), old[names[0]]
+        if stable_now is None or stable_before is None or not isinstance(started, str):
+            return None, cursor
+        # A candidate that the gateway doesn't know (before its start, after a rollback) has no requests: that is known, not unknown.
+        none = ArmCounters("", 0, 0, 0, 0, {})
+        candidate_now, candidate_before = counters.get(names[1]), old[names[1]]
+        if candidate_now is None:
+            candidate_now = candidate_before = none
+        if candidate_before is None:
+            return None, cursor
+        if was_reset(stable_before, stable_now) or was_reset(candidate_before, candidate_now):
+            problems.append("counters began anew at the gateway; this look is left out for both arms")
+            return None, cursor
+        arms = ((stable_before, stable_now), (candidate_before, candidate_now))
+        gates = {g.name: _gate_look(g, arms, differences, scores_error) for g in rollout.spec.gates}
+        look = Look(
+            datetime.fromisoformat(started), now, gates, routed_stable=stable_now.completed - stable_before.completed,
+            routed_candidate=candidate_now.completed - candidate_before.completed,
+        )
+        return look, cursor
+
+    def _differences(
+        self, rollout: ModelRollout, status: RolloutStatus, live: LiveRoute | None, cursor: dict[str, Any],
+    ) -> tuple[tuple[float, ...], str]:
+        """New score pairs while the candidate gets copies."""
+        stable, candidate = status.stable, status.candidate
+        if stable is None or candidate is None or not any(g.kind == "scores" for g in rollout.spec.gates):
+            return (), ""
+        if live is None or candidate.service not in live.mirrors:
+            cursor.pop("log", None)
+            return (), ""
+        run, pairs = self._pairs.get(rollout.name, ("", ScorePairs()))
+        if run != status.run_id:
+            pairs.forget()
+        self._pairs[rollout.name] = (status.run_id, pairs)
+        known = cursor.get("log")
+        try:
+            differences, after = pairs.read(
+                self._state.log(stable.service), self._state.log(candidate.service), candidate.digest,
+                cast("Mapping[str, Any]", known) if isinstance(known, dict) else {},
+            )
+        except StateError as e:
+            return (), str(e)
+        cursor["log"] = after
+        return differences, ""
+
+    def _objects(self, rollout: str) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of all wanted InferenceServices, and of those that this rollout made."""
+        declared: set[str] = set()
+        managed: set[str] = set()
+        for path in self._state.objects.glob("InferenceService-*.yaml"):
+            name = path.stem.removeprefix("InferenceService-")
+            declared.add(name)
+            if self._owner(path) == rollout:
+                managed.add(name)
+        return frozenset(declared), frozenset(managed)
+
+    def _owner(self, path: Path) -> str:
+        """The rollout that made the object; '' for a person's. Cached by the file's time, since objects seldom change."""
+        try:
+            stamp = path.stat().st_mtime_ns
+            known = self._labels.get(path)
+            if known is not None and known[0] == stamp:
+                return known[1]
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            labels = data["metadata"].get("labels") or {}
+            owner = str(labels.get(ROLLOUT_LABEL, "")) if labels.get(MANAGED_BY_LABEL) == MANAGER else ""
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            return ""
+        self._labels[path] = (stamp, owner)
+        return owner
+
+    # --- acting ---------------------------------------------------------------------------------------------------------------
+
+    def apply(self, rollout: ModelRollout, action: Action) -> None:
+        """Does one action. Raises OSError or HafniumError when it can't; it is then asked for again at the next look."""
+        match action:
+            case EnsureCandidate():
+                text = yaml.safe_dump(inference_service(rollout, action.model, action.template), sort_keys=False)
+                write_atomically(self._state.service(action.model.service), text)
+            case SetShadow():
+                self._route(rollout.name, action.stable, action.candidate, 0, shadow=True)
+            case SetWeight():
+                self._route(rollout.name, action.stable, action.candidate, action.weight, shadow=False)
+            case Promote():
+                self._route(rollout.name, action.service, None, 0, shadow=False)
+            case Rollback():
+                self._route(rollout.name, action.stable, None, 0, shadow=False)
+            case RetireService():
+                path = self._state.service(action.service)
+                if self._owner(path) == rollout.name:
+                    path.unlink(missing_ok=True)
+
+    def _route(self, name: str, stable: str, candidate: str | None, weight: int, *, shadow: bool) -> None:
+        if candidate is not None and weight == 0 and not shadow:
+            candidate = None
+        data = {"name": name, "stable": stable, "candidate": candidate, "weight": weight, "shadow": shadow}
+        write_atomically(self._state.route(name), json.dumps(data, indent=1))
+
+    def stable_only(self, name: str, stable: str) -> None:
+        """The route `name` goes to its stable service alone, for a rollout whose object is gone."""
+        self._route(name, stable, None, 0, shadow=False)
+
+    def managed(self, rollout: str) -> frozenset[str]:
+        """InferenceServices that this rollout made."""
+        return self._objects(rollout)[1]
+
+    def forget_actions(self, rollout: str, handled: Sequence[str]) -> None:
+        """Removes the files of actions that the status says are handled."""
+        for path, action in read_actions(self._state, rollout):
+            if isinstance(action, UserAction) and action.id in handled:
+                path.unlink(missing_ok=True)
+
+
+def _arms(status: RolloutStatus, route: RouteSeen | None) -> list[str]:
+    names = {m.service for m in (status.stable, status.candidate) if m is not None}
+    return sorted(names | ({route.stable} if route is not None else set[str]()))
+
+
+def _gate_look(
+    gate: Gate, arms: tuple[tuple[ArmCounters, ArmCounters], tuple[ArmCounters, ArmCounters]],
+    differences: tuple[float, ...], scores_error: str,
+) -> GateLook:
+    """What one gate saw: increments of both arms (stable first)."""
+    if gate.kind == "prometheus":
+        return GateLook(error="a prometheus gate needs a cluster; on one machine use requests or latency")
+    if gate.kind == "scores":
+        stable, candidate = (Counts(0, after.completed - before.completed) for before, after in arms)
+        return GateLook(series=(Series(stable, candidate),), differences=differences, error=scores_error)
+    if gate.latency is not None:
+        return _latency_look(gate.latency.slower_than.total_seconds() * _MS, arms)
+    if gate.kind == "requests":
+        stable, candidate = (
+            Counts(after.error - before.error, after.error - before.error + after.success - before.success)
+            for before, after in arms
+        )
+        return GateLook((Series(stable, candidate),))
+    return GateLook()
+
+
+def _latency_look(threshold_ms: float, arms: tuple[tuple[ArmCounters, ArmCounters], ...]) -> GateLook:
+    """Requests above the threshold; between two buckets both are followed, so nothing is interpolated."""
+    bounds = sorted({b for _, after in arms for b in after.not_slower})
+    if not bounds:
+        return GateLook((Series(Counts(0, 0), Counts(0, 0)),) * len(_thresholds(threshold_ms, _DEFAULT_BOUNDS_MS)))
+    chosen = _thresholds(threshold_ms, bounds)
+    if not chosen:
+        return GateLook(error=f"slowerThan {threshold_ms:g} ms is above the gateway's largest bucket ({bounds[-1]:g} ms)")
+    series: list[Series] = []
+    for bound in chosen:
+        counts: list[Counts] = []
+        for before, after in arms:
+            total = after.timed - before.timed
+            below = after.not_slower.get(bound, 0) - before.not_slower.get(bound, 0)
+            counts.append(Counts(min(max(total - below, 0), total), total))
+        series.append(Series(counts[0], counts[1], f"> {bound:g} ms"))
+    return GateLook(tuple(series))
+
+
+_DEFAULT_BOUNDS_MS = (0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0)
+"""Envoy's own; only asked before the first request, when it shows no bucket yet."""
+
+
+def _thresholds(threshold_ms: float, bounds: Sequence[float]) -> tuple[float, ...]:
+    """The bucket bound itself, or the two around the threshold; none above the last bound."""
+    for bound in bounds:
+        if abs(bound - threshold_ms) <= 1e-6 * bound:
+            return (bound,)
+    above = [b for b in bounds if b > threshold_ms]
+    below = [b for b in bounds if b < threshold_ms]
+    return (*below[-1:], *above[:1]) if above else ()
+
+
+def inference_service(rollout: ModelRollout, model: ModelSeen, template: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidate's InferenceService: the template, the bundle's place, and labels that say whose it is."""
+    spec = copy.deepcopy(dict(template))
+    predictor = spec.get("predictor")
+    if not isinstance(predictor, dict):
+        raise HafniumError("spec.service: expected an InferenceServiceSpec with `predictor`")
+    served = cast("dict[str, Any]", predictor).get("model")
+    if isinstance(served, dict):
+        served["storageUri"] = model.storage_uri
+    metadata: dict[str, Any] = {
+        "name": model.service,
+        "labels": {
+            DIGEST_LABEL: model.digest.removeprefix("sha256:")[:8], VERSION_LABEL: model.version,
+            MANAGED_BY_LABEL: MANAGER, ROLLOUT_LABEL: rollout.name,
+        },
+    }
+    annotations = {k: v for k, v in rollout.metadata.annotations.items() if k.startswith(LOCAL_ANNOTATIONS)}
+    if annotations:
+        metadata["annotations"] = annotations
+    return {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": metadata, "spec": spec}

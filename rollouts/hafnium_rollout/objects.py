@@ -1,0 +1,335 @@
+"""ModelRollout: what a user asks for. Parsed once, at the edge, into these frozen types.
+
+The same types serve the cluster (the CRD is generated from them) and one machine (YAML in a folder).
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from hafnium_contract.contract_file import dotted, line_of, read_yaml
+from hafnium_contract.durations import Duration, parse_duration
+from hafnium_contract.errors import ContractError, Problem
+from hafnium_contract.model_contract import MODEL_NAME_PATTERN, Strict
+from hafnium_rollout.errors import RolloutFileError
+
+API_VERSION = "hafnium.dev/v1alpha1"
+STEPS_MAX = 20
+GATES_MAX = 50
+NO_TIME = parse_duration("0s")
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
+GateName = Annotated[str, Field(pattern=r"^[a-zA-Z]([-_a-zA-Z0-9]{0,61}[a-zA-Z0-9])?$")]
+Role = Literal["Safety", "Quality", "Advisory"]
+GateKind = Literal["requests", "prometheus", "latency", "scores", "drift", "evidence"]
+
+
+class ModelRef(Strict):
+    """The candidate: a bundle. The name is the target's and never changes; version, storageUri and digest name the model."""
+
+    name: Name
+    version: str = Field(min_length=1)
+    storage_uri: str = Field(min_length=1)
+    digest: Digest
+
+
+class Routing(Strict):
+    backend: Literal["PairedServices", "CanaryTrafficPercent", "Local"] = "Local"
+    gateway_ref: dict[str, Any] | None = None
+    hostnames: tuple[str, ...] = ()
+
+
+class Step(Strict):
+    """One step of the climb: a mirror (`shadow: true`) or a share of live traffic (`weight`)."""
+
+    shadow: bool = False
+    weight: int | None = Field(default=None, ge=1, le=100)
+    min_dwell: Duration = NO_TIME
+    """Time that the step lasts at least, counted from the moment that its weight was seen at the gateway."""
+    min_samples: int = Field(default=0, ge=0)
+    """Candidate requests (pairs of scores, for a scores gate) that the step needs at least."""
+    deadline: Duration = parse_duration("7d")
+    """Without a verdict by then the rollout pauses and says what was missing."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.shadow == (self.weight is not None):
+            raise ValueError("give exactly one of `shadow: true` and `weight`")
+        if self.deadline <= self.min_dwell:
+            raise ValueError("deadline must be longer than minDwell, else the step always pauses")
+        return self
+
+    @property
+    def live_weight(self) -> int:
+        """Percent of live answers that come from the candidate: 0 in shadow."""
+        return self.weight or 0
+
+
+class Strategy(Strict):
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=STEPS_MAX)]
+    on_new_candidate: Literal["Restart", "Queue", "Reject"] = "Restart"
+    max_blind_duration: Duration = parse_duration("10m")
+    """A Safety gate without data for longer than this takes the rollout one weight down."""
+    rollback_window: int = Field(default=3, ge=0, le=20)
+    scrape_lag: Duration = parse_duration("2s")
+    """A look counts for Pass only when it began this long after the weight was seen. One machine: 2 s; Prometheus: 2 scrapes."""
+    ready_deadline: Duration = parse_duration("15m")
+    """A candidate that isn't ready by then is rejected."""
+    restart_limit: int = Field(default=3, ge=1, le=100)
+    """So many restarts of the candidate within one step are a crash loop. One restart may be a node's fault."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        weights = [s.live_weight for s in self.steps]
+        for i, (below, above) in enumerate(pairwise(weights), start=1):
+            if above <= below:
+                raise ValueError(
+                    f"steps: step {i} ({_step_text(self.steps[i])}) does not rise above the one before it "
+                    f"({_step_text(self.steps[i - 1])}); weights rise strictly, and shadow comes first"
+                )
+        if weights[-1] != 100:
+            raise ValueError(f"steps: the last step must have weight 100, it has {_step_text(self.steps[-1])}")
+        return self
+
+
+def _step_text(step: Step) -> str:
+    return "shadow" if step.shadow else f"weight {step.weight}"
+
+
+class Empty(Strict):
+    """`requests: {}`, `scores: {}`: a kind that needs no settings."""
+
+
+class PrometheusCounts(Strict):
+    """Two queries that return the increase of bad and of all requests, per arm; the operator fills in the arm's service."""
+
+    bad: str = Field(min_length=1)
+    total: str = Field(min_length=1)
+
+
+class Slower(Strict):
+    slower_than: Duration
+    """A request that took longer is bad. Fixed before the rollout."""
+
+
+class Evidence(Strict):
+    kind: Literal["drift", "performance", "smoke", "fairness"]
+    max_age: Duration = parse_duration("24h")
+    """Older evidence is no evidence."""
+
+
+class DriftEvidence(Strict):
+    max_age: Duration = parse_duration("24h")
+
+
+class Dispersion(Strict):
+    """φ of bad requests, measured on the stable arm's history (statistics/dispersion.py), and the share it was measured at."""
+
+    phi: float = Field(ge=1, le=1000)
+    weight: float = Field(default=0.5, gt=0, lt=1)
+
+
+class Compare(Strict):
+    """How candidate and stable are compared."""
+
+    margin: float | None = Field(default=None, gt=0, lt=1)
+    """Largest tolerated difference: of the share of bad requests, or of the mean score. Default by kind: .005, .01, .02."""
+    alpha: float = Field(default=0.01, gt=0, le=0.2)
+    """Chance of a false verdict in the whole rollout, over all its gates and all looks."""
+    harmless: float | None = Field(default=None, ge=0, lt=1)
+    """A difference up to this never fails. Default 0 for requests and latency; the margin for scores, which always differ a bit."""
+    dispersion: Dispersion | None = None
+    """Frozen before the rollout. Given, Fail also restarts every ten minutes to find late harm; without, it runs plain."""
+
+
+_KINDS: tuple[GateKind, ...] = ("requests", "prometheus", "latency", "scores", "drift", "evidence")
+_MARGINS = {"requests": 0.005, "prometheus": 0.005, "latency": 0.01, "scores": 0.02}
+
+
+class Gate(Strict):
+    """One question about the candidate. Exactly one kind is given."""
+
+    name: GateName
+    role: Role = "Quality"
+    requests: Empty | None = None
+    """Share of failed requests, counted at the gateway."""
+    prometheus: PrometheusCounts | None = None
+    latency: Slower | None = None
+    scores: Empty | None = None
+    """Scores of the same request by both models, in shadow."""
+    drift: DriftEvidence | None = None
+    evidence: Evidence | None = None
+    compare: Compare = Compare()
+    hard_limit: float | None = Field(default=None, gt=0, lt=1)
+    """The candidate's own share of bad requests above this is a failure whatever the stable one does, unless it is above it too."""
+    required_in: tuple[Literal["shadow", "weight"], ...] = ("shadow", "weight")
+    """Kinds of step that wait for this gate's Pass; a Quality gate may name none. Its Fail counts in all of them. Scores are
+    compared in shadow only."""
+    failure_limit: int = Field(default=1, ge=1, le=1000)
+    """Quality only: looks in a row with Fail before the rollout goes back. Safety always goes back at once."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        given = [k for k in _KINDS if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; given: {', '.join(given) or 'none'}")
+        if self.hard_limit is not None and given[0] not in ("requests", "prometheus", "latency"):
+            raise ValueError(f"hardLimit is for counted requests, not for {given[0]}")
+        if self.role == "Safety" and not self.required_in:
+            raise ValueError("requiredIn is empty: a Safety gate's Pass must be waited for somewhere, else silence promotes")
+        if self.role == "Safety" and self.failure_limit != 1:
+            raise ValueError("failureLimit is for Quality gates: a Safety gate goes back at its first Fail")
+        if self.counted and self.harmless >= self.margin:
+            raise ValueError(f"compare.harmless ({self.harmless:g}) must be below compare.margin ({self.margin:g})")
+        if self.harmless > self.margin and not self.counted:
+            raise ValueError(f"compare.harmless ({self.harmless:g}) must not exceed compare.margin ({self.margin:g})")
+        return self
+
+    def waits_in(self, step: Step) -> bool:
+        """The step may not be left without this gate's Pass."""
+        here = "shadow" if step.shadow else "weight"
+        return self.blocking and here in self.required_in and not (self.kind == "scores" and not step.shadow)
+
+    @property
+    def kind(self) -> GateKind:
+        return next(k for k in _KINDS if getattr(self, k) is not None)
+
+    @property
+    def counted(self) -> bool:
+        """Bad and total requests of both arms."""
+        return self.requests is not None or self.prometheus is not None or self.latency is not None
+
+    @property
+    def blocking(self) -> bool:
+        return self.role != "Advisory"
+
+    @property
+    def margin(self) -> float:
+        return self.compare.margin if self.compare.margin is not None else _MARGINS.get(self.kind, 0.02)
+
+    @property
+    def harmless(self) -> float:
+        if self.compare.harmless is not None:
+            return self.compare.harmless
+        return 0.0 if self.counted or self.kind in ("drift", "evidence") else self.margin
+
+
+class Approvals(Strict):
+    required: tuple[str, ...] = ()
+
+
+class UserAction(Strict):
+    """What a person decided. `candidateDigest` says about which model, so that a late command can't hit the next one."""
+
+    type: Literal["Promote", "SkipStep", "Abort", "Retry"]
+    id: str = Field(min_length=1, max_length=100)
+    candidate_digest: Digest
+    reason: str = ""
+
+
+class RolloutSpec(Strict):
+    model: ModelRef
+    service: dict[str, Any]
+    """InferenceServiceSpec template, kept as data: storageUri and labels are filled in."""
+    routing: Routing = Routing()
+    strategy: Strategy
+    gates: Annotated[tuple[Gate, ...], Field(min_length=1, max_length=GATES_MAX)]
+    approvals: Approvals = Approvals()
+    paused: bool = False
+    action: UserAction | None = None
+
+    @model_validator(mode="after")
+    def _gates(self) -> Self:
+        names = [g.name for g in self.gates]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ValueError(f"gates: named twice: {', '.join(repeated)}")
+        if not any(g.role == "Safety" for g in self.gates):
+            raise ValueError("gates: at least one must have role: Safety, else nothing takes a bad candidate back")
+        if any(g.kind == "scores" for g in self.gates) and not any(s.shadow for s in self.strategy.steps):
+            raise ValueError("gates: a scores gate compares answers to the same request and needs a step with shadow: true")
+        if not isinstance(self.service.get("predictor"), dict):
+            raise ValueError("service: expected an InferenceServiceSpec with `predictor`")
+        return self
+
+
+class ObjectMeta(Strict):
+    """The part of Kubernetes metadata that is used here; the rest is the API server's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: Name
+    namespace: str = "default"
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+    generation: int = 0
+
+
+class ModelRollout(Strict):
+    api_version: Literal["hafnium.dev/v1alpha1"]
+    kind: Literal["ModelRollout"]
+    metadata: ObjectMeta
+    spec: RolloutSpec
+    status: Any = None
+    """On a cluster the API server sends it along. It is never read from here."""
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name
+
+    def service_name(self, digest: str) -> str:
+        """`<name>-<digest8>`: each model has a service of its own, so features and model move together."""
+        return f"{self.name}-{digest.removeprefix('sha256:')[:8]}"
+
+
+def parse_rollout(data: Any, source: str, node: Any = None) -> ModelRollout:
+    """YAML or JSON data → ModelRollout. Raises RolloutFileError with every problem, its path and (with `node`) its line."""
+    if not isinstance(data, dict):
+        raise RolloutFileError(source, [Problem("", "expected a mapping with apiVersion, kind, metadata, spec", 1)])
+    try:
+        return ModelRollout.model_validate(data)
+    except ValidationError as e:
+        problems = [
+            Problem(dotted(x["loc"]), _message(x["msg"], x["type"], x["input"]), line_of(node, x["loc"])) for x in e.errors()
+        ]
+        raise RolloutFileError(source, sorted(problems, key=lambda p: p.line or 0)) from e
+
+
+def _message(text: str, kind: str, value: Any) -> str:
+    text = text.removeprefix("Value error, ")
+    text = text[0].lower() + text[1:]
+    if kind == "extra_forbidden":
+        return "unknown key; see the reference of ModelRollout for those that exist"
+    if kind in ("value_error", "missing"):
+        return text
+    shown = json.dumps(value, default=str)
+    return f"{text}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def load_rollout(path: Path) -> ModelRollout:
+    """Reads and checks a ModelRollout file. Raises InputError or RolloutFileError."""
+    try:
+        data, node = read_yaml(path)
+    except ContractError as e:
+        raise RolloutFileError(e.source, e.problems) from e
+    return parse_rollout(data, str(path), node)
+
+
+class ApprovalSpec(Strict):
+    model_digest: Digest
+    stage: str = Field(min_length=1)
+    approver: str = Field(min_length=1)
+
+
+class ModelApproval(Strict):
+    """A person's approval of one model for one stage. On a cluster the approver is the authenticated user who made it."""
+
+    api_version: Literal["hafnium.dev/v1alpha1"] = API_VERSION
+    kind: Literal["ModelApproval"] = "ModelApproval"
+    metadata: ObjectMeta
+    spec: ApprovalSpec

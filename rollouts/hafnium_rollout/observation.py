@@ -1,0 +1,114 @@
+"""What was seen at one look, as plain values: the only thing that `decide` knows about the world.
+
+Each routing backend fills this in from its own sources (Envoy and files here, the API server and Prometheus on a cluster).
+What could not be read is None or an error text, never zero: "no data" must not look like "no harm".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.objects import UserAction
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Requests between two scrapes: how many, and how many of them were bad."""
+
+    bad: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Both arms over the same look. A latency threshold between two histogram buckets gives two series."""
+
+    stable: Counts
+    candidate: Counts
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GateLook:
+    """What one gate saw in this look. `error`: why it saw nothing."""
+
+    series: tuple[Series, ...] = ()
+    differences: tuple[float, ...] = ()
+    """Candidate's score − stable's, per request that both answered."""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The time between two readings of the counters."""
+
+    started: datetime
+    ended: datetime
+    gates: Mapping[str, GateLook]
+    routed_stable: float | None = None
+    """Client requests that the gateway sent to the arm (retries not counted twice). None: not known."""
+    routed_candidate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSeen:
+    """A running InferenceService."""
+
+    name: str
+    digest: str
+    ready: bool
+    restarts: int = 0
+    version: str = ""
+    message: str = ""
+    storage_uri: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSeen:
+    """The route's intent, as last written by anyone. `manager` names who, as far as that is known."""
+
+    stable: str
+    candidate: str | None
+    weight: int
+    shadow: bool
+    manager: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRoute:
+    """What the gateway does right now: percent per service, and which services get copies."""
+
+    weights: Mapping[str, int]
+    mirrors: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Everything seen at one moment."""
+
+    services: Mapping[str, ServiceSeen] | None = None
+    """None: the list can't be read."""
+    declared: frozenset[str] = frozenset()
+    """Names of all InferenceServices that are wanted, whoever wrote them."""
+    managed: frozenset[str] = frozenset()
+    """Those of them that this rollout made."""
+    route: RouteSeen | None = None
+    route_absent: bool = False
+    """There is certainly no route (not: it can't be read)."""
+    live: LiveRoute | None = None
+    """None: the gateway can't be asked."""
+    look: Look | None = None
+    """None: counters can't be read, or this is the first reading, or one was reset."""
+    evidence: tuple[EvidenceSpec, ...] = ()
+    evidence_error: str = ""
+    approvals: frozenset[str] = frozenset()
+    """Stages approved for the candidate's digest."""
+    actions: tuple[UserAction, ...] = ()
+    problems: tuple[str, ...] = ()
+    """What couldn't be read, for people."""
+    cursor: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Where the next look goes on: kept in the status together with what was made of this one."""

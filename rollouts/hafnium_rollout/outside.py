@@ -1,0 +1,105 @@
+"""The route and strangers: our own unfinished writes, other people's changes, and services nobody names any more. Pure."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from hafnium_rollout.actions import Action, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.observation import RouteSeen
+from hafnium_rollout.status import RouteWanted
+from hafnium_rollout.turn import Outcome, Turn, normal, start_rollback
+
+CHANGES_MAX = 3
+CHANGES_WINDOW = timedelta(minutes=10)
+"""So many changes by someone else in this time are a fight; the rollout leaves it."""
+
+
+def _who(turn: Turn) -> str:
+    return (turn.seen.route.manager if turn.seen.route is not None else "") or "someone else"
+
+
+def put_back(turn: Turn, *, always: bool) -> Outcome | None:
+    """Restores the wanted route, unless that was needed too often lately. `always`: a rejected model must not serve."""
+    status, found = turn.status, turn.seen.route
+    recent = tuple(t for t in status.external_changes if turn.now - t <= CHANGES_WINDOW)
+    if status.reason == "ExternalChange" and len(status.external_changes) >= CHANGES_MAX and not always:
+        return Outcome(turn) if status.phase != "Paused" else None
+    text = f"{_who(turn)} changed the route to {_route_text(found)}"
+    turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:])
+    if len(recent) + 1 >= CHANGES_MAX and not always:
+        text += f"; {len(recent) + 1} times in ten minutes: left as it is, a person must settle it and Retry"
+        if status.phase in ("Pending", "Progressing"):
+            turn = turn.update(phase="Paused")
+        return Outcome(turn.say("ExternalChange", "ExternalChange", text, alert=True))
+    turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
+    return Outcome(turn, (route_action(turn),))
+
+
+def _route_text(route: RouteSeen | None) -> str:
+    if route is None:
+        return "nothing"
+    found = normal(route)
+    return f"{found.stable} {100 - found.weight} %" + (
+        f", {found.candidate} {found.weight} %{' + copies' if found.shadow else ''}" if found.candidate else "")
+
+
+def route_action(turn: Turn) -> Action:
+    """The write that makes the route what is wanted."""
+    route, status = turn.status.route, turn.status
+    assert route is not None  # noqa: S101 - callers have an intent
+    if route.candidate is not None and route.shadow:
+        return SetShadow(route.stable, route.candidate)
+    if route.candidate is not None:
+        return SetWeight(route.stable, route.candidate, route.weight)
+    if status.phase == "Promoted":
+        return Promote(route.stable)
+    return Rollback(route.stable, status.candidate.service if status.candidate is not None else "", status.reason)
+
+
+def write_again(turn: Turn) -> Outcome | None:
+    """The intent is in the status but not in the route: a crash came between, or the route file is gone. Do it (again)."""
+    status, seen = turn.status, turn.seen
+    if status.route is None or (seen.route is None and not seen.route_absent):
+        return None
+    if seen.route is not None and normal(seen.route) == normal(status.route):
+        return None
+    if seen.route is not None and status.phase == "Paused" and status.reason == "ExternalChange":
+        return None
+    return Outcome(turn, (route_action(turn),))
+
+
+def outside_change(turn: Turn) -> Outcome | None:
+    """Rule 10: someone else changed the route."""
+    status, seen = turn.status, turn.seen
+    if status.route is None or seen.route is None or status.candidate is None:
+        return None
+    there, wanted = normal(seen.route), normal(status.route)
+    if there == wanted:
+        return None
+    if not status.route_confirmed and there in [normal(r) for r in status.route_before]:
+        return None  # our own write was cut off; `write_again` repeats it
+    if status.route_confirmed and wanted.weight > 0 and there == RouteWanted(stable=wanted.stable):
+        text = f"{_who(turn)} took the candidate's weight from {wanted.weight} to 0"
+        return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
+    return put_back(turn, always=False)
+
+
+def keep_route(turn: Turn) -> Outcome | None:
+    """After the end the route stays as it was left, unless strangers insist; but a rejected model never serves again."""
+    status, seen = turn.status, turn.seen
+    if status.route is None or seen.route is None or normal(seen.route) == normal(status.route):
+        return write_again(turn) if seen.route_absent and status.route is not None else None
+    if normal(seen.route) in [normal(r) for r in status.route_before] and not status.route_confirmed:
+        return write_again(turn)
+    services = {seen.route.stable, seen.route.candidate}
+    rejected = {turn.rollout.service_name(d) for d in status.rejected_digests}
+    return put_back(turn, always=bool(services & rejected))
+
+
+def garbage(turn: Turn) -> tuple[Action, ...]:
+    """Services that this rollout made and nobody names any more: not stable, not a candidate, not at the gateway."""
+    status, live = turn.status, turn.seen.live
+    if live is None or turn.seen.route is None or status.stable is None:
+        return ()
+    used = {status.stable.service, turn.seen.route.stable, turn.seen.route.candidate, *live.weights, *live.mirrors}
+    return tuple(RetireService(name) for name in sorted(turn.seen.managed - used))

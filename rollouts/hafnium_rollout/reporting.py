@@ -1,0 +1,80 @@
+"""The end of a turn: history and conditions of the status, so that it explains itself to a person and to `kubectl wait`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from hafnium_rollout.actions import Decision
+from hafnium_rollout.intake import live_matches
+from hafnium_rollout.status import EVENTS_MAX, LOOK_GATES_MAX, Condition, GatePoint, HistoryPoint, RolloutStatus
+from hafnium_rollout.turn import Outcome, Turn
+
+REQUEUE_S = 1.0
+
+
+def finish(before: RolloutStatus, outcome: Outcome) -> Decision:
+    """Outcome → Decision, with history and conditions written."""
+    turn = outcome.turn
+    status = turn.status
+    history = _history(before, turn)
+    status = status.model_copy(update={"history": history, "conditions": _conditions(before, turn)})
+    return Decision(outcome.actions, status, REQUEUE_S if outcome.actions or turn.events else None, turn.events)
+
+
+def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
+    status, step = turn.status, turn.status.step
+    weight = (step.weight_observed or 0) if step is not None else (100 if status.phase == "Promoted" else 0)
+    shadow = step is not None and step.shadow_observed
+    points = [
+        HistoryPoint(time=turn.now, event=e.name, weight=weight, shadow=shadow, reason=e.reason, message=e.message)
+        for e in turn.events
+    ]
+    if turn.seen.look is not None and status.gates and step is not None:
+        gates = tuple(
+            GatePoint(name=g.name, verdict=g.verdict, statistic=g.statistic, lower=g.lower, upper=g.upper, samples=g.samples)
+            for g in status.gates
+        )
+        points.insert(0, HistoryPoint(time=turn.now, event="Look", weight=weight, shadow=shadow, gates=gates))
+    if not points:
+        return before.history
+    return _bounded((*before.history, *points), max(100, LOOK_GATES_MAX // max(len(status.gates), 1)))
+
+
+def _bounded(history: tuple[HistoryPoint, ...], looks_max: int) -> tuple[HistoryPoint, ...]:
+    """What happened stays readable however long the rollout takes; looks are thinned, the oldest first."""
+    looks = [i for i, p in enumerate(history) if p.event == "Look"]
+    gone: set[int] = set(looks[1:len(looks) // 2:2]) if len(looks) > looks_max else set()
+    events = [i for i, p in enumerate(history) if p.event != "Look"]
+    gone |= set(events[:max(0, len(events) - EVENTS_MAX)])
+    return tuple(p for i, p in enumerate(history) if i not in gone) if gone else history
+
+
+def _conditions(before: RolloutStatus, turn: Turn) -> tuple[Condition, ...]:
+    status, step, seen = turn.status, turn.status.step, turn.seen
+    old = {c.type: c for c in before.conditions}
+    blocking = [g for g in status.gates if g.role != "Advisory"]
+    converged = seen.live is not None and status.route is not None and live_matches(seen.live, status.route)
+    facts: list[tuple[str, bool | None, str, str]] = [
+        ("Ready", status.phase == "Promoted", status.phase, status.message),
+        ("Progressing", status.phase in ("Pending", "Progressing"), status.reason or status.phase, status.message),
+        ("GatesPassing", all(g.verdict == "Pass" for g in blocking) if blocking and step else None, "Verdicts",
+         ", ".join(f"{g.name} {g.verdict}" for g in blocking)),
+        ("DataAvailable", not any(g.verdict in ("NoData", "Error") for g in blocking) if blocking and step else None, "Verdicts",
+         "; ".join(f"{g.name}: {g.message}" for g in blocking if g.verdict in ("NoData", "Error")) or "; ".join(seen.problems)),
+        ("TrafficConverged", None if seen.live is None else converged, "Gateway",
+         "" if converged else "the gateway does not show the wanted route"),
+        ("Paused", status.phase == "Paused", status.reason if status.phase == "Paused" else "NotPaused", ""),
+        ("RolledBack", status.phase == "RolledBack", status.reason if status.phase == "RolledBack" else (
+            "RollingBack" if status.rollback else "NotRolledBack"), status.rollback.message if status.rollback else ""),
+        ("ExternalChange", status.reason == "ExternalChange", "Route", status.message if status.reason == "ExternalChange" else ""),
+    ]
+    return tuple(_condition(old.get(kind), kind, value, reason, message, turn.now) for kind, value, reason, message in facts)
+
+
+def _condition(
+    old: Condition | None, kind: str, value: bool | None, reason: str, message: str, now: datetime,
+) -> Condition:
+    text: Literal["True", "False", "Unknown"] = "Unknown" if value is None else "True" if value else "False"
+    changed = old.last_transition_time if old is not None and old.status == text else now
+    return Condition(type=kind, status=text, reason=reason or "None", message=message[:500], last_transition_time=changed)

@@ -1,0 +1,84 @@
+"""How much more request counts vary than independent requests would: the dispersion φ, measured before the rollout.
+
+Retries, keep-alive and a noisy pod make bad requests come in clumps. Every rule for independent requests then fails (363 to
+968 false rollbacks of 1,000 in the simulations). Counts divided by φ repair it. φ is measured where there is no candidate yet,
+between two pseudo-arms of the stable model (two of its pods, or requests by an even and an odd hash), over a day or more, and
+frozen: measuring it on the rollout's own data lets the harm hide in it.
+
+The residual is Mantel and Haenszel's (1959), so that a base rate that moves for both pseudo-arms cancels; ΣU²/ΣV is the
+moment estimate of overdispersion (McCullagh & Nelder 1989, section 4.5) over blocks as long as the clumps may last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BLOCKS_S = (30.0, 120.0, 300.0, 600.0, 1800.0)
+"""Lengths of clumps that are looked for; the largest φ among them counts."""
+BLOCKS_MIN = 20
+"""A mean of fewer squares than this is mostly noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmsLook:
+    """Bad and total requests of two arms between two scrapes."""
+
+    bad_a: float
+    total_a: float
+    bad_b: float
+    total_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """φ and the weight (share of arm a) at which it was measured: it grows with the weight, see `at_weight`."""
+
+    phi: float
+    weight: float
+    blocks: int
+    """Blocks of the length that gave the largest φ."""
+
+
+def measure(looks: Sequence[ArmsLook], look_s: float) -> Measured:
+    """φ from the stable arm's history of equally long looks. Raises ValueError when it is too short to say anything."""
+    if look_s <= 0:
+        raise ValueError(f"a look lasts longer than nothing, got {look_s} s")
+    total_a = sum(x.total_a for x in looks)
+    total = total_a + sum(x.total_b for x in looks)
+    if total <= 0 or not 0 < total_a < total:
+        raise ValueError("the history holds no requests in one of the two pseudo-arms")
+    best: tuple[float, int] | None = None
+    for length in sorted({max(length, look_s) for length in BLOCKS_S}):
+        size = max(1, round(length / look_s))
+        blocks = [looks[i:i + size] for i in range(0, len(looks) - size + 1, size)]
+        if len(blocks) < BLOCKS_MIN:
+            continue
+        squares = sum(sum(_residual(x) for x in block) ** 2 for block in blocks)
+        variance = sum(sum(_variance(x) for x in block) for block in blocks)
+        if variance > 0 and (best is None or squares / variance > best[0]):
+            best = (squares / variance, len(blocks))
+    if best is None:
+        raise ValueError(
+            f"{len(looks)} looks of {look_s:g} s are too few, or hold no bad request; needed: {BLOCKS_MIN} blocks with some"
+        )
+    return Measured(max(1.0, best[0]), total_a / total, best[1])
+
+
+def _residual(x: ArmsLook) -> float:
+    n = x.total_a + x.total_b
+    return x.bad_a - x.total_a * (x.bad_a + x.bad_b) / n if n > 0 else 0.0
+
+
+def _variance(x: ArmsLook) -> float:
+    n, k = x.total_a + x.total_b, x.bad_a + x.bad_b
+    return x.total_a * x.total_b * k * (n - k) / (n * n * (n - 1.0)) if n > 1 else 0.0
+
+
+def at_weight(phi: float, weight_measured: float, weight: float) -> float:
+    """φ at the candidate's share `weight` (0..1): 1 + (φ − 1)·w(1−w)/(w₀(1−w₀)). Never below 1."""
+    if not 0 < weight_measured < 1:
+        raise ValueError(f"the weight at which φ was measured lies between 0 and 1, got {weight_measured}")
+    if not 0 < weight < 1:
+        return 1.0 if weight <= 0 else phi
+    return 1.0 + max(phi - 1.0, 0.0) * weight * (1.0 - weight) / (weight_measured * (1.0 - weight_measured))

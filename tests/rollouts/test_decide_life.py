@@ -1,0 +1,342 @@
+"""Candidates, services, approvals and people: what may happen to a rollout besides its gates."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, World, rollout
+
+from hafnium_rollout.actions import SetWeight
+from hafnium_rollout.objects import UserAction
+from hafnium_rollout.observation import RouteSeen
+
+
+def action(kind: str, digest: str = CANDIDATE, name: str = "1") -> UserAction:
+    return UserAction.model_validate({"type": kind, "id": name, "candidateDigest": digest, "reason": "because"})
+
+
+# --- the candidate's service ---------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_gets_not_even_copies_before_it_is_ready() -> None:
+    world = World(ready=False)
+    for _ in range(30):
+        world.turn()
+    assert SERVICE in world.managed
+    assert world.route == RouteSeen("risk", None, 0, False)
+    world.ready = True
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_a_candidate_that_serves_another_model_is_not_ready() -> None:
+    world = World(candidate_digest=OTHER)
+    for _ in range(30):
+        world.turn()
+    assert world.route == RouteSeen("risk", None, 0, False)
+    assert "serves sha256:ccc" in world.status.message
+
+
+def test_a_candidate_that_is_never_ready_is_rejected_with_its_message() -> None:
+    world = World(rollout(strategy={"readyDeadline": "30s"}), ready=False)
+    assert world.until("RolledBack", turns=40) == "RolledBack"
+    assert world.status.reason == "CandidateNotReady"
+    assert world.status.rejected_digests == (CANDIDATE,)
+
+
+def test_a_crash_loop_is_a_safety_failure_and_one_restart_is_not() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.restarts = 2
+    for _ in range(10):
+        world.turn()
+    assert world.status.phase == "Progressing"
+    world.restarts = 3
+    assert world.until("RolledBack", turns=5) == "RolledBack"
+    assert world.status.reason == "CrashLoop"
+
+
+def test_a_candidate_that_stays_away_goes_back_and_a_short_absence_does_not() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}],
+                                    "maxBlindDuration": "60s"}))
+    world.until_step(0)
+    world.ready = False
+    for _ in range(20):
+        world.turn()
+    assert world.status.phase == "Progressing"
+    world.ready = True
+    world.turn()
+    world.ready = False
+    assert world.until("RolledBack", turns=40) == "RolledBack"
+    assert world.status.reason == "CandidateUnavailable"
+
+
+def test_another_model_under_the_candidates_name_goes_back_at_once() -> None:
+    world = World()
+    world.until_step(1)
+    world.candidate_digest = OTHER
+    assert world.until("RolledBack", turns=4) == "RolledBack"
+    assert world.status.reason == "WrongModel"
+
+
+def test_a_deleted_candidate_is_made_again() -> None:
+    world = World()
+    world.until_step(1)
+    world.managed.clear()
+    world.turn()
+    assert SERVICE in world.managed
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_an_unready_candidate_is_not_raised() -> None:
+    world = World()
+    world.until_step(1)
+    world.ready = False
+    for _ in range(25):
+        world.turn()
+    assert world.weight == 5
+
+
+# --- first, same and new candidates ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_model_of_a_route_serves_when_it_is_ready() -> None:
+    world = World(route=None)
+    world.observe = _without_stable(world)  # type: ignore[method-assign]
+    assert world.until("Promoted", turns=10) == "Promoted"
+    assert world.status.reason == "FirstModel"
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+
+
+def _without_stable(world: World):
+    from dataclasses import replace
+    plain = World.observe
+
+    def observe(seconds: float):
+        seen = plain(world, seconds)
+        assert seen.services is not None
+        services = {k: v for k, v in seen.services.items() if k != "risk"}
+        return replace(seen, services=services, declared=frozenset(world.managed))
+
+    return observe
+
+
+def test_a_service_that_has_no_route_yet_is_waited_for_not_replaced() -> None:
+    world = World(route=None)
+    for _ in range(10):
+        world.turn()
+    assert world.route is None
+    assert "no route yet" in world.status.message
+    world.route = RouteSeen("risk", None, 0, False)
+    assert world.until("Promoted") == "Promoted"
+    assert "StepEntered" in world.events
+
+
+def test_the_stable_model_itself_needs_no_rollout() -> None:
+    world = World(rollout(model={"digest": STABLE}))
+    assert world.until("Promoted", turns=3) == "Promoted"
+    assert world.route == RouteSeen("risk", None, 0, False)
+    assert not world.managed
+
+
+def test_a_new_candidate_restarts_and_the_old_one_is_not_rejected() -> None:
+    world = World()
+    world.until_step(2)
+    world.spec = rollout(model={"digest": OTHER, "version": "3"})
+    world.turn()
+    assert world.weight == 0
+    world.candidate_digest = OTHER
+    assert world.until("Promoted") == "Promoted"
+    assert world.route == RouteSeen("risk-cccccccc", None, 0, False)
+    assert world.status.rejected_digests == ()
+
+
+def test_a_new_candidate_can_wait_in_a_queue() -> None:
+    world = World(rollout(strategy={"onNewCandidate": "Queue"}))
+    world.until_step(2)
+    world.spec = rollout(model={"digest": OTHER, "version": "3"}, strategy={"onNewCandidate": "Queue"})
+    assert world.until("Promoted") == "Promoted"
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+    world.turn()
+    assert world.status.phase == "Pending"
+    assert world.status.candidate is not None
+    assert world.status.candidate.digest == OTHER
+
+
+def test_a_new_candidate_can_be_refused() -> None:
+    world = World(rollout(strategy={"onNewCandidate": "Reject"}))
+    world.until_step(2)
+    world.spec = rollout(model={"digest": OTHER, "version": "3"}, strategy={"onNewCandidate": "Reject"})
+    assert world.until("Promoted") == "Promoted"
+    for _ in range(5):
+        world.turn()
+    assert world.status.rejected_digests == (OTHER,)
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+
+
+def test_asking_for_the_stable_model_again_reverts_without_rejecting() -> None:
+    world = World()
+    world.until_step(2)
+    world.spec = rollout(model={"digest": STABLE, "version": "1"})
+    for _ in range(6):
+        world.turn()
+    assert world.weight == 0
+    assert world.status.rejected_digests == ()
+    assert world.status.phase == "Promoted"
+    assert world.status.stable is not None
+    assert world.status.stable.digest == STABLE
+
+
+# --- approvals -------------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_approvals_hold_before_live_traffic_and_shadow_runs_meanwhile() -> None:
+    world = World(rollout(approvals={"required": ["validation", "security"]}))
+    world.until_step(0)
+    for _ in range(60):
+        world.turn()
+    assert world.status.reason == "ApprovalMissing"
+    assert world.route is not None
+    assert world.route.shadow
+    world.approvals = frozenset({"validation"})
+    world.turn()
+    assert "security" in world.status.message
+    world.approvals = frozenset({"validation", "security"})
+    assert world.until("Promoted") == "Promoted"
+
+
+@pytest.mark.parametrize("kind", ["SkipStep", "Promote"])
+def test_no_person_can_skip_approvals(kind: str) -> None:
+    world = World(rollout(approvals={"required": ["validation"]}))
+    world.until_step(0)
+    world.actions = (action(kind),)
+    for _ in range(5):
+        world.turn()
+    assert "ActionIgnored" in world.events
+    assert world.weight == 0
+
+
+# --- people ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_action_is_done_once_and_only_for_the_model_that_it_names() -> None:
+    steps = [{"weight": w, "minDwell": "1h", "deadline": "2h"} for w in (5, 25, 50)]
+    world = World(rollout(strategy={"steps": [*steps, {"weight": 100}]}))
+    world.until_step(0)
+    world.actions = (action("SkipStep", OTHER, "wrong"), action("SkipStep", name="right"))
+    for _ in range(6):
+        world.turn()
+    assert world.weight == 25
+    assert world.status.handled_actions == ("wrong", "right")
+    assert world.status.last_action_id == "right"
+
+
+def test_promote_goes_to_the_last_step_and_safety_stays_armed() -> None:
+    gates = [{"name": "errors", "role": "Safety", "requests": {}, "hardLimit": 0.1}]
+    steps = [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100, "minDwell": "60s"}]
+    world = World(rollout(strategy={"steps": steps}, gates=gates))
+    world.until_step(0)
+    world.actions = (action("Promote"),)
+    world.until_step(1)
+    assert world.weight == 100
+    world.bad_candidate = 0.4
+    assert world.until("RolledBack", "Promoted", turns=20) == "RolledBack"
+
+
+def test_promote_ends_promoted_after_the_bake() -> None:
+    steps = [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100, "minDwell": "20s"}]
+    world = World(rollout(strategy={"steps": steps}))
+    world.until_step(0)
+    world.actions = (action("Promote"),)
+    assert world.until("Promoted", turns=30) == "Promoted"
+
+
+def test_a_failed_candidate_is_not_saved_by_promote() -> None:
+    world = World()
+    world.until_step(1)
+    world.bad_candidate = 0.5
+    for _ in range(30):
+        world.actions = (action("Promote", name=str(world.now)),) if world.status.rollback else ()
+        world.turn()
+        assert world.weight <= 5
+    assert world.status.phase == "RolledBack"
+
+
+def test_abort_takes_it_back_and_remembers() -> None:
+    world = World()
+    world.until_step(2)
+    world.actions = (action("Abort"),)
+    assert world.until("RolledBack", turns=6) == "RolledBack"
+    assert world.status.reason == "Aborted"
+    assert world.status.rejected_digests == (CANDIDATE,)
+
+
+def test_pause_holds_and_resumes_where_it_was() -> None:
+    world = World()
+    world.until_step(1)
+    world.spec = rollout(paused=True)
+    for _ in range(60):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Paused", 5)
+    world.spec = rollout()
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_a_paused_rollout_still_goes_back_when_it_fails() -> None:
+    world = World()
+    world.until_step(1)
+    world.spec = rollout(paused=True)
+    world.bad_candidate = 0.5
+    assert world.until("RolledBack", turns=30) == "RolledBack"
+
+
+# --- the status itself -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_arguments_give_the_same_decision() -> None:
+    world = World()
+    world.until_step(1)
+    from hafnium_rollout.decide import decide
+    seen = world.observe(2.0)
+    at = world.now + timedelta(seconds=2)
+    assert decide(world.spec, world.status, seen, at) == decide(world.spec, world.status, seen, at)
+
+
+def test_history_is_bounded_and_keeps_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hafnium_rollout.reporting.LOOK_GATES_MAX", 1)
+    world = World(rollout(strategy={"steps": [{"shadow": True, "minSamples": 100_000}, {"weight": 100}]}))
+    assert world.until("Promoted") == "Promoted"
+    events = [p.event for p in world.status.history]
+    assert events.count("Look") <= 100
+    assert [e for e in events if e != "Look"] == world.events
+
+
+def test_conditions_tell_since_when_they_hold() -> None:
+    world = World()
+    world.until_step(1)
+    progressing = next(c for c in world.status.conditions if c.type == "Progressing")
+    world.turn()
+    after = next(c for c in world.status.conditions if c.type == "Progressing")
+    assert (progressing.status, after.last_transition_time) == ("True", progressing.last_transition_time)
+
+
+def test_a_changed_gate_begins_its_evidence_anew() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for _ in range(20):
+        world.turn()
+    before = world.status.gates[0].samples
+    world.spec = rollout(
+        strategy={"steps": [{"weight": 20, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]},
+        gates=[{"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.03}}],
+    )
+    world.turn()
+    assert world.status.gates[0].samples < before / 2
+
+
+def test_actions_name_both_arms_so_that_one_alone_is_enough_after_a_crash() -> None:
+    world = World()
+    while world.weight == 0:
+        decision = world.turn()
+    weights = [a for a in decision.actions if isinstance(a, SetWeight)]
+    assert weights == [SetWeight("risk", SERVICE, 5)]

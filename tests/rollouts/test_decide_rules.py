@@ -1,0 +1,457 @@
+"""The rules of decision, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, World, rollout
+
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.objects import UserAction
+from hafnium_rollout.observation import RouteSeen
+
+SCORES = {"name": "scores", "role": "Quality", "scores": {}, "compare": {"margin": 0.05}}
+ERRORS: dict[str, Any] = {"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.02}}
+
+
+def action(kind: str, digest: str = CANDIDATE, name: str = "1") -> UserAction:
+    return UserAction.model_validate({"type": kind, "id": name, "candidateDigest": digest})
+
+
+def test_a_good_candidate_climbs_all_steps_and_the_old_one_stays_at_hand() -> None:
+    world = World(rollout(gates=[ERRORS, SCORES]))
+    assert world.until("Promoted", "RolledBack") == "Promoted"
+    assert world.events.count("StepEntered") == 4
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+    assert [m.digest for m in world.status.previous] == [STABLE]
+    assert world.status.stable is not None
+    assert world.status.stable.digest == CANDIDATE
+
+
+# --- 1 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_1_an_error_in_measuring_holds_and_is_neither_success_nor_failure() -> None:
+    spec = rollout(gates=[ERRORS, {"name": "prom", "prometheus": {"bad": "b", "total": "t"}, "role": "Quality"}])
+    world = World(spec)
+    world.until_step(0)
+    seen_error = False
+    for _ in range(40):
+        observed = world.observe(2.0)
+        assert observed.look is not None
+        gates = dict(observed.look.gates)
+        gates["prom"] = type(gates["prom"])(error="NaN")
+        world.observe = lambda _, o=replace(observed, look=replace(observed.look, gates=gates)): o  # type: ignore[method-assign]
+        world.turn()
+        del world.observe
+        seen_error = seen_error or any(g.verdict == "Error" for g in world.status.gates)
+    assert seen_error
+    assert world.status.phase == "Progressing"
+    assert world.status.step is not None
+    assert world.status.step.index == 0
+
+
+# --- 2 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_2_without_requests_nothing_ever_passes() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 10, "deadline": "30m"}, {"weight": 100}]}), rate=0.0)
+    world.until_step(0)
+    for _ in range(200):
+        world.turn()
+    assert world.weight == 10
+    assert world.status.phase == "Progressing"
+
+
+def test_2_looks_that_began_before_the_weight_was_seen_do_not_count() -> None:
+    world = World(live_lag=5)
+    while world.status.step is None:
+        world.turn()
+    for _ in range(5):
+        world.turn()
+        assert world.status.step.samples == 0
+    world.until_step(0)
+    assert world.status.step is not None
+    assert world.status.step.samples == 0
+
+
+def test_2_dwell_is_counted_from_the_moment_the_gateway_shows_the_weight() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 50, "minDwell": "40s"}, {"weight": 100}]}), live_lag=6)
+    world.until_step(0)
+    since = world.now
+    while world.weight == 50:
+        world.turn()
+        assert world.now - since < timedelta(seconds=120)
+    assert world.now - since >= timedelta(seconds=40)
+
+
+def test_2_the_least_samples_are_waited_for() -> None:
+    world = World(rollout(strategy={"steps": [{"shadow": True, "minSamples": 5000}, {"weight": 100}]}))
+    world.until_step(0)
+    while world.status.step is not None and world.status.step.index == 0:
+        samples = world.status.step.samples
+        world.turn()
+    assert samples >= 4600  # the look that completes them moves on
+
+
+# --- 3 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_3_a_safety_failure_goes_back_at_once_whatever_the_dwell() -> None:
+    steps = [{"weight": 20, "minDwell": "24h", "deadline": "72h"}, {"weight": 100}]
+    world = World(rollout(strategy={"steps": steps}))
+    world.until_step(0)
+    began = world.now
+    world.bad_candidate = 0.5
+    assert world.until("RolledBack", turns=20) == "RolledBack"
+    assert world.now - began < timedelta(seconds=20)
+    assert world.status.rejected_digests == (CANDIDATE,)
+    assert world.weight == 0
+    assert "errors" in world.status.message
+
+
+def test_3_the_hard_limit_fails_even_inside_the_margin() -> None:
+    gates = [{**ERRORS, "compare": {"margin": 0.9, "harmless": 0.8}, "hardLimit": 0.1}]
+    world = World(rollout(gates=gates, strategy={"steps": [{"weight": 20, "minDwell": "1h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.bad_candidate = 0.4
+    assert world.until("RolledBack", turns=20) == "RolledBack"
+    assert "hard limit" in world.status.message
+
+
+def test_3_the_hard_limit_does_not_blame_the_candidate_for_an_incident_of_both() -> None:
+    gates = [{**ERRORS, "hardLimit": 0.1}]
+    world = World(rollout(gates=gates, strategy={"steps": [{"weight": 20, "minDwell": "1h", "deadline": "3h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.bad_candidate = world.bad_stable = 0.3
+    for _ in range(100):
+        world.turn()
+    world.bad_candidate = world.bad_stable = 0.01
+    for _ in range(100):
+        world.turn()
+    assert world.status.phase == "Progressing"
+
+
+def test_3_at_full_weight_the_hard_limit_is_still_armed() -> None:
+    gates = [{**ERRORS, "hardLimit": 0.1}]
+    world = World(rollout(gates=gates, strategy={"steps": [{"weight": 50}, {"weight": 100, "minDwell": "1h", "deadline": "3h"}]}))
+    world.until_step(1)
+    world.bad_candidate = 0.5
+    assert world.until("RolledBack", turns=20) == "RolledBack"
+    assert world.route == RouteSeen("risk", None, 0, False)
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_3_a_quality_failure_goes_back_after_its_failure_limit(limit: int) -> None:
+    gates = [ERRORS, {**SCORES, "failureLimit": limit}]
+    world = World(rollout(gates=gates, strategy={"steps": [{"shadow": True, "deadline": "1h"}, {"weight": 100}]}), shift=0.3)
+    world.until_step(0)
+    looks = 0
+    while world.status.rollback is None and world.status.phase == "Progressing":
+        world.turn()
+        looks += any(g.verdict == "Fail" for g in world.status.gates)
+        assert looks <= limit
+    assert looks == limit
+
+
+def test_3_an_advisory_gate_is_only_shown() -> None:
+    world = World(rollout(gates=[ERRORS, {**SCORES, "role": "Advisory"}]), shift=0.3)
+    assert world.until("Promoted", "RolledBack") == "Promoted"
+    assert any(p.verdict == "Fail" for point in world.status.history for p in point.gates if p.name == "scores")
+
+
+# --- 4 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_4_blindness_takes_one_weight_down_and_calls_someone() -> None:
+    world = World()
+    world.until_step(2)
+    world.blind = True
+    for _ in range(28):
+        world.turn()
+        assert world.weight == 25
+    alerts = []
+    for _ in range(8):
+        alerts += [e.alert for e in world.turn().events if e.name == "BlindStepDown"]
+    assert alerts == [True]
+    assert world.weight == 5
+
+
+def test_4_blindness_at_the_first_weight_ends_live_traffic_and_waits_for_a_person() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 10, "deadline": "30m"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.blind = True
+    assert world.until("Paused", turns=60) == "Paused"
+    assert world.weight == 0
+    world.blind = False
+    for _ in range(20):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Paused", 0)
+    world.actions = (action("Retry"),)
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_4_a_short_gap_in_the_data_moves_nothing() -> None:
+    world = World()
+    world.until_step(2)
+    world.blind = True
+    for _ in range(20):
+        world.turn()
+    world.blind = False
+    assert world.until("Promoted") == "Promoted"
+    assert "BlindStepDown" not in world.events
+
+
+def test_4_a_quiet_night_is_not_blindness_and_promotes_nothing() -> None:
+    world = World()
+    world.until_step(2)
+    world.rate = 0.0
+    for _ in range(300):
+        world.turn()
+    assert world.weight == 25
+    world.rate = 200.0
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_4_a_candidate_that_gets_nothing_while_stable_is_busy_is_blindness() -> None:
+    world = World()
+    world.until_step(2)
+    world.misrouted = 1.0
+    for _ in range(60):
+        world.turn()
+    assert world.weight < 25
+
+
+# --- 5 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_5_at_the_deadline_it_pauses_and_says_how_much_was_missing() -> None:
+    world = World(rollout(strategy={"steps": [{"shadow": True, "minSamples": 10**6, "deadline": "60s"}, {"weight": 100}]}))
+    assert world.until("Paused", turns=60) == "Paused"
+    assert world.status.reason == "DeadlineExceeded"
+    assert "samples are missing" in world.status.message
+    world.bad_candidate = 0.5
+    assert world.until("RolledBack", turns=20) == "RolledBack"  # a pause doesn't disarm Safety
+
+
+def test_5_at_a_very_low_rate_the_message_tells_how_many_requests_are_needed() -> None:
+    world = World(rollout(strategy={"steps": [{"shadow": True, "deadline": "10m"}, {"weight": 100}]}), rate=0.5)
+    assert world.until("Paused", turns=400) == "Paused"
+    assert "more candidate requests are needed" in world.status.message
+
+
+# --- 6 and 7 -----------------------------------------------------------------------------------------------------------------------
+
+DRIFT: dict[str, Any] = {"name": "drift", "role": "Quality", "drift": {"maxAge": "10m"}}
+
+
+def evidence(world: World, **changes: Any) -> EvidenceSpec:
+    """Fresh, for the candidate, of this step, passing."""
+    facts: dict[str, Any] = {
+        "model_digest": CANDIDATE, "kind": "drift", "window_start": world.now - timedelta(seconds=60),
+        "window_end": world.now - timedelta(seconds=1), "verdict": "Pass", "samples": 5000, "message": "no drift",
+        "created_at": world.now,
+    }
+    return EvidenceSpec.model_validate({**facts, **changes})
+
+
+def _in_shadow() -> World:
+    steps = [{"shadow": True, "deadline": "2h"}, {"weight": 100}]
+    world = World(rollout(gates=[ERRORS, DRIFT], strategy={"steps": steps}))
+    world.until_step(0)
+    for _ in range(60):
+        world.turn()
+    return world
+
+
+@pytest.mark.parametrize("what", ["wrong digest", "last week", "before the step", "from the future", "killed", "no data",
+                                  "inconclusive", "other kind", "ends before it starts"])
+def test_6_evidence_that_is_not_this_candidates_own_fresh_and_whole_never_passes(what: str) -> None:
+    world = _in_shadow()
+    now = world.now
+    changes: dict[str, dict[str, Any]] = {
+        "wrong digest": {"model_digest": OTHER},
+        "last week": {"window_start": now - timedelta(days=7, minutes=1), "window_end": now - timedelta(days=7)},
+        "before the step": {"window_start": now - timedelta(minutes=5)},
+        "from the future": {"window_end": now + timedelta(minutes=10), "created_at": now + timedelta(minutes=10)},
+        "killed": {"verdict": "Error"}, "no data": {"verdict": "NoData"}, "inconclusive": {"verdict": "Inconclusive"},
+        "other kind": {"kind": "performance"},
+        "ends before it starts": {"window_start": now - timedelta(seconds=1), "window_end": now - timedelta(seconds=20)},
+    }
+    world.evidence = (evidence(world, **changes[what]),)
+    for _ in range(10):
+        world.turn()
+    assert world.status.phase == "Progressing"
+    assert next(g for g in world.status.gates if g.name == "drift").verdict != "Pass"
+    assert world.weight == 0
+
+
+def test_6_own_fresh_evidence_passes_and_a_later_failure_goes_back() -> None:
+    world = _in_shadow()
+    world.evidence = (evidence(world),)
+    world.until_step(1)
+    for _ in range(60):
+        world.turn()
+    world.evidence = (evidence(world, verdict="Fail", message="amount drifts"),)
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+    assert "amount drifts" in world.status.message
+
+
+def test_6_an_overlapping_window_is_no_second_opinion_unless_it_fails() -> None:
+    world = _in_shadow()
+    first = evidence(world, verdict="Inconclusive")
+    world.evidence = (first, evidence(world, window_start=first.window_start + timedelta(seconds=20), window_end=world.now))
+    world.turn()
+    assert next(g for g in world.status.gates if g.name == "drift").verdict == "Inconclusive"
+
+
+def test_7_drift_on_both_arms_is_the_world_changing_and_holds() -> None:
+    world = _in_shadow()
+    world.evidence = (evidence(world, verdict="Fail", both_arms=True),)
+    for _ in range(20):
+        world.turn()
+    assert world.status.phase == "Progressing"
+    assert world.weight == 0
+    assert "the world changed" in next(g for g in world.status.gates if g.name == "drift").message
+
+
+# --- 8 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_8_a_wrong_split_voids_comparisons_and_then_counts_as_blindness() -> None:
+    # 25 % wanted, about 12 % got
+    world = World(rollout(strategy={"steps": [{"weight": 25, "minDwell": "10m", "deadline": "1h"}, {"weight": 100}]}), misrouted=0.5)
+    world.until_step(0)
+    for _ in range(30):
+        world.turn()
+    assert "SampleRatioMismatch" in world.events
+    assert all(g.verdict == "Error" for g in world.status.gates)
+    world.bad_candidate = 0.05
+    world.turn()
+    assert world.status.rollback is None
+    assert world.until("Paused", turns=60) == "Paused"
+    assert world.weight == 0
+
+
+def test_8_a_right_split_is_left_alone() -> None:
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    assert "SampleRatioMismatch" not in world.events
+
+
+# --- 9 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_9_a_rollback_is_done_when_the_gateway_shows_it_and_not_before() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "1h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for _ in range(10):
+        world.turn()
+    world.bad_candidate = 0.5
+    while world.status.rollback is None:
+        world.turn()
+    world.live_lag = 5
+    for _ in range(5):
+        world.turn()
+        assert world.status.phase == "Progressing"
+        assert world.status.reason == "RollingBack"
+        assert SERVICE in world.managed
+    assert world.until("RolledBack", turns=5) == "RolledBack"
+    world.turn()
+    assert SERVICE not in world.managed
+
+
+def test_9_only_retry_clears_a_rejected_digest() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack", turns=60) == "RolledBack"
+    world.bad_candidate = 0.0
+    for _ in range(30):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("RolledBack", 0)
+    world.spec = rollout(model={"digest": OTHER})
+    world.candidate_digest = OTHER
+    assert world.until("Promoted") == "Promoted"
+    world.spec = rollout()
+    for _ in range(10):
+        world.turn()
+    assert world.status.reason == "DigestRejected"
+    assert world.route is not None
+    assert world.route.stable == "risk-cccccccc"
+    world.candidate_digest = CANDIDATE
+    world.actions = (action("Retry", name="r"),)
+    for _ in range(10):
+        world.turn()
+    assert world.status.phase in ("Pending", "Progressing")
+
+
+# --- 10 --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_10_the_first_outside_change_is_put_back_and_its_maker_named() -> None:
+    world = World()
+    world.until_step(1)
+    world.route = RouteSeen("risk", SERVICE, 90, False, "user eve")
+    events = world.turn().events
+    assert world.weight == 5
+    assert "user eve" in events[0].message
+    assert events[0].alert
+
+
+def test_10_three_changes_in_ten_minutes_pause_it_without_flapping() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for i in range(3):
+        world.route = RouteSeen("risk", SERVICE, 40 + i, False)
+        world.turn()
+        world.turn()
+    assert world.status.phase == "Paused"
+    assert world.weight == 42
+    for _ in range(20):
+        world.turn()
+    assert world.weight == 42
+    assert world.events.count("ExternalChange") == 3
+    world.actions = (action("Retry"),)
+    for _ in range(4):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Progressing", 5)
+
+
+def test_10_a_paused_fight_is_still_ended_by_safety() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for i in range(3):
+        world.route = RouteSeen("risk", SERVICE, 40 + i, False)
+        world.turn()
+        world.turn()
+    world.bad_candidate = 0.5
+    assert world.until("RolledBack", turns=20) == "RolledBack"
+    assert world.weight == 0
+
+
+def test_10_an_outside_move_to_zero_is_an_abort() -> None:
+    world = World()
+    world.until_step(1)
+    world.route = RouteSeen("risk", None, 0, False)
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+    assert world.status.reason == "AbortedOutside"
+    assert world.status.rejected_digests == (CANDIDATE,)
+
+
+def test_10_a_rejected_model_is_put_back_however_often_it_is_brought() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack", turns=60) == "RolledBack"
+    for i in range(12):
+        world.route = RouteSeen("risk", SERVICE, 50, False) if i % 2 else RouteSeen(SERVICE, None, 0, False)
+        world.turn()
+        assert world.route == RouteSeen("risk", None, 0, False)
+
+
+def test_10_a_missing_route_is_written_again() -> None:
+    world = World()
+    world.until_step(1)
+    world.route = None
+    world.turn()
+    assert world.weight == 5

@@ -1,0 +1,255 @@
+"""What the local backend makes of files, the inference log and evidence. Envoy's part is in test_envoy_counters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, rollout
+
+from hafnium_contract.evidence import EvidenceSpec, write_evidence
+from hafnium_contract.inference_log import FIXED, partition
+from hafnium_rollout import commands
+from hafnium_rollout.actions import EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.envoy_counters import ArmCounters
+from hafnium_rollout.errors import StateError, UnknownRollout
+from hafnium_rollout.local_backend import LocalBackend, _latency_look, _thresholds
+from hafnium_rollout.score_pairs import ScorePairs
+from hafnium_rollout.state_folder import EvidenceReader, StateFolder, read_approvals, read_route, read_services
+from hafnium_rollout.status import ModelSeen, RolloutStatus
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+# --- pairs of scores --------------------------------------------------------------------------------------------------------------
+
+
+def write_log(
+    folder: Path, rows: Sequence[tuple[str, str, float]], *, digest: str = CANDIDATE, at: datetime = NOW, name: str = "a",
+) -> Path:
+    """rows: (request id, arm, score)."""
+    n = len(rows)
+    columns: dict[str, Any] = {
+        "request_id": [r[0] for r in rows], "time": [at] * n, "model_name": ["risk"] * n, "model_version": ["2"] * n,
+        "model_digest": [digest] * n, "arm": [r[1] for r in rows], "score": [r[2] for r in rows],
+    }
+    arrays = [pa.array(columns.get(f.name, [None] * n), f.type) for f in FIXED]
+    path = partition(folder, at, "2") / f"part-{at:%Y%m%dT%H%M%S%f}-{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_arrays(arrays, schema=FIXED), path)
+    return path
+
+
+def test_the_same_request_is_paired_once_whichever_arm_flushes_first(tmp_path: Path) -> None:
+    stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
+    write_log(stable, [("old", "stable", 0.5)])
+    write_log(candidate, [("old", "shadow", 0.9)])
+    none, cursor = pairs.read(stable, candidate, CANDIDATE, {})
+    assert none == ()  # what was there before the shadow step doesn't count
+    write_log(candidate, [("r1", "shadow", 0.7), ("r2", "shadow", 0.2)], at=NOW + timedelta(seconds=1))
+    waiting, cursor = pairs.read(stable, candidate, CANDIDATE, cursor)
+    assert waiting == ()
+    write_log(stable, [("r1", "stable", 0.5), ("r3", "stable", 0.1)], at=NOW + timedelta(seconds=2))
+    found, cursor = pairs.read(stable, candidate, CANDIDATE, cursor)
+    assert found == pytest.approx((0.2,), abs=1e-6)
+    again, cursor = pairs.read(stable, candidate, CANDIDATE, json.loads(json.dumps(cursor)))
+    assert again == ()
+
+
+def test_rows_of_another_model_or_arm_are_not_paired(tmp_path: Path) -> None:
+    stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
+    _, cursor = pairs.read(stable, candidate, CANDIDATE, {})
+    write_log(stable, [("r1", "stable", 0.5), ("r2", "stable", 0.5)])
+    write_log(candidate, [("r1", "shadow", 0.7)], digest=OTHER)
+    write_log(candidate, [("r2", "candidate", 0.7)], name="b")
+    found, _ = pairs.read(stable, candidate, CANDIDATE, cursor)
+    assert found == ()
+
+
+def test_a_controller_that_was_killed_counts_no_pair_twice(tmp_path: Path) -> None:
+    stable, candidate = tmp_path / "s", tmp_path / "c"
+    _, cursor = ScorePairs().read(stable, candidate, CANDIDATE, {})
+    write_log(stable, [("r1", "stable", 0.5)])
+    write_log(candidate, [("r1", "shadow", 0.7)])
+    first, after = ScorePairs().read(stable, candidate, CANDIDATE, cursor)
+    repeated, _ = ScorePairs().read(stable, candidate, CANDIDATE, cursor)
+    going_on, _ = ScorePairs().read(stable, candidate, CANDIDATE, after)
+    assert (len(first), len(repeated), len(going_on)) == (1, 1, 0)
+
+
+def test_a_damaged_log_file_is_an_error_and_not_silence(tmp_path: Path) -> None:
+    stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
+    _, cursor = pairs.read(stable, candidate, CANDIDATE, {})
+    write_log(stable, [("r1", "stable", 0.5)]).write_bytes(b"nonsense")
+    with pytest.raises(StateError, match="can't be read"):
+        pairs.read(stable, candidate, CANDIDATE, cursor)
+
+
+def test_what_waits_for_its_partner_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hafnium_rollout.score_pairs.WAITING_MAX", 10)
+    stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
+    _, cursor = pairs.read(stable, candidate, CANDIDATE, {})
+    write_log(candidate, [(f"r{i}", "shadow", 0.5) for i in range(100)])
+    _, cursor = pairs.read(stable, candidate, CANDIDATE, cursor)
+    write_log(stable, [(f"r{i}", "stable", 0.5) for i in range(100)])
+    found, _ = pairs.read(stable, candidate, CANDIDATE, cursor)
+    assert len(found) == 10
+
+
+# --- latency ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_threshold_between_two_buckets_follows_both() -> None:
+    bounds = (25.0, 50.0, 100.0, 250.0)
+    assert _thresholds(100.0, bounds) == (100.0,)
+    assert _thresholds(60.0, bounds) == (50.0, 100.0)
+    assert _thresholds(10.0, bounds) == (25.0,)
+    assert _thresholds(300.0, bounds) == ()
+
+
+def test_slow_requests_are_those_above_the_bucket() -> None:
+    before = ArmCounters("x", 0, 0, 0, 10, {50.0: 8, 100.0: 9})
+    after = ArmCounters("x", 0, 0, 0, 30, {50.0: 20, 100.0: 27})
+    look = _latency_look(60.0, ((before, after), (before, before)))
+    assert [(s.stable.bad, s.stable.total, s.candidate.total) for s in look.series] == [(8, 20, 0), (2, 20, 0)]
+    assert "largest bucket" in _latency_look(5000.0, ((before, after), (before, after))).error
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_services_that_is_missing_or_broken_is_unknown_not_empty(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="missing"):
+        read_services(StateFolder(tmp_path))
+    (tmp_path / "services.json").write_text('{"services": 5}')
+    with pytest.raises(StateError, match="not a list"):
+        read_services(StateFolder(tmp_path))
+    (tmp_path / "services.json").write_text('{"services"')
+    with pytest.raises(StateError, match="can't be read"):
+        read_services(StateFolder(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"stable": 5}', '{"stable": "a", "weight": 120}', '{"stable": "a", "weight": true}'])
+def test_a_route_that_makes_no_sense_is_an_error(tmp_path: Path, text: str) -> None:
+    folder = StateFolder(tmp_path)
+    assert read_route(folder, "risk") is None
+    (tmp_path / "routes").mkdir()
+    folder.route("risk").write_text(text)
+    with pytest.raises(StateError):
+        read_route(folder, "risk")
+
+
+def test_without_a_runtime_everything_is_unknown_and_named(tmp_path: Path) -> None:
+    seen = LocalBackend(StateFolder(tmp_path)).observe(rollout(), RolloutStatus(stable=ModelSeen(service="risk")), NOW)
+    assert seen.services is None
+    assert seen.live is None
+    assert seen.look is None
+    assert any("hafnium up" in p for p in seen.problems)
+
+
+def test_each_action_is_one_whole_write_and_may_be_done_twice(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    backend, spec = LocalBackend(folder), rollout()
+    model = ModelSeen(service=SERVICE, storage_uri="file:///bundles/2", digest=CANDIDATE, version="2")
+    for _ in range(2):
+        backend.apply(spec, EnsureCandidate(model, spec.spec.service))
+        backend.apply(spec, SetShadow("risk", SERVICE))
+    assert json.loads(folder.route("risk").read_text()) == {
+        "name": "risk", "stable": "risk", "candidate": SERVICE, "weight": 0, "shadow": True}
+    backend.apply(spec, SetWeight("risk", SERVICE, 25))
+    assert json.loads(folder.route("risk").read_text())["weight"] == 25
+    backend.apply(spec, SetWeight("risk", SERVICE, 0))
+    assert json.loads(folder.route("risk").read_text())["candidate"] is None
+    backend.apply(spec, Rollback("risk", SERVICE, "x"))
+    backend.apply(spec, Promote(SERVICE))
+    assert json.loads(folder.route("risk").read_text())["stable"] == SERVICE
+    assert "storageUri" not in spec.spec.service["predictor"]["model"]  # the template itself is left as it was
+    assert backend.managed("risk") == {SERVICE}
+    for _ in range(2):
+        backend.apply(spec, RetireService(SERVICE))
+    assert backend.managed("risk") == frozenset()
+
+
+def test_a_service_that_a_person_made_is_never_removed(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir()
+    folder.service("risk").write_text("metadata: {name: risk}\n")
+    folder.service("torn").write_text("metadata: [")
+    backend = LocalBackend(folder)
+    backend.apply(rollout(), RetireService("risk"))
+    assert folder.service("risk").is_file()
+    assert backend.managed("risk") == frozenset()
+
+
+def test_evidence_is_read_and_a_bad_file_is_named(tmp_path: Path) -> None:
+    reader = EvidenceReader(tmp_path)
+    assert reader.read() == ((), "")
+    spec = EvidenceSpec(model_digest=CANDIDATE, kind="drift", window_start=NOW, window_end=NOW + timedelta(hours=1), verdict="Pass",
+                        samples=10, message="ok", created_at=NOW)
+    write_evidence(tmp_path, spec)
+    assert reader.read() == ((spec,), "")
+    (tmp_path / "half.json").write_text("{")
+    found, error = reader.read()
+    assert found == (spec,)
+    assert "half.json" in error
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_approvals_count_for_their_own_digest_only(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir()
+    spec = rollout(approvals={"required": ["validation"]})
+    folder.rollout("risk").write_text(json.dumps(spec.model_dump(mode="json", exclude_none=True)))
+    commands.approve(tmp_path, "risk", "validation", "ada")
+    (folder.approvals / "broken.json").write_text("{")
+    assert read_approvals(folder, CANDIDATE) == {"validation"}
+    assert read_approvals(folder, OTHER) == frozenset()
+
+
+def test_actions_are_files_that_name_the_candidate_and_vanish_when_handled(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir()
+    folder.rollout("risk").write_text(json.dumps(rollout().model_dump(mode="json", exclude_none=True)))
+    for ask in (commands.promote, commands.skip, commands.abort, commands.retry):
+        assert "status risk" in ask(tmp_path, "risk", "why not")
+    (folder.actions / "ModelRollout-risk.zzz.json").write_text("{}")
+    backend = LocalBackend(folder)
+    seen = backend.observe(rollout(), RolloutStatus(), NOW)
+    assert [a.type for a in seen.actions] == ["Promote", "SkipStep", "Abort", "Retry"]
+    assert {a.candidate_digest for a in seen.actions} == {CANDIDATE}
+    assert any("not an action" in p for p in seen.problems)
+    backend.forget_actions("risk", [a.id for a in seen.actions[:3]])
+    assert [a.type for a in backend.observe(rollout(), RolloutStatus(), NOW).actions] == ["Retry"]
+
+
+def test_an_unknown_rollout_is_answered_with_those_that_exist(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir()
+    folder.rollout("risk").write_text(json.dumps(rollout().model_dump(mode="json", exclude_none=True)))
+    with pytest.raises(UnknownRollout, match="there are: risk"):
+        commands.read_status(tmp_path, "rsik")
+    assert commands.status_table(tmp_path).splitlines()[1].split()[:2] == ["risk", "Pending"]
+
+
+def test_apply_says_what_it_did_and_refuses_another_target(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    data = rollout().model_dump(mode="json", exclude_none=True)
+    file.write_text(json.dumps(data))
+    state = tmp_path / "state"
+    assert commands.apply(state, file) == "modelrollout risk created"
+    assert commands.apply(state, file) == "modelrollout risk unchanged"
+    data["spec"]["model"]["version"] = "3"
+    file.write_text(json.dumps(data))
+    assert commands.apply(state, file) == "modelrollout risk configured"
+    data["spec"]["model"]["name"] = "another"
+    file.write_text(json.dumps(data))
+    with pytest.raises(StateError, match="can't change"):
+        commands.apply(state, file)

@@ -1,0 +1,81 @@
+"""The plan against simulation of the process that it foretells."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hafnium_rollout_world import rollout
+from scipy.stats import invgauss
+
+from hafnium_contract.errors import InputError
+from hafnium_rollout import commands
+from hafnium_rollout.statistics import plan, tilt
+
+GOAL = math.log(100.0)
+LOOK = 40  # candidate requests: small, so that the time between two looks doesn't blur the hitting time
+
+
+def test_the_hitting_time_is_the_inverse_gaussian() -> None:
+    level, mu, var = 7.0, 0.01, 0.05
+    shape = level * level / var
+    for q in (0.1, 0.5, 0.9):
+        expected = float(invgauss.ppf(q, level / mu / shape, scale=shape))
+        assert plan._quantile(level, mu, var, q) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("base", "effect"), [(0.01, 0.02), (0.01, 0.01), (0.005, 0.01)])
+def test_time_to_fail_is_foretold_within_a_fifth(base: float, effect: float) -> None:
+    rng = np.random.default_rng(1)
+    found: list[int] = []
+    for _ in range(100):
+        state, seen = tilt.FailState(), 0
+        while tilt.log_e_fail([state], 0.0) < GOAL and seen < 20_000:
+            state = tilt.add_fail(state, int(rng.binomial(LOOK, base + effect)), LOOK, int(rng.binomial(19 * LOOK, base)), 19 * LOOK)
+            seen += LOOK
+        found.append(seen)
+    foretold = plan.requests_to_fail(base + effect, base, 0.05, 0.01)
+    assert foretold == pytest.approx(sorted(found)[50], rel=0.2)
+
+
+@pytest.mark.parametrize("base", [0.002, 0.01])
+def test_time_to_pass_is_foretold_within_a_fifth(base: float) -> None:
+    rng = np.random.default_rng(2)
+    found: list[int] = []
+    for _ in range(60):
+        state, seen = tilt.PassState(), 0
+        while tilt.log_e_pass(state, 0.005) < GOAL and seen < 40_000:
+            n = 2 * LOOK
+            state = tilt.add_pass(state, int(rng.binomial(n, base)), n, int(rng.binomial(19 * n, base)), 19 * n)
+            seen += n
+        found.append(seen)
+    foretold = plan.requests_to_pass(base, base, 0.05, 0.01, 0.005)
+    assert foretold == pytest.approx(sorted(found)[30], rel=0.2)
+
+
+def test_what_cannot_come_is_said() -> None:
+    assert plan.requests_to_fail(0.01, 0.01, 0.05, 0.01) is None
+    assert plan.requests_to_pass(0.03, 0.01, 0.05, 0.01, 0.005) is None
+    assert plan.chance_of_fail(0.01, 0.01, 0.05, 0.01, 1e6) == 0.0
+
+
+def test_dispersion_makes_it_longer_in_proportion() -> None:
+    one = plan.requests_to_fail(0.03, 0.01, 0.05, 0.01)
+    three = plan.requests_to_fail(0.03, 0.01, 0.05, 0.01, phi=3.0)
+    assert one is not None
+    assert three == pytest.approx(3 * one, rel=0.05)
+
+
+def test_the_command_prints_every_step_with_traffic_to_compare(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps(rollout().model_dump(mode="json", exclude_none=True)))
+    lines = commands.plan_table(file, rate=100, base=0.01, regression=0.02).splitlines()
+    assert [x.split()[0] for x in lines[1:4]] == ["shadow", "5%", "25%"]
+    assert "at most 1 % of rollouts" in lines[-1]
+    found = commands.plan(file, rate=100, base=0.0, regression=0.02)
+    assert 300 <= found["gates"][1]["pass_requests"] <= 600  # no errors, margin .02: about 380 are needed
+    with pytest.raises(InputError, match="rate must be"):
+        commands.plan(file, rate=0, base=0.01, regression=0.02)
