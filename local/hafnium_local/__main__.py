@@ -1,0 +1,48 @@
+"""The `hafnium` command: every step of the way from data to decided traffic, each as a command of its own.
+
+Exit statuses: 0 done; 1 the thing checked is not as it should be; 2 the input or the usage is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hafnium_contract.errors import HafniumError
+from hafnium_local.commands import bundle, contract, data, demo, drift, rollout, serve, train
+from hafnium_local.console import fail
+
+app = typer.Typer(
+    name="hafnium", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Risk models in production on Kubernetes, kept honest. Start with [bold]hafnium demo[/bold]: the whole story on this machine.",
+)
+app.command()(demo.demo)
+app.command()(data.simulate)
+app.add_typer(data.features, name="features")
+app.command()(train.train)
+app.command()(serve.up)
+app.command()(serve.score)
+app.add_typer(drift.app, name="drift")
+app.add_typer(rollout.app, name="rollout")
+app.add_typer(contract.app, name="contract")
+app.add_typer(bundle.app, name="bundle")
+
+
+def main() -> None:
+    """Runs the command line; a HafniumError, or an extra that is not installed, becomes its message and status, never a traceback."""
+    try:
+        app()
+    except HafniumError as e:
+        fail(str(e))
+        sys.exit(e.exit_status)
+    except ModuleNotFoundError as e:
+        missing = (e.name or "").split(".")[0]
+        if missing.startswith("hafnium_"):
+            raise
+        fail(f"this command needs {missing}, which is not installed; run: pip install 'hafnium-serving[local]'")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""`hafnium score`: rows of a file to scores, a bad row costs only itself."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from hafnium_contract.contract_file import load_contract
+from hafnium_contract.errors import InputError
+from hafnium_local.batch_scores import read_rows, score_file, score_rows
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_jsonl_in_jsonl_out_in_order_with_each_rows_error(backend: Any, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    amounts: list[Any] = [1, "bad", 3, 4, 5]
+    source.write_text("".join(json.dumps({"request_id": f"q{i}", "features": {"amount": a}}) + "\n" for i, a in enumerate(amounts)))
+    done: list[int] = []
+    summary = score_file(backend().url, source, tmp_path / "out.jsonl", batch_rows=2, on_rows=done.append)
+    assert (summary.rows, summary.scored, summary.refused) == (5, 4, 1)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(f["row"], f["request_id"], f.get("score"), f["error"]) for f in found] == [
+        (0, "q0", 0.5, None), (1, "q1", None, "422: amount: expected a number"), (2, "q2", 0.5, None), (3, "q3", 0.5, None),
+        (4, "q4", 0.5, None),
+    ]
+    assert done == [1, 2, 3, 4, 5]
+
+
+def test_csv_with_prefixed_columns(backend: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("request_id,event_time,entity.customer_id,features.amount\na,2026-01-02 03:04:05,c1,2.5\nb,,c2,\n")
+    assert list(read_rows(tmp_path / "rows.csv")) == [
+        {"request_id": "a", "event_time": "2026-01-02T03:04:05+00:00", "entity": {"customer_id": "c1"}, "features": {"amount": 2.5}},
+        {"request_id": "b", "entity": {"customer_id": "c2"}, "features": {}},
+    ]
+    score_file(backend().url, tmp_path / "rows.csv", tmp_path / "out.csv")
+    found = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [(f["row"], f["request_id"], f["score"], f["error"]) for f in found] == [("0", "a", "0.5", ""), ("1", "b", "0.5", "")]
+
+
+def test_table_by_contract_takes_its_columns_and_leaves_the_label(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "creditcard" / "contract.yaml")
+    fields = sorted(contract.request_fields)
+    columns = {f: [1.5, None] for f in fields} | {contract.data.label.column: [0, 1], "Other": ["x", "y"]}
+    if contract.data.event_time.column not in columns:
+        columns[contract.data.event_time.column] = [0.0, 60.0]
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    first, second = read_rows(tmp_path / "rows.parquet", contract)
+    assert set(first["features"]) == set(fields)
+    assert second["features"] == {}
+    assert first["entity"] == {}
+
+
+def test_entities_times_and_types_follow_the_contract(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    by_type = {f.dtype: name for name, f in contract.request_fields.items()}
+    keys = [e.join_key for e in contract.entities]
+    when = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+    columns: dict[str, list[Any]] = {k: [7] for k in keys} | {contract.data.event_time.column: [when]}
+    columns |= {by_type["float"]: [2.0]} | ({by_type["bool"]: [1]} if "bool" in by_type else {})
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet", contract)
+    assert row["entity"] == dict.fromkeys(keys, "7")
+    assert row["event_time"] == "2026-01-02T03:04:00+00:00"
+    assert row["features"][by_type["float"]] == 2.0
+    if "bool" in by_type:
+        assert row["features"][by_type["bool"]] is True
+
+
+async def _serve(answer: Any) -> TestServer:
+    app = web.Application(client_max_size=10**8)
+
+    async def handle(request: web.Request) -> web.Response:
+        return answer((await request.json())["requests"])
+
+    app.router.add_post("/v1/score/batch", handle)
+    server = TestServer(app)
+    await server.start_server()
+    return server
+
+
+async def _all(url: str, count: int) -> list[dict[str, Any]]:
+    return [r async for r in score_rows(url, [{"request_id": str(i), "features": {}} for i in range(count)])]
+
+
+async def test_batch_that_is_too_large_is_halved_until_it_fits() -> None:
+    sizes: list[int] = []
+
+    def answer(requests: list[Any]) -> web.Response:
+        sizes.append(len(requests))
+        if len(requests) > 2:
+            return web.json_response({"title": "too large"}, status=413)
+        return web.json_response({"results": [{"request_id": r["request_id"], "score": 0.1} for r in requests]})
+
+    server = await _serve(answer)
+    found = await _all(str(server.make_url("/")), 7)
+    await server.close()
+    assert [f["request_id"] for f in found] == [str(i) for i in range(7)]
+    assert max(sizes) == 7
+
+
+async def test_refusal_of_the_whole_batch_is_every_rows_error() -> None:
+    fields = {"title": "t", "errors": [{"path": "features.a", "message": "missing"}]}
+    server = await _serve(lambda _: web.json_response(fields, status=422))
+    found = await _all(str(server.make_url("/v1/score")), 2)
+    await server.close()
+    assert [f["error"] for f in found] == ["422: features.a: missing"] * 2
+
+
+async def test_answer_of_another_form_is_a_clear_error() -> None:
+    server = await _serve(lambda _: web.json_response({"results": []}))
+    with pytest.raises(InputError, match="is this a Hafnium transformer"):
+        await _all(str(server.make_url("/")), 2)
+    await server.close()
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("rows.csv", "amount\n1\n", "column 'amount': without a contract"), ("rows.txt", "", "expected a .jsonl, .csv or .parquet"),
+    ("rows.parquet", "no parquet", "can't be read"), ("rows.csv", "", "can't be read"),
+])
+def test_input_that_is_wrong_is_told(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_table_without_any_field_of_the_contract_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("x\n1\n")
+    with pytest.raises(InputError, match="none of its columns is a request field"):
+        list(read_rows(tmp_path / "rows.csv", load_contract(EXAMPLES / "creditcard" / "contract.yaml")))
+
+
+def test_output_that_cannot_be_written_leaves_nothing(backend: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"features": {}}\n')
+    url = backend().url
+    with pytest.raises(InputError, match="can't be written"):
+        score_file(url, tmp_path / "rows.jsonl", tmp_path / "no" / "out.jsonl")
+    with pytest.raises(InputError, match=r"expected a .jsonl or .csv"):
+        score_file(url, tmp_path / "rows.jsonl", tmp_path / "out.xml")
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    with pytest.raises(InputError):
+        score_file(url, tmp_path / "bad.jsonl", tmp_path / "out.jsonl")
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.jsonl", "bad.jsonl"}
+
+
+def test_scores_go_to_a_stream(backend: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"features": {}}\n')
+    out = io.StringIO()
+    assert score_file(backend().url, tmp_path / "rows.jsonl", out).scored == 1
+    assert json.loads(out.getvalue())["score"] == 0.5
+
+
+def test_address_that_is_no_address_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must begin with http"):
+        asyncio.run(_all("localhost:1", 1))
