@@ -1,0 +1,55 @@
+# One door for commands: what CI runs is what you run. Needs Python 3.11 and make, nothing else.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3; do command -v $$p; done))
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PARTS := contract predictors transformers training monitoring rollouts local
+
+.PHONY: help install demo test check bench bench-training generate lock clean
+
+help:                    ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
+
+install: $(STAMP)        ## make .venv from pinned hashes
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "Hafnium needs Python 3.11 or 3.12; say make install PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@# --no-deps: the lock is complete, and pip's resolver would ask for hashes of extras that the lock has no line for
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)           ## the whole story on this machine; ARGS="--fault crash" and more: .venv/bin/hafnium demo --help
+	$(BIN)/hafnium demo $(ARGS)
+
+test: $(STAMP)           ## all tests, with coverage
+	rm -f .coverage .coverage.*
+	$(BIN)/pytest --cov --cov-report= $(ARGS)
+	$(BIN)/coverage combine --quiet 2>/dev/null || true
+	$(BIN)/coverage report
+
+check: $(STAMP)          ## lint, types, layers, generated files
+	$(BIN)/ruff check $(PARTS) tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m hafnium_local.generated --check
+
+generate: $(STAMP)       ## rewrite what is generated from the code
+	$(BIN)/python -m hafnium_local.generated
+
+bench: bench-training    ## all figures, into build/bench
+
+bench-training: $(STAMP) ## how good models are; HAFNIUM_ULB=creditcard.csv for the real data too
+	$(BIN)/python benchmarks/training.py
+
+lock: $(STAMP)           ## resolve the dependencies anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --no-annotate pyproject.toml --extra dev -o requirements.lock
+
+clean:                   ## remove what was built; the environment stays
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .hafnium .coverage .coverage.* *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
