@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -95,10 +96,12 @@ run_search(Path(sys.argv[1]))
 def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: Path) -> None:
     support = Path(__file__).parents[1] / "support"
     environment = {**os.environ, "PYTHONPATH": str(support), "TUNE_GLOBAL_CHECKPOINT_S": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_SEARCH, str(tmp_path), str(Path(__file__).parent)], env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
+    said = tmp_path / "said.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_SEARCH, str(tmp_path), str(Path(__file__).parent)], env=environment, start_new_session=True,
+            stdout=log, stderr=log,
+        )
     try:
         deadline = time.monotonic() + 200
         state = tmp_path / "k"
@@ -106,9 +109,10 @@ def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: P
             if list(state.glob("experiment_state*.json")) and list(state.glob("run_trial_*")):
                 break
             time.sleep(0.05)
-        assert process.poll() is None, "the search ended before it could be killed"
+        assert process.poll() is None, f"the search ended before it could be killed: {said.read_text()[-4000:]}"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     events: list[str] = []
 

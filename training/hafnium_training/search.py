@@ -212,12 +212,8 @@ class RaySession:
             if os.environ.get("RAY_ADDRESS"):
                 ray.init(**quiet)
             else:
-                base = tempfile.gettempdir()
-                short = base if len(base) < SOCKET_PATH_MAX else "/tmp"  # noqa: S108 - see SOCKET_PATH_MAX
-                folder = Path(tempfile.mkdtemp(prefix="hfr", dir=short))
-                ray.init(
-                    num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, _temp_dir=str(folder), **quiet,
-                )
+                folder = _ray_folder()
+                _start_here(ray, {"_temp_dir": str(folder), **quiet})
             # No warm worker: Tune's actors have an environment of their own and never take over a worker that ran a task.
             importlib.import_module("ray.tune.search.optuna")
             self._started.set()
@@ -229,3 +225,21 @@ class RaySession:
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ray_folder() -> Path:
+    base = tempfile.gettempdir()
+    short = base if len(base) < SOCKET_PATH_MAX else "/tmp"  # noqa: S108 - see SOCKET_PATH_MAX
+    return Path(tempfile.mkdtemp(prefix="hfr", dir=short))
+
+
+def _start_here(ray: Any, options: dict[str, Any]) -> None:
+    """Starts Ray on this machine, a second time when the first fails: it picks free ports, and another process may be quicker."""
+    for last in (False, True):
+        try:
+            ray.init(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options)
+            return
+        except Exception:  # Ray raises RuntimeError, ValueError, ConnectionError and its own for the same thing
+            ray.shutdown()
+            if last:
+                raise
