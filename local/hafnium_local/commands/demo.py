@@ -14,6 +14,8 @@ from hafnium_local.console import ERR, OUT, print_json
 from hafnium_local.demo.plan import FAULTS, DemoOptions, FaultKind
 
 DEFAULT_CONTRACT = Path("examples/unified-risk/contract.yaml")
+INTERRUPTED = 130
+"""As shells say it: 128 and the number of SIGINT."""
 
 
 def _fault(text: str) -> str:
@@ -59,7 +61,12 @@ def demo(
         prepare(options, resume=resume)
         arguments = [a for a in sys.argv[2:] if a != "--resume"]
         raise typer.Exit(guard(inner_command(arguments), lambda line: ERR.print(line, markup=False)))
-    played = play(options, lambda line: ERR.print(f"• {line}", markup=False))
+    try:
+        played = play(options, lambda line: ERR.print(f"• {line}", markup=False))
+    except KeyboardInterrupt:
+        again = " ".join(["hafnium demo", *(a for a in sys.argv[2:] if a not in ("--unguarded", "--resume")), "--resume"])
+        ERR.print(f"interrupted; what ran is stopped. To go on: {again}", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print_json({
             "good": played.verdict.good, "wrong": list(played.verdict.wrong), "failure": played.failure, "report": str(played.report),
