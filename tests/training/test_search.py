@@ -52,11 +52,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
 
 
 @pytest.mark.slow
-def test_the_same_search_twice_gives_the_same_trials(undisturbed: Searched, tmp_path: Path) -> None:
+def test_the_same_search_twice_gives_the_same_trials_also_below_a_relative_path(
+    undisturbed: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert len(undisturbed.trials) == TRIALS
     assert undisturbed.trials[0].hyperparameters == Hyperparameters()
     assert undisturbed.best == max(undisturbed.trials, key=lambda t: t.validation_pr_auc).hyperparameters
-    assert run_search(tmp_path) == undisturbed
+    monkeypatch.chdir(tmp_path)
+    assert run_search(Path("below")) == undisturbed
 
 
 @pytest.mark.slow

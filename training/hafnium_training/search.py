@@ -132,7 +132,7 @@ def _run(
         "positive_power": tune.uniform(0.0, 0.5),
         "smoothness": tune.loguniform(1e-2, 2e-1),
     }
-    path = folder / key
+    path = folder.resolve() / key
     if tune.Tuner.can_restore(str(path)):
         progress.event("going on with a search that was interrupted")
         tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, resume_errored=True)
@@ -147,7 +147,7 @@ def _run(
                 ),
             ),
             run_config=tune.RunConfig(
-                name=key, storage_path=str(folder.resolve()), verbose=0,
+                name=key, storage_path=str(path.parent), verbose=0,
                 failure_config=tune.FailureConfig(max_failures=WORKER_FAILURES_MAX),
             ),
         )
