@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hafnium_contract.lifeline import tied_to_parent
 from hafnium_local.probes import Probe, ProbeResult, ask
 
 MARK = "HAFNIUM_SUPERVISED_BY"
@@ -38,8 +37,6 @@ START_TIMEOUT_S = 180.0
 """A process that answers nothing for so long after its start is started again. Importing feast on a busy machine takes 20 s."""
 STEADY_S = 10.0
 """A process that lived so long is not in a crash loop: its next restart is quick again."""
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -73,20 +70,6 @@ class ChildState:
 def restart_delay_s(quick_exits: int) -> float:
     """Pause before a restart, by the number of exits in a row that came soon after the start: 0, 0.25, 0.5, … 10 s."""
     return 0.0 if quick_exits <= 1 else min(10.0, 0.25 * 2.0 ** (min(quick_exits, 10) - 2))
-
-
-def tied_to_parent() -> Callable[[], None]:
-    """A `preexec_fn` by which a child dies (SIGKILL) with this process. Call it, and start the child, in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("children are started from the main thread: PR_SET_PDEATHSIG fires when the forking thread ends")
-    parent = os.getpid()
-
-    def tie() -> None:  # runs between fork and exec: nothing but system calls
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before prctl
-            os._exit(1)
-
-    return tie
 
 
 class Child:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from hafnium_contract.lifeline import tied_to_parent
 from hafnium_local import processes
 from hafnium_local.probes import Probe, ask
-from hafnium_local.processes import Child, ProcessSpec, kill_leftovers, last_lines, merged, restart_delay_s, tied_to_parent
+from hafnium_local.processes import Child, ProcessSpec, kill_leftovers, last_lines, merged, restart_delay_s
 
 
 def python(code: str, *args: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pandas as pd
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -283,6 +284,14 @@ def test_a_helper_process_passes_errors_on_and_its_death_is_noticed(folder: Path
             helper.call("export_onnx", model, 6, timeout_s=0.0)
     with HelperProcess("hafnium_training.no_such_module") as broken, pytest.raises(HafniumError, match="no_such_module"):
         broken.call("anything")
+
+
+def test_a_killed_helper_process_is_started_and_asked_again() -> None:
+    with HelperProcess("hafnium_training.hyperparameters") as helper:
+        assert helper.call("parse_hyperparameters", {}, "here") == Hyperparameters()
+        (child,) = (c for c in psutil.Process().children() if "hafnium_training.helper_process" in c.cmdline())
+        child.kill()
+        assert helper.call("parse_hyperparameters", {"groups": 3}, "here").groups == 3
 
 
 def test_a_model_is_as_fast_as_itself_and_a_slower_one_is_noticed(trained: TrainResult) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,8 +20,9 @@ from hafnium_contract.errors import InputError
 from hafnium_contract.progress import Silent
 from hafnium_training.dataset import dataset_of, split_by_time
 from hafnium_training.fit import Prepare, fit, prepare
+from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparameters, read_hyperparameters
-from hafnium_training.search import RaySession, Searched, search, search_key
+from hafnium_training.search import Searched, search, search_key, searching
 
 TRIALS, EPOCHS = 2, 6
 
@@ -30,20 +32,23 @@ def prepared() -> Prepare:
 
 
 def run_search(folder: Path, key: str = "k", trials: int = TRIALS) -> Searched:
-    with RaySession() as session:
-        return search(session, prepared(), trials=trials, epochs=EPOCHS, seed=3, folder=folder, key=key, progress=Silent())
+    with searching() as ray:
+        return search(ray, prepared(), trials=trials, epochs=EPOCHS, seed=3, folder=folder, key=key, progress=Silent())
 
 
-def trial_workers() -> list[psutil.Process]:
-    """Ray's workers below this process that run a trial."""
-    found: list[psutil.Process] = []
+VICTIMS: dict[str, Callable[[str], bool]] = {
+    "worker": lambda line: "ImplicitFunc" in line or "run_trial" in line,
+    "raylet": lambda line: line.split(" ")[0].endswith("raylet/raylet"),
+}
+
+
+def find(victim: str) -> psutil.Process | None:
+    """One of Ray's processes below this one."""
     for child in psutil.Process().children(recursive=True):
-        try:
-            if any("ImplicitFunc" in part or "run_trial" in part for part in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue  # it ended while we looked
-    return found
+        with contextlib.suppress(psutil.Error):  # it ended while we looked
+            if VICTIMS[victim](" ".join(child.cmdline())):
+                return child
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +68,20 @@ def test_the_same_search_twice_gives_the_same_trials_also_below_a_relative_path(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_result_is_the_same(undisturbed: Searched, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_killed_process_is_replaced_and_the_result_is_the_same(undisturbed: Searched, tmp_path: Path, victim: str) -> None:
     killed = threading.Event()
 
-    def kill_first_worker() -> None:
+    def kill_while_a_trial_runs() -> None:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not killed.is_set():
-            for worker in trial_workers():
-                worker.kill()
+            found = find(victim) if find("worker") is not None else None
+            if found is not None:
+                found.kill()
                 killed.set()
                 return
             time.sleep(0.02)
-    killer = threading.Thread(target=kill_first_worker)
+    killer = threading.Thread(target=kill_while_a_trial_runs)
     killer.start()
     try:
         found = run_search(tmp_path)
@@ -82,7 +89,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(undisturbed: Sea
         alive = killed.is_set()
         killed.set()
         killer.join()
-    assert alive, "no worker was ever seen, so none was killed"
+    assert alive, f"no {victim} was ever seen, so none was killed"
     assert found == undisturbed
 
 
@@ -122,17 +129,17 @@ def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: P
     class Heard(Silent):
         def event(self, text: str) -> None:
             events.append(text)
-    with RaySession() as session:
+    with searching() as ray:
         found = search(
-            session, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, folder=tmp_path, key="k", progress=Heard(),
+            ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, folder=tmp_path, key="k", progress=Heard(),
         )
     assert "going on with a search that was interrupted" in events
     assert found == undisturbed
 
 
 def test_a_number_of_trials_out_of_bounds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--trials 0"):
-        search(RaySession(), prepared(), trials=0, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
+    with HelperProcess("hafnium_training.hyperparameters") as helper, pytest.raises(InputError, match="--trials 0"):
+        search(helper, prepared(), trials=0, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
 
 
 def test_other_data_is_another_search() -> None:

@@ -1,16 +1,19 @@
 """A second Python process that loads a slow library while this one trains.
 
-The ONNX exporter takes ten seconds to import and MLflow seven, both holding the interpreter lock, so a thread would only slow
-the training down. A process of its own uses the second core. It serves one module's functions over a pipe, and ends when the
-pipe does, so a killed parent leaves nothing behind. The pickles on the pipe are this package's own.
+The ONNX exporter takes ten seconds to import and MLflow seven, both holding the interpreter lock, so a thread would only slow the
+training down. A process of its own uses the second core, and a library that ends its process (Ray does when its raylet is gone) ends
+that one only. It serves one module's functions over a pipe, and ends with the process that started it. One that dies is started
+again, and what it was asked is asked again, so the functions must bear that. The pickles on the pipe are this package's own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
 import selectors
+import signal
 import struct
 import subprocess
 import sys
@@ -21,50 +24,93 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from hafnium_contract.errors import HafniumError
+from hafnium_contract.lifeline import tied_to_parent
+from hafnium_contract.progress import Progress
 
 CALL_TIMEOUT_S = 600.0
 CLOSE_TIMEOUT_S = 10.0
 ERROR_TEXT_MAX = 2_000
+RESTARTS_MAX = 3
+"""A library that ends its process every time is not bad luck any more."""
+ANSWERED, FAILED, TOLD = range(3)
 _SIZE = struct.Struct("!Q")
 
 
+class HelperDiedError(HafniumError):
+    """The process is gone. `how` it ended; the message also has what it said last."""
+
+    def __init__(self, how: str, said: str) -> None:
+        super().__init__(f"{how}: {said}")
+        self.how = how
+
+
 class HelperProcess:
-    """Runs functions of `module` elsewhere. `module.warm_up(*args)`, if given, is called at once, without waiting for it."""
+    """Runs functions of `module` elsewhere. `module.warm_up(*args)`, if given, is called at once, without waiting for it.
+
+    Start it from the main thread (see lifeline.py).
+    """
 
     def __init__(self, module: str, *warm_up: Any) -> None:
         self.module = module
+        self._warm_up = warm_up
+        self._start()
+
+    def _start(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hafnium_training.helper_process", module],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment,
+            [sys.executable, "-m", "hafnium_training.helper_process", self.module],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment, preexec_fn=tied_to_parent(),
         )
         self._pending = 0
-        self._send("warm_up", warm_up)
+        with contextlib.suppress(HelperDiedError):  # the first call will see it too, and start it again
+            self._send("warm_up", self._warm_up)
 
-    def call(self, function: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Result of `module.function(*args)`. A HafniumError there is raised here; anything else becomes one, with its text."""
-        self._send(function, args)
+    def call(self, function: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, progress: Progress | None = None) -> Any:
+        """Result of `module.function(*args)`. A HafniumError there is raised here; anything else becomes one, with its text.
+
+        With `progress` the function gets one too, as the keyword `progress`; what it tells there is told here. When the process
+        dies, it is started and asked again, RESTARTS_MAX times; then HelperDiedError. `timeout_s` is for each attempt.
+        """
+        for attempt in range(RESTARTS_MAX + 1):
+            try:
+                return self._ask(function, args, timeout_s, progress)
+            except HelperDiedError as e:
+                if attempt == RESTARTS_MAX:
+                    raise
+                if progress is not None:
+                    progress.event(f"{e.how}; starting it again")
+                self.close()
+                self._start()
+        raise AssertionError("the loop returns or raises")
+
+    def _ask(self, function: str, args: tuple[Any, ...], timeout_s: float, progress: Progress | None) -> Any:
+        self._send(function, args, heard=progress is not None)
+        deadline = time.monotonic() + timeout_s
         answer: Any = None
         while self._pending:
-            ok, answer = self._receive(timeout_s)
+            kind, answer = self._receive(deadline)
+            if kind == TOLD:
+                name, told = answer
+                if progress is not None:
+                    getattr(progress, name)(*told)
+                continue
             self._pending -= 1
-            if not ok:
+            if kind == FAILED:
                 raise answer if isinstance(answer, HafniumError) else HafniumError(f"{self.module}: {answer}")
         return answer
 
-    def _send(self, function: str, args: tuple[Any, ...]) -> None:
-        data = pickle.dumps((function, args))
+    def _send(self, function: str, args: tuple[Any, ...], *, heard: bool = False) -> None:
+        data = pickle.dumps((function, args, heard))
         try:
             pipe = _given(self._process.stdin)
             pipe.write(_SIZE.pack(len(data)) + data)
             pipe.flush()
         except OSError as e:
-            raise HafniumError(f"the helper process for {self.module} ended: {self._last_words()}") from e
+            raise self._died() from e
         self._pending += 1
 
-    def _receive(self, timeout_s: float) -> tuple[bool, Any]:
-        deadline = time.monotonic() + timeout_s
+    def _receive(self, deadline: float) -> tuple[int, Any]:
         (size,) = _SIZE.unpack(self._read(_SIZE.size, deadline))
         return pickle.loads(self._read(size, deadline))  # noqa: S301 - written by our own child
 
@@ -78,13 +124,18 @@ class HelperProcess:
                     raise HafniumError(f"the helper process for {self.module} gave no answer in time")
                 part = os.read(descriptor, count - len(out))
                 if not part:
-                    raise HafniumError(f"the helper process for {self.module} ended: {self._last_words()}")
+                    raise self._died()
                 out += part
         return bytes(out)
 
-    def _last_words(self) -> str:
+    def _died(self) -> HelperDiedError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_TIMEOUT_S)
+        status = self._process.returncode
+        how = f"was killed by {signal.Signals(-status).name}" if status is not None and status < 0 else f"ended with status {status}"
         self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")[-ERROR_TEXT_MAX:].strip() or "it said nothing"
+        said = self._errors.read().decode(errors="replace")[-ERROR_TEXT_MAX:].strip() or "it said nothing"
+        return HelperDiedError(f"the helper process for {self.module} {how}", said)
 
     def close(self) -> None:
         """Ends the process; one that doesn't end by itself is killed."""
@@ -109,6 +160,31 @@ class HelperProcess:
         self.close()
 
 
+class PipedProgress:
+    """A Progress at the helper's end of the pipe."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self._target = target
+
+    def stage(self, name: str, total: int) -> None:
+        """Told to the parent."""
+        _write(self._target, TOLD, ("stage", (name, total)))
+
+    def advance(self, count: int = 1) -> None:
+        """Told to the parent."""
+        _write(self._target, TOLD, ("advance", (count,)))
+
+    def event(self, text: str) -> None:
+        """Told to the parent."""
+        _write(self._target, TOLD, ("event", (text,)))
+
+
+def _write(target: IO[bytes], kind: int, what: Any) -> None:
+    data = pickle.dumps((kind, what))
+    target.write(_SIZE.pack(len(data)) + data)
+    target.flush()
+
+
 def _given(pipe: IO[bytes] | None) -> IO[bytes]:
     if pipe is None:
         raise HafniumError("the helper process has no pipe")
@@ -119,17 +195,16 @@ def serve(module: str, source: IO[bytes], target: IO[bytes]) -> None:
     """Answers calls until `source` ends."""
     functions = importlib.import_module(module)
     while header := source.read(_SIZE.size):
-        name, args = pickle.loads(source.read(_SIZE.unpack(header)[0]))  # noqa: S301 - written by our own parent
+        name, args, heard = pickle.loads(source.read(_SIZE.unpack(header)[0]))  # noqa: S301 - written by our own parent
+        more = {"progress": PipedProgress(target)} if heard else {}
         try:
-            answer = (True, getattr(functions, name)(*args))
+            kind, answer = ANSWERED, getattr(functions, name)(*args, **more)
         except HafniumError as e:
-            answer = (False, e)
+            kind, answer = FAILED, e
         except Exception as e:  # noqa: BLE001 - every failure of a library has to reach the parent, which raises it
-            answer = (False, f"{type(e).__name__}: {e}"[:ERROR_TEXT_MAX])
-        data = pickle.dumps(answer)
+            kind, answer = FAILED, f"{type(e).__name__}: {e}"[:ERROR_TEXT_MAX]
         try:
-            target.write(_SIZE.pack(len(data)) + data)
-            target.flush()
+            _write(target, kind, answer)
         except BrokenPipeError:
             return
 

@@ -44,7 +44,7 @@ from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparamet
 from hafnium_training.latency import Latency, measure_latency
 from hafnium_training.model_card import markdown
 from hafnium_training.robustness import measure_robustness
-from hafnium_training.search import RaySession, Searched, Trial, search, search_key
+from hafnium_training.search import Searched, Trial, search, search_key, searching
 from hafnium_training.tables import read_table
 from hafnium_training.tracking import DIGEST_TAG, RunRecord, TrialRecord
 
@@ -136,11 +136,11 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
     given = parse_hyperparameters(options.params, "--params") if isinstance(options.params, dict) else options.params
     if options.epochs < 1:
         raise InputError(f"--epochs {options.epochs}: expected at least 1")
-    searching = given is None and options.trials > 1
+    needs_search = given is None and options.trials > 1
     watch = _Watch(progress)
     with ExitStack() as stack:
         # the slow starters first, each on the second core
-        session = stack.enter_context(RaySession()) if searching else None
+        ray = stack.enter_context(searching()) if needs_search else None
         production = None if options.production is None else open_bundle(options.production)
         exporter = stack.enter_context(HelperProcess("hafnium_training.export"))
         tracker = None
@@ -158,11 +158,11 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
 
         searched = Searched(given or Hyperparameters(), ())
         folder = options.work or options.out.parent / f".{options.out.name}.search"
-        if session is not None:
+        if ray is not None:
             with watch.stage("search", options.trials):
                 key = search_key(digest, contract.digest, options.trials, options.search_epochs, options.seed)
                 searched = search(
-                    session, prepared, trials=options.trials, epochs=options.search_epochs, seed=options.seed, folder=folder, key=key,
+                    ray, prepared, trials=options.trials, epochs=options.search_epochs, seed=options.seed, folder=folder, key=key,
                     progress=progress,
                 )
 

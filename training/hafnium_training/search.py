@@ -5,25 +5,29 @@ those that *have* reported, and Optuna learns from those that *have* finished, s
 which worker was quicker. Trials therefore follow each other in one worker, which also imports torch only once. Ray is kept for
 what it does well: a killed worker's trial is run again, a killed search goes on where it was, and the same code runs on a
 KubeRay cluster.
+
+Ray's driver is a process of its own (helper_process.py): Ray ends its driver when one of its daemons dies, and a training must not
+end with it. `searching` and `search` are for the trainer's side, `warm_up` and `run_search` run in that process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import logging
 import os
 import shutil
 import tempfile
-import threading
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.progress import Progress, Silent
 from hafnium_training.fit import Epoch, Prepare, fit
+from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters
 
 TRIALS_MAX = 1_000
@@ -32,7 +36,8 @@ WORKER_FAILURES_MAX = 2
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 SOCKET_PATH_MAX = 60
 """Ray's sockets add 45 characters to its folder, and Linux allows 107."""
-START_TIMEOUT_S = 120.0
+TRIAL_S_MAX = 1800.0
+"""A trial that takes longer hangs: trainings take seconds."""
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -66,8 +71,22 @@ def search_key(*facts: object) -> str:
     return "search-" + hashlib.sha256("\n".join(str(f) for f in facts).encode()).hexdigest()[:12]
 
 
+@contextlib.contextmanager
+def searching() -> Generator[HelperProcess]:
+    """A process with Ray on this machine, or on the cluster that RAY_ADDRESS names, from `with` to its end.
+
+    It begins to start at once: eight seconds that loading the data can share.
+    """
+    folder = _ray_folder()
+    try:
+        with HelperProcess("hafnium_training.search", str(folder)) as helper:
+            yield helper
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def search(
-    session: RaySession, prepared: Prepare, *, trials: int, epochs: int, seed: int, folder: Path, key: str, progress: Progress,
+    helper: HelperProcess, prepared: Prepare, *, trials: int, epochs: int, seed: int, folder: Path, key: str, progress: Progress,
 ) -> Searched:
     """Runs `trials` trials (the first one has the defaults) and returns the best by validation PR-AUC.
 
@@ -76,8 +95,9 @@ def search(
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
-    session.ready()
-    return _run(prepared, trials, epochs, seed, folder, key, progress)
+    return helper.call(
+        "run_search", prepared, trials, epochs, seed, folder.resolve(), key, timeout_s=TRIAL_S_MAX * trials, progress=progress,
+    )
 
 
 def run_trial(config: dict[str, Any], prepared: Prepare, epochs: int, seed: int) -> None:
@@ -93,9 +113,8 @@ def run_trial(config: dict[str, Any], prepared: Prepare, epochs: int, seed: int)
     fit(prepared, Hyperparameters(**config), epochs=epochs, seed=seed, on_epoch=report)
 
 
-def _run(
-    prepared: Prepare, trials: int, epochs: int, seed: int, folder: Path, key: str, progress: Progress,
-) -> Searched:
+def run_search(prepared: Prepare, trials: int, epochs: int, seed: int, folder: Path, key: str, *, progress: Progress) -> Searched:
+    """The search itself, in the process with Ray. `folder` is absolute. See `search`."""
     import optuna
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -132,7 +151,7 @@ def _run(
         "positive_power": tune.uniform(0.0, 0.5),
         "smoothness": tune.loguniform(1e-2, 2e-1),
     }
-    path = folder.resolve() / key
+    path = folder / key
     if tune.Tuner.can_restore(str(path)):
         progress.event("going on with a search that was interrupted")
         tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, resume_errored=True)
@@ -147,7 +166,7 @@ def _run(
                 ),
             ),
             run_config=tune.RunConfig(
-                name=key, storage_path=str(path.parent), verbose=0,
+                name=key, storage_path=str(folder), verbose=0,
                 failure_config=tune.FailureConfig(max_failures=WORKER_FAILURES_MAX),
             ),
         )
@@ -171,60 +190,22 @@ def _run(
     return Searched(best.hyperparameters, tuple(done))
 
 
-class RaySession:
-    """Ray on this machine, or on the cluster that RAY_ADDRESS names, from `with` to its end.
+def warm_up(folder: str) -> None:
+    """Starts Ray in this process, with its files in `folder`. Raises HafniumError when it doesn't start."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
 
-    It begins to start at once, in a thread: eight seconds that loading the data can share.
-    The thread lives as long as Ray does: Linux ends Ray's processes with the *thread* that started them.
-    """
-
-    def __init__(self) -> None:
-        self._started = threading.Event()
-        self._over = threading.Event()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._over.set()
-        self._thread.join(START_TIMEOUT_S)
-
-    def ready(self) -> None:
-        """Waits until Ray answers. Raises HafniumError when it doesn't start."""
-        if not self._started.wait(START_TIMEOUT_S):
-            raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray")
-        if self._error is not None:
-            raise HafniumError(f"Ray did not start: {self._error}; with --trials 1 training needs no Ray") from self._error
-
-    def _live(self) -> None:
-        for name, value in QUIET_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        folder: Path | None = None
-        try:
-            import ray
-            if ray.is_initialized():
-                self._started.set()
-                return
-            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-            if os.environ.get("RAY_ADDRESS"):
-                ray.init(**quiet)
-            else:
-                folder = _ray_folder()
-                _start_here(ray, {"_temp_dir": str(folder), **quiet})
-            # No warm worker: Tune's actors have an environment of their own and never take over a worker that ran a task.
-            importlib.import_module("ray.tune.search.optuna")
-            self._started.set()
-            self._over.wait()
-            ray.shutdown()
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is raised in the thread that waits for Ray
-            self._error = e
-            self._started.set()
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            _start_here(ray, {"_temp_dir": folder, **quiet})
+    except Exception as e:  # Ray raises RuntimeError, ValueError, ConnectionError and its own for the same thing
+        raise HafniumError(f"Ray did not start: {e}; with --trials 1 training needs no Ray") from e
+    # No warm worker: Tune's actors have an environment of their own and never take over a worker that ran a task.
+    importlib.import_module("ray.tune.search.optuna")
 
 
 def _ray_folder() -> Path:

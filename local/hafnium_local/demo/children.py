@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hafnium_contract.errors import HafniumError
-from hafnium_local.processes import last_lines, tied_to_parent
+from hafnium_contract.lifeline import tied_to_parent
+from hafnium_local.processes import last_lines
 
 STEP_ATTEMPTS = 4
 """A step killed this often is not bad luck any more."""

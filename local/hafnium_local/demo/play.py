@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.lifeline import tied_to_parent
 from hafnium_local.demo import acts
 from hafnium_local.demo.children import StepFailedError
 from hafnium_local.demo.plan import DemoOptions, Folders
@@ -29,7 +30,6 @@ from hafnium_local.demo.traces import (
     trace,
 )
 from hafnium_local.demo.verdict import Verdict, judge
-from hafnium_local.processes import tied_to_parent
 from hafnium_rollout.objects import load_rollout
 
 KILLS_MAX = 5
