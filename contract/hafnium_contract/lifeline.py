@@ -12,8 +12,9 @@ import sys
 import threading
 from collections.abc import Callable
 
+_LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def tied_to_parent() -> Callable[[], None]:
@@ -23,7 +24,7 @@ def tied_to_parent() -> Callable[[], None]:
     parent = os.getpid()
 
     def tie() -> None:  # runs between fork and exec: nothing but system calls
-        if _LIBC is None:
+        if not _LINUX:
             return
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before prctl

@@ -1,5 +1,7 @@
 """Plays requests back at a fixed rate, as traffic comes: it does not wait for answers before it sends the next.
 
+After a stall it catches up slowly (CATCH_UP).
+
 Every answer is noted in a journal at once (one line: id, status, model version, arm, attempts, latency in ms). So a replay that
 is killed goes on where it stopped, sends again what was not answered, and its summary still counts everything.
 Latency runs from the moment at which the request was due, so a stall shows in every request that it held up.
@@ -35,6 +37,8 @@ STOP_GRACE_S = 10.0
 """After a stop, requests in flight get this long; what is then without an answer is sent by the next run."""
 SUMMARY_PERIOD_S = 1.0
 LINE_BYTES_MAX = 1024 * 1024
+CATCH_UP = 1.5
+"""After a stall, what was held up is sent at this multiple of the rate. All at once it would be a load that no traffic makes."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ class _Player:
     ) -> ReplaySummary:
         flying: set[asyncio.Task[None]] = set()
         sent = 0
+        earliest = self._started
         whole = False
         async with session(workers) as client:
             try:
@@ -230,8 +235,9 @@ class _Player:
                     if request_id in self._book.done:
                         continue
                     due = self._started + sent / rate
-                    if not await self._wait(due, flying, workers, duration_s) or sent == limit:
+                    if not await self._wait(max(due, earliest), flying, workers, duration_s) or sent == limit:
                         break
+                    earliest = time.monotonic() + 1 / (CATCH_UP * rate)
                     task = asyncio.create_task(self._one(client, request_id, request, due))
                     flying.add(task)
                     task.add_done_callback(flying.discard)

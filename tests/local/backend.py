@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from aiohttp import web
@@ -30,7 +31,7 @@ def main() -> None:
         body = await request.json()
         state["seen"].append({
             "id": request.headers.get("x-request-id", ""), "arm": request.headers.get("x-hafnium-arm", ""), "host": request.host,
-            "features": body.get("features"),
+            "features": body.get("features"), "time": time.monotonic(),
         })
         if state["status"] != 200:
             return web.json_response({"title": "told to fail", "detail": "told to fail"}, status=state["status"])

@@ -68,6 +68,17 @@ async def test_server_that_comes_late_loses_nothing(backend: Any, tools: Any, tm
     assert found.retries == found.attempts - 20 > 0
 
 
+async def test_what_a_stall_held_up_does_not_come_all_at_once(backend: Any, tools: Any, tmp_path: Path) -> None:
+    port = tools.free_port()
+    servers: list[Any] = []
+    late = threading.Timer(1.0, lambda: servers.append(backend(port=port)))
+    late.start()
+    await replay(rows(150), f"http://127.0.0.1:{port}", rate_per_s=100, workers=10, journal=tmp_path / "j")
+    late.join()
+    times = sorted(s["time"] for s in servers[0].seen())[20:]
+    assert all(b - a > 0.5 for a, b in zip(times, times[100:], strict=False)), "100 requests within half a second"
+
+
 async def test_request_without_an_answer_until_the_deadline_is_lost_and_tried_by_the_next_run(
     backend: Any, tools: Any, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ ERROR_TEXT_MAX = 2_000
 RESTARTS_MAX = 3
 """A library that ends its process every time is not bad luck any more."""
 ANSWERED, FAILED, TOLD = range(3)
+WARM_UP = "warm_up"
 _SIZE = struct.Struct("!Q")
 
 
@@ -45,7 +46,7 @@ class HelperDiedError(HafniumError):
 
 
 class HelperProcess:
-    """Runs functions of `module` elsewhere. `module.warm_up(*args)`, if given, is called at once, without waiting for it.
+    """Runs functions of `module` elsewhere. `module.warm_up(*args)`, if there is one, is called at once, without waiting for it.
 
     Start it from the main thread (see lifeline.py).
     """
@@ -64,7 +65,7 @@ class HelperProcess:
         )
         self._pending = 0
         with contextlib.suppress(HelperDiedError):  # the first call will see it too, and start it again
-            self._send("warm_up", self._warm_up)
+            self._send(WARM_UP, self._warm_up)
 
     def call(self, function: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, progress: Progress | None = None) -> Any:
         """Result of `module.function(*args)`. A HafniumError there is raised here; anything else becomes one, with its text.
@@ -198,7 +199,10 @@ def serve(module: str, source: IO[bytes], target: IO[bytes]) -> None:
         name, args, heard = pickle.loads(source.read(_SIZE.unpack(header)[0]))  # noqa: S301 - written by our own parent
         more = {"progress": PipedProgress(target)} if heard else {}
         try:
-            kind, answer = ANSWERED, getattr(functions, name)(*args, **more)
+            if name == WARM_UP and not hasattr(functions, WARM_UP):
+                kind, answer = ANSWERED, None
+            else:
+                kind, answer = ANSWERED, getattr(functions, name)(*args, **more)
         except HafniumError as e:
             kind, answer = FAILED, e
         except Exception as e:  # noqa: BLE001 - every failure of a library has to reach the parent, which raises it
