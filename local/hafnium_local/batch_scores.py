@@ -74,7 +74,8 @@ def _table_rows(
     convert = _by_contract(names, contract, file) if contract is not None else _by_prefix(names, file)
     for batch in batches:
         for row in cast(list[dict[str, Any]], batch.to_pylist()):
-            yield convert({k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and math.isnan(v))})
+            # JSON has no infinity, and training reads one as missing too
+            yield convert({k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))})
 
 
 def _by_prefix(names: list[str], file: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -103,7 +104,7 @@ def _by_contract(names: list[str], contract: ModelContract, file: Path) -> Calla
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {
-            "entity": {k: str(row[k]) if isinstance(row[k], int) else _value(row[k]) for k in keys if k in row},
+            "entity": {k: _key(row[k]) for k in keys if k in row},
             "features": {k: _typed(row[k], fields[k].dtype) for k in fields if k in row},
         }
         if id_column is not None and id_column in row:
@@ -112,10 +113,29 @@ def _by_contract(names: list[str], contract: ModelContract, file: Path) -> Calla
             value = row[time.column]
             if time.unit is not None and isinstance(value, int | float):
                 value = time.origin + timedelta(seconds=value * _UNIT_S[time.unit])
-            out["event_time"] = _value(value)
+            out["event_time"] = _value(_moment(value))
         return out
 
     return convert
+
+
+def _key(value: Any) -> Any:
+    """A join key as training reads it: a column of whole numbers with gaps comes as floats, and 12.0 is the key 12."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int) else _value(value)
+
+
+def _moment(value: Any) -> Any:
+    """A date alone is its midnight UTC, as in training."""
+    if isinstance(value, str) and len(value) == len("2026-01-31"):
+        try:
+            value = date.fromisoformat(value)
+        except ValueError:
+            return value  # the service says what is wrong with it
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    return value
 
 
 def _typed(value: Any, dtype: str) -> Any:

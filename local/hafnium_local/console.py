@@ -5,8 +5,11 @@ Answers go to standard output, everything else (bars, events, errors) to standar
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+ERROR_FILE = "HAFNIUM_ERROR_FILE"
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -28,6 +32,10 @@ def warn(text: str) -> None:
 
 
 def fail(text: str) -> None:
+    """An error for people, and for whoever started this command and named a file for it in ERROR_FILE."""
+    if place := os.environ.get(ERROR_FILE):
+        with contextlib.suppress(OSError), Path(place).open("a", encoding="utf-8") as f:
+            f.write(text + "\n")
     ERR.print(f"[red]error:[/red] {escape(text)}")
 
 

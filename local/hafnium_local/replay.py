@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -20,7 +22,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -340,6 +342,29 @@ def read_requests(file: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{file}: can't be read: {e.strerror}") from e
 
 
+def again_and_again(file: Path) -> Iterator[dict[str, Any]]:
+    """Requests of a JSONL file without an end: from the second time on their ids say which time it is."""
+    number = 0
+    for lap in itertools.count():
+        for request_id, request in identified(read_requests(file)):
+            number += 1
+            yield request if lap == 0 else {**request, "request_id": f"{request_id}-lap{lap}"}
+        if number == 0:
+            raise InputError(f"{file}: holds no request")
+
+
+@contextlib.contextmanager
+def stop_event() -> Generator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, until the end of `with`. In the main thread only."""
+    event = threading.Event()
+    before = {n: signal.signal(n, lambda _number, _frame: event.set()) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; SIGTERM and SIGINT finish what is in flight and write the summary."""
     parser = argparse.ArgumentParser(prog="python -m hafnium_local.replay", description="Sends score requests at a fixed rate.")
@@ -349,20 +374,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--journal", type=Path, required=True, help="file of what was answered; a second run goes on from it")
     parser.add_argument("--summary", type=Path, help="JSON file, rewritten every second")
     parser.add_argument("--workers", type=int, default=64, help="requests in flight at most")
+    parser.add_argument("--again", action="store_true", help="begin anew at the end of the file, under other ids, until stopped")
     parser.add_argument("--limit", type=int, help="requests to send")
     parser.add_argument("--seconds", type=float, help="time to send for")
     parser.add_argument("--deadline-seconds", type=float, default=DEADLINE_S, help="after which a request counts as lost")
     parser.add_argument("--stop-file", type=Path, help="stop when this file exists")
     args = parser.parse_args(argv)
-    event = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: event.set())
-    stop = _Either(event, args.stop_file) if args.stop_file is not None else event
+    requests = again_and_again(args.requests) if args.again else read_requests(args.requests)
     try:
-        found = asyncio.run(replay(
-            read_requests(args.requests), args.url, rate_per_s=args.rate, workers=args.workers, journal=args.journal,
-            limit=args.limit, duration_s=args.seconds, stop=stop, summary=args.summary, deadline_s=args.deadline_seconds,
-        ))
+        with stop_event() as event:
+            stop = _Either(event, args.stop_file) if args.stop_file is not None else event
+            found = asyncio.run(replay(
+                requests, args.url, rate_per_s=args.rate, workers=args.workers, journal=args.journal, limit=args.limit,
+                duration_s=args.seconds, stop=stop, summary=args.summary, deadline_s=args.deadline_seconds,
+            ))
     except HafniumError as e:
         sys.stderr.write(f"error: {e}\n")
         return e.exit_status

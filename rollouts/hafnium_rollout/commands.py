@@ -33,6 +33,8 @@ def apply(state: Path, file: Path) -> str:
     """
     rollout = load_rollout(file)
     folder = StateFolder(state)
+    if not state.is_dir():
+        raise InputError(f"{state}: no such state folder; start `hafnium up` with the model in production first, or give its --state")
     target = folder.rollout(rollout.name)
     text = file.read_text(encoding="utf-8")
     if target.is_file():
@@ -114,24 +116,33 @@ def _age(seconds: float) -> str:
 
 
 def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: float = 1.0) -> Generator[HistoryPoint]:
-    """Events of a rollout as they come (not the looks), from its beginning on. Ends when it is promoted or rolled back.
+    """Events (not the looks) of the rollout of the model that the file asks for, as they come, from its beginning on.
 
-    `wait(seconds)` is called between two readings; raise in it to stop.
+    Ends when that model is promoted, rolled back, or paused (which only a person ends); before the controller has taken it up it
+    waits. `wait(seconds)` is called between two readings; raise in it to stop.
     """
     last: datetime | None = None
     told: set[tuple[datetime, str, str]] = set()
     while True:
+        wanted = load_rollout(StateFolder(state).rollout(name)).spec.model.digest if StateFolder(state).rollout(name).is_file() else None
         s = read_status(state, name)
-        for point in s.history:
+        mine = s.candidate is not None and s.candidate.digest == wanted
+        began = max((p.time for p in s.history if p.event == "Started"), default=None)
+        for point in s.history if mine else ():
             key = (point.time, point.event, point.message)
-            if point.event == "Look" or key in told or (last is not None and point.time < last):
+            late = (last is not None and point.time < last) or (began is not None and point.time < began)
+            if point.event == "Look" or key in told or late:
                 continue
             told = {k for k in told if k[0] >= point.time} | {key}
             last = point.time
             yield point
-        if s.phase in ("Promoted", "RolledBack"):
+        if (mine and s.phase in ("Promoted", "RolledBack", "Paused")) or (s.candidate is None and _is_stable(s, wanted)):
             return
         wait(poll_s)
+
+
+def _is_stable(status: RolloutStatus, digest: str | None) -> bool:
+    return status.stable is not None and status.stable.digest == digest
 
 
 def event_line(point: HistoryPoint) -> str:

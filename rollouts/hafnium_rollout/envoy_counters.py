@@ -2,8 +2,10 @@
 
 Measured with Envoy 1.40 (tests/rollouts/test_envoy_counters.py runs the real one):
 - `rq_error` of the service's own endpoint (priority 0) counts each failed attempt once, whether it was a 5xx answer, a reset,
-  a timeout or a refused connection; `rq_success` the others (4xx too: a bad request is not the model's fault). `rq_total`
-  leaves refused connections out and is not used. Copies of requests are counted like requests.
+  a timeout or a refused connection; `rq_success` the others, 4xx too. `rq_total` leaves refused connections out and is not used.
+  Copies of requests are counted like requests.
+- `upstream_rq_xx` of class 4 counts answers that refuse a request. Bad requests of callers meet both arms alike and cancel out in
+  the comparison; what only the candidate refuses is its own fault (a unit that leaves the contract's range, for example).
 - An attempt that went on to the stable endpoint (priority 1 of the candidate's cluster) is counted there and so for no arm.
 - `upstream_rq_completed` of the cluster counts client requests: retries are not in it.
 - `upstream_rq_time` has one entry per client request that got an answer from a server, including the time of failed attempts
@@ -24,7 +26,7 @@ from hafnium_rollout.observation import LiveRoute
 
 TIMEOUT_S = 2.0
 BODY_BYTES_MAX = 64 * 1024 * 1024
-_SAMPLE = re.compile(r'^envoy_cluster_upstream_rq_(completed|time_count|time_bucket)\{([^}]*)\} ([0-9.e+]+)$')
+_SAMPLE = re.compile(r'^envoy_cluster_upstream_rq_(completed|xx|time_count|time_bucket)\{([^}]*)\} ([0-9.e+]+)$')
 _LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 
 
@@ -40,19 +42,21 @@ class ArmCounters:
     timed: int
     not_slower: Mapping[float, int]
     """Bucket bound in ms → requests that took at most that long."""
+    refused: int = 0
+    """4xx; in `success` too."""
 
     def as_data(self) -> dict[str, Any]:
         """For the cursor in the status."""
         buckets = {f"{k:g}": v for k, v in self.not_slower.items()}
         return {"endpoint": self.endpoint, "success": self.success, "error": self.error, "completed": self.completed,
-                "timed": self.timed, "notSlower": buckets}
+                "timed": self.timed, "notSlower": buckets, "refused": self.refused}
 
 
 def from_data(data: Any) -> ArmCounters | None:
     """A cursor's counters, or None when there are none or they have another form (the next look is then a first one)."""
     try:
         return ArmCounters(str(data["endpoint"]), int(data["success"]), int(data["error"]), int(data["completed"]),
-                           int(data["timed"]), {float(k): int(v) for k, v in data["notSlower"].items()})
+                           int(data["timed"]), {float(k): int(v) for k, v in data["notSlower"].items()}, int(data["refused"]))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
@@ -61,7 +65,7 @@ def was_reset(before: ArmCounters, after: ArmCounters) -> bool:
     """Counters began anew in between: any fell, or the endpoint is another."""
     return (
         before.endpoint != after.endpoint or after.success < before.success or after.error < before.error
-        or after.completed < before.completed or after.timed < before.timed
+        or after.completed < before.completed or after.timed < before.timed or after.refused < before.refused
     )
 
 
@@ -75,9 +79,10 @@ class EnvoyAdmin:
         """Counters of those services that Envoy knows. Raises StateError when Envoy can't be asked."""
         endpoints = self._endpoints(set(services))
         names = "|".join(re.escape(s) for s in services)
-        text = self._get(f"/stats?format=prometheus&filter=^cluster%5C.({names})%5C.upstream_rq_(completed|time)$")
+        text = self._get(f"/stats?format=prometheus&filter=^cluster%5C.({names})%5C.upstream_rq_(completed|4xx|time)$")
         completed: dict[str, int] = {}
         timed: dict[str, int] = {}
+        refused: dict[str, int] = {}
         buckets: dict[str, dict[float, int]] = {}
         for line in text.splitlines():
             match = _SAMPLE.match(line)
@@ -87,12 +92,14 @@ class EnvoyAdmin:
             name, value = labels.get("envoy_cluster_name", ""), int(float(match[3]))
             if match[1] == "completed":
                 completed[name] = value
+            elif match[1] == "xx":
+                refused[name] = refused.get(name, 0) + (value if labels.get("envoy_response_code_class") == "4" else 0)
             elif match[1] == "time_count":
                 timed[name] = value
             elif labels.get("le", "+Inf") != "+Inf":
                 buckets.setdefault(name, {})[float(labels["le"])] = value
         return {
-            name: ArmCounters(endpoint, ok, bad, completed.get(name, 0), timed.get(name, 0), buckets.get(name, {}))
+            name: ArmCounters(endpoint, ok, bad, completed.get(name, 0), timed.get(name, 0), buckets.get(name, {}), refused.get(name, 0))
             for name, (endpoint, ok, bad) in endpoints.items()
         }
 

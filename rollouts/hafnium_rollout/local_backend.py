@@ -233,12 +233,15 @@ def _gate_look(
     if gate.latency is not None:
         return _latency_look(gate.latency.slower_than.total_seconds() * _MS, arms)
     if gate.kind == "requests":
-        stable, candidate = (
-            Counts(after.error - before.error, after.error - before.error + after.success - before.success)
-            for before, after in arms
-        )
+        stable, candidate = (_bad_requests(before, after) for before, after in arms)
         return GateLook((Series(stable, candidate),))
     return GateLook()
+
+
+def _bad_requests(before: ArmCounters, after: ArmCounters) -> Counts:
+    """Failed and refused ones. The two counters are read one after the other, so the sum is held below the total."""
+    total = after.error - before.error + after.success - before.success
+    return Counts(min(after.error - before.error + after.refused - before.refused, total), total)
 
 
 def _latency_look(threshold_ms: float, arms: tuple[tuple[ArmCounters, ArmCounters], ...]) -> GateLook:

@@ -87,12 +87,14 @@ def test_data_that_is_too_short_is_refused() -> None:
         cutoffs(moment, moment, {0.5: moment, 0.7: moment}, simulated=False, age_max=None)
 
 
-def test_the_units_fault_finds_money_by_its_unit_and_else_any_number() -> None:
-    money = {"name": "a", "dtype": "float", "range": [0, 1], "unit": "USD", "source": {"request": "Amount"}}
-    number = {"name": "b", "dtype": "int", "range": [0, 9]}
+def test_the_units_fault_finds_money_by_its_unit_else_numbers_that_pass_validation_else_any() -> None:
+    money = {"name": "a", "dtype": "float", "range": [0, 1], "unit": "USD", "source": {"request": "Amount"}, "outOfRange": "clamp"}
+    number = {"name": "b", "dtype": "int", "range": [0, 9], "outOfRange": "clamp"}
+    strict = {"name": "e", "dtype": "float", "range": [18, 100], "outOfRange": "reject"}
     flag = {"name": "c", "dtype": "bool"}
     assert money_fields(contract(number, flag, money)) == ["Amount"]
-    assert money_fields(contract(flag, number)) == ["b"]
+    assert money_fields(contract(flag, number, strict)) == ["b"]
+    assert money_fields(contract(flag, strict)) == ["e"]
     with pytest.raises(InputError, match="no request field is a number"):
         fault_of("units", contract(flag))
 

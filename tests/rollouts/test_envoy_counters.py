@@ -64,12 +64,20 @@ def test_a_timeout_counts_as_a_failed_attempt_and_as_slow(envoy: Gateway) -> Non
     assert candidate.timed - candidate.not_slower[1000.0] == 2
 
 
-def test_a_refused_request_is_the_callers_fault(envoy: Gateway) -> None:
+def test_a_refused_request_is_counted_apart_from_a_failed_one(envoy: Gateway) -> None:
     envoy.wait_for_weight(100)
     envoy.candidate.mode = "bad_request"
     assert envoy.send(10) == {422: 10}
     _, candidate = counted(envoy, at_least=10)
-    assert (candidate.error, candidate.success) == (0, 10)
+    assert (candidate.error, candidate.success, candidate.refused) == (0, 10, 10)
+
+
+def test_refused_copies_are_counted(envoy: Gateway) -> None:
+    envoy.wait_for_weight(0, shadow=True)
+    envoy.candidate.mode = "bad_request"
+    assert envoy.send(10) == {200: 10}
+    stable, candidate = counted(envoy, at_least=10)
+    assert (stable.refused, candidate.refused) == (0, 10)
 
 
 @pytest.mark.parametrize(("mode", "errors"), [("ok", 0), ("error", 20)])
@@ -122,3 +130,4 @@ def test_counters_survive_the_status_and_nonsense_does_not() -> None:
     assert from_data(counters.as_data()) == counters
     assert from_data(None) is None
     assert from_data({"endpoint": "x"}) is None
+    assert from_data({k: v for k, v in counters.as_data().items() if k != "refused"}) is None, "of an older version"

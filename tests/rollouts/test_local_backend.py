@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, rollout
 
+from hafnium_contract.errors import InputError
 from hafnium_contract.evidence import EvidenceSpec, write_evidence
 from hafnium_contract.inference_log import FIXED, partition
 from hafnium_rollout import commands
@@ -244,6 +245,9 @@ def test_apply_says_what_it_did_and_refuses_another_target(tmp_path: Path) -> No
     data = rollout().model_dump(mode="json", exclude_none=True)
     file.write_text(json.dumps(data))
     state = tmp_path / "state"
+    with pytest.raises(InputError, match="no such state folder"):
+        commands.apply(state, file)
+    state.mkdir()
     assert commands.apply(state, file) == "modelrollout risk created"
     assert commands.apply(state, file) == "modelrollout risk unchanged"
     data["spec"]["model"]["version"] = "3"

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.progress import Progress, Silent
 from hafnium_training.fit import Epoch, Prepare, fit
@@ -211,7 +213,11 @@ def warm_up(folder: str) -> None:
 def _ray_folder() -> Path:
     base = tempfile.gettempdir()
     short = base if len(base) < SOCKET_PATH_MAX else "/tmp"  # noqa: S108 - see SOCKET_PATH_MAX
-    return Path(tempfile.mkdtemp(prefix="hfr", dir=short))
+    for old in Path(short).glob("hfr*-*"):  # of searches that were killed: nobody else removes them
+        owner = old.name.removeprefix("hfr").partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"hfr{os.getpid()}-", dir=short))
 
 
 def _start_here(ray: Any, options: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ log = logging.getLogger("hafnium.transformer")
 Matrix = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Result = dict[str, Any] | ScoringError
+CLOCK_SKEW_S = 300.0
+"""A value this much younger than the event is from the future; less is two clocks that differ."""
 _YIELD_ROWS = 64
 """Rows that are parsed before other requests get their turn of the event loop: 1.6 ms, at 25 µs a row."""
 _WARM_READ_S = 30.0
@@ -252,6 +254,8 @@ class Scorer:
         raw, event_time_s = item
         age_s = row.event_time_s - event_time_s
         self._metrics.staleness(view.name, max(age_s, 0.0))
+        if age_s < -CLOCK_SKEW_S:
+            return math.nan, f"is from {-age_s:.0f} s after the event: a score must not know the future", True
         if age_s > looked_up.max_age_s:
             return math.nan, f"is {age_s:.0f} s old at the event's time, the contract allows {looked_up.max_age_s:.0f} s", True
         try:

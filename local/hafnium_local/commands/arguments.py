@@ -35,4 +35,5 @@ Repo = Annotated[Path, typer.Option(help="Folder of the Feast repo.", show_defau
 State = Annotated[Path, typer.Option(help="State folder of `hafnium up`: everything that runs is a file in it.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 Seed = Annotated[int, typer.Option(help="Decides everything that is drawn; the same seed gives the same result.")]
+Port = Annotated[int | None, typer.Option(help="The gateway's port; any free one without it.", show_default=False, min=1, max=65535)]
 DEFAULT_STATE = Path(".hafnium/state")

@@ -69,6 +69,8 @@ def manifest(
     found = open_bundle(bundle)
     if found.contract.views and features is None:
         raise InputError(f"contract {found.contract.name} looks features up ({found.contract.views[0].name}, …): give --features REPO")
+    if features is not None and not (features / "feature_store.yaml").is_file():
+        raise InputError(f"{features}: is no Feast repo (feature_store.yaml is missing); make one with: hafnium features build")
     repo = str(features.resolve()) if features is not None else None
     serving = Serving(feature_repo=repo, log_flush_seconds=1.0 if quick else 10.0)
     uri = bundle.resolve().as_uri()

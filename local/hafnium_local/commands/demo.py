@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from hafnium_local.commands.arguments import Json, Seed
+from hafnium_contract.errors import InputError
+from hafnium_local.commands.arguments import Json, Port, Seed
 from hafnium_local.console import ERR, OUT, print_json
 from hafnium_local.demo.plan import FAULTS, DemoOptions, FaultKind
 
 DEFAULT_CONTRACT = Path("examples/unified-risk/contract.yaml")
-INTERRUPTED = 130
-"""As shells say it: 128 and the number of SIGINT."""
+PACKAGED = Path(__file__).parents[1] / "demo" / "unified-risk.yaml"
+"""The same file in an installed wheel, for whoever has no checkout."""
 
 
 def _fault(text: str) -> str:
@@ -37,7 +38,7 @@ def demo(
     days: Annotated[int, typer.Option(help="Simulated days.", min=45)] = 60,
     trials: Annotated[int, typer.Option(help="Trials of v1's search.", min=1, max=100)] = 3,
     rate: Annotated[float, typer.Option(help="Requests per second that are replayed.", min=10, max=2000)] = 100.0,
-    port: Annotated[int | None, typer.Option(help="The gateway's port; any free one without it.", show_default=False)] = None,
+    port: Port = None,
     seed: Seed = 7,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the demo in --work after its last finished act.")] = False,
     as_json: Json = False,
@@ -54,13 +55,17 @@ def demo(
 
     Example: hafnium demo --fault crash
     """
-    from hafnium_local.demo.play import guard, inner_command, play, prepare
+    from hafnium_local.demo.play import INTERRUPTED, guard, inner_command, play, prepared
 
+    if contract == DEFAULT_CONTRACT and not contract.is_file() and PACKAGED.is_file():
+        contract = PACKAGED
+    if data is not None and contract in (DEFAULT_CONTRACT, PACKAGED):
+        raise InputError(f"--data {data}: give --contract too: the default one describes the simulated data (docs/contracts.md)")
     options = DemoOptions(work, contract, data, _checked(fault), days, seed, trials, rate, port)
     if not unguarded:
-        prepare(options, resume=resume)
         arguments = [a for a in sys.argv[2:] if a != "--resume"]
-        raise typer.Exit(guard(inner_command(arguments), lambda line: ERR.print(line, markup=False)))
+        with prepared(options, resume=resume):
+            raise typer.Exit(guard(inner_command(arguments), lambda line: ERR.print(line, markup=False)))
     try:
         played = play(options, lambda line: ERR.print(f"• {line}", markup=False))
     except KeyboardInterrupt:
@@ -86,7 +91,7 @@ def demo(
         if not played.verdict.good:
             OUT.print(f"look at: {work}/story.jsonl, {work}/logs, {work}/state/logs, {work}/state/status")
         OUT.print(f"\nreport: {played.report}")
-    raise typer.Exit(0 if played.verdict.good else 1)
+    raise typer.Exit(played.exit_status)
 
 
 def _checked(fault: str) -> FaultKind:

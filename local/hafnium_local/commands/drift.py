@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from hafnium_contract.errors import InputError
 from hafnium_contract.evidence import EvidenceError, read_evidence, write_evidence
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
 from hafnium_local.console import OUT, fail, print_json
@@ -25,7 +26,8 @@ Looks = Annotated[int, typer.Option(help="Windows of one rollout, which share th
 @app.command()
 def check(
     bundle: Annotated[Path, typer.Option(help="The model under test.", show_default=False)],
-    log: Annotated[list[Path], typer.Option(help="Folder of the inference log; may be given again.", show_default=False)],
+    log: Annotated[
+        list[Path], typer.Option(help="Inference log: a service's folder (may be given again), or the folder of all.", show_default=False)],
     evidence: Annotated[Path, typer.Option(help="Folder to write the evidence to.", show_default=False)],
     stable_bundle: Annotated[
         Path | None, typer.Option(help="The model in production, compared in the same window.", show_default=False)] = None,
@@ -41,7 +43,7 @@ def check(
 
     Exit status: 0 the verdict is Pass, Inconclusive or NoData; 1 it is Fail or Error; 2 wrong input.
 
-    Example: hafnium drift check --bundle build/v2 --stable-bundle build/v1 --log .hafnium/state/inference-log/* --evidence build/evidence
+    Example: hafnium drift check --bundle build/v2 --stable-bundle build/v1 --log .hafnium/state/inference-log --evidence build/evidence
     """
     from hafnium_monitoring.drift import DriftOptions, run_drift
     from hafnium_monitoring.lock import evidence_lock
@@ -50,7 +52,7 @@ def check(
     now = datetime.now(UTC)
     finish = end or now
     options = DriftOptions(
-        bundle=bundle, logs=tuple(log), start=finish - timedelta(seconds=window), end=finish, stable_bundle=stable_bundle,
+        bundle=bundle, logs=_log_folders(log), start=finish - timedelta(seconds=window), end=finish, stable_bundle=stable_bundle,
         rules=DriftRules(min_rows=min_rows, looks=looks), report=ReportSettings(folder=evidence / "reports") if report else None,
     )
     with evidence_lock(evidence):
@@ -61,6 +63,17 @@ def check(
     else:
         typer.echo(f"{found.verdict}: {found.message}\n{path}")
     raise typer.Exit(1 if found.verdict in ("Fail", "Error") else 0)
+
+
+def _log_folders(given: list[Path]) -> tuple[Path, ...]:
+    """Each service's folder: a folder of folders stands for what is in it."""
+    out: list[Path] = []
+    for folder in given:
+        if not folder.is_dir():
+            raise InputError(f"--log {folder}: no such folder; an inference log has date=…/model_version=… below it")
+        below = sorted(d.parent for d in folder.glob("*/date=*"))
+        out += [folder] if any(folder.glob("date=*")) or not below else dict.fromkeys(below)
+    return tuple(out)
 
 
 @app.command()

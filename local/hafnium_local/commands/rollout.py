@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State
-from hafnium_local.console import print_json
+from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds
+from hafnium_local.console import fail, print_json
 from hafnium_rollout import commands
+from hafnium_rollout.errors import RolloutFileError
 from hafnium_rollout.objects import load_rollout
 
 app = typer.Typer(
@@ -23,12 +24,22 @@ Reason = Annotated[str, typer.Option(help="Kept in the history.")]
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="A ModelRollout (YAML).", show_default=False)]) -> None:
-    """Is the file as it should be? Each problem comes with its line. Exit status: 0 yes, 2 no.
+def check(file: Annotated[Path, typer.Argument(help="A ModelRollout (YAML).", show_default=False)], as_json: Json = False) -> None:
+    """Is the file as it should be? Each problem comes with its line. Exit status: 0 yes, 1 no, 2 it can't be read.
 
     Example: hafnium rollout check v2.yaml
     """
-    found = load_rollout(file)
+    try:
+        found = load_rollout(file)
+    except RolloutFileError as e:
+        if as_json:
+            print_json({"valid": False, "file": str(file), "problems": [vars(p) for p in e.problems]})
+        else:
+            fail(str(e))
+        raise typer.Exit(1) from e
+    if as_json:
+        print_json({"valid": True, "file": str(file), "name": found.name, "digest": found.spec.model.digest})
+        return
     steps = ", ".join("shadow" if s.shadow else f"{s.weight} %" for s in found.spec.strategy.steps)
     typer.echo(f"{file}: valid; {found.name} {found.spec.model.version}: {steps}; gates: {', '.join(g.name for g in found.spec.gates)}")
 
@@ -58,14 +69,51 @@ def status(
 
 
 @app.command()
-def watch(name: Name, state: State = DEFAULT_STATE) -> None:
-    """One line per event until the rollout has ended. Exit status: 0 promoted, 1 rolled back.
+def watch(
+    name: Name, state: State = DEFAULT_STATE,
+    timeout: Annotated[
+        float | None, typer.Option(parser=parse_seconds, metavar="DURATION", help="Stop watching after this.", show_default=False)
+    ] = None,
+) -> None:
+    """One line per event until the rollout of the applied model has ended.
+
+    Exit status: 0 promoted, 1 rolled back, paused (a person has to decide: retry, skip or abort), or --timeout has passed.
 
     Example: hafnium rollout watch unified-risk
     """
-    for point in commands.watch(state, name, time.sleep):
+    end = None if timeout is None else time.monotonic() + timeout
+
+    def wait(seconds: float) -> None:
+        if end is not None and time.monotonic() >= end:
+            phase = commands.read_status(state, name).phase
+            fail(f"{name}: not ended after {timeout:g} s, it is {phase}; why: hafnium rollout status {name}")
+            raise typer.Exit(1)
+        time.sleep(seconds)
+
+    for point in commands.watch(state, name, wait):
         typer.echo(commands.event_line(point))
-    raise typer.Exit(0 if commands.read_status(state, name).phase == "Promoted" else 1)
+    found = commands.read_status(state, name)
+    if found.phase == "Paused":
+        fail(f"{name} is paused: {found.message} `hafnium rollout retry | skip | abort {name}`")
+    raise typer.Exit(0 if found.phase == "Promoted" else 1)
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="A ModelRollout (YAML).", show_default=False)],
+    rate: Annotated[float, typer.Option(help="Requests per second of all clients.", min=0.001, show_default=False)],
+    base: Annotated[float, typer.Option(help="Share of requests that are bad today.", min=0.0, max=1.0)] = 0.001,
+    regression: Annotated[float, typer.Option(help="Additional share that must not be missed.", min=0.0, max=1.0)] = 0.02,
+    as_json: Json = False,
+) -> None:
+    """How long each step will take and what would be missed, before anything moves.
+
+    Example: hafnium rollout plan v2.yaml --rate 100
+    """
+    if as_json:
+        print_json(commands.plan(file, rate=rate, base=base, regression=regression))
+    else:
+        typer.echo(commands.plan_table(file, rate=rate, base=base, regression=regression))
 
 
 @app.command()

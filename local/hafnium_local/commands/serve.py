@@ -1,16 +1,19 @@
-"""`hafnium up` and `hafnium score`."""
+"""`hafnium up`, `hafnium score` and `hafnium replay`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hafnium_contract.contract_file import load_contract
-from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State
+from hafnium_contract.errors import InputError
+from hafnium_local.commands.arguments import DEFAULT_STATE, Json, Port, State, parse_seconds, parse_time
 from hafnium_local.console import ERR, Bars, print_json
 
 
@@ -18,7 +21,7 @@ def up(
     files: Annotated[
         list[Path] | None, typer.Argument(help="InferenceService and ModelRollout YAML; none: go on with what the state folder has.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="The gateway's port; any free one without it.", show_default=False, min=0)] = None,
+    port: Port = None,
     state: State = DEFAULT_STATE,
     look_seconds: Annotated[float, typer.Option(help="Seconds between two looks of the rollout controller.", min=0.2)] = 10.0,
     access_log: Annotated[bool, typer.Option(help="Write the gateway's access log (JSON) to logs/.")] = False,
@@ -74,3 +77,64 @@ def score(
     elif out is not None:
         typer.echo(f"{out}: {summary.scored} of {summary.rows} rows scored, {summary.refused} refused")
     raise typer.Exit(1 if summary.refused else 0)
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(
+        help="Requests (.jsonl), or with --contract a CSV or Parquet file or a folder of `hafnium simulate`.", show_default=False)],
+    url: Annotated[str, typer.Option(help="The gateway's address, as `hafnium up` prints it.", show_default=False)],
+    contract: Annotated[
+        Path | None, typer.Option(help="Makes requests of a table's rows, in the order of their time.", show_default=False)] = None,
+    since: Annotated[
+        datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Only rows from then on.", show_default=False)] = None,
+    until: Annotated[
+        datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Only rows before.", show_default=False)] = None,
+    rate: Annotated[float, typer.Option(help="Requests per second.", min=0.01, max=100_000)] = 100.0,
+    duration: Annotated[
+        float | None, typer.Option("--for", parser=parse_seconds, metavar="DURATION", show_default=False,
+                                   help="Stop after this; without it after the last request.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Begin anew at the end, under other ids, until Ctrl-C.")] = False,
+    workers: Annotated[int, typer.Option(help="Requests in flight at most.", min=1, max=10_000)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Traffic: sends score requests at a steady rate, each until it is answered.
+
+    Exit status: 0 every request was answered with a score; 1 some were lost, refused or failed; 2 wrong input.
+
+    Example: hafnium replay --url http://127.0.0.1:8080 --contract examples/unified-risk/contract.yaml build/simulated --since 2026-02-24
+    """
+    import asyncio
+    import tempfile
+
+    from hafnium_local.replay import again_and_again, read_requests, stop_event
+    from hafnium_local.replay import replay as run
+
+    if contract is None and (since is not None or until is not None):
+        raise InputError("--since and --until need --contract, which says which column is the time")
+    with tempfile.TemporaryDirectory(prefix="hafnium-replay-") as folder, stop_event() as stop:
+        requests = file
+        if contract is not None:
+            from hafnium_training.replay_requests import score_requests
+
+            requests = Path(folder) / "requests.jsonl"
+            with requests.open("w", encoding="utf-8") as f:
+                for row in score_requests(load_contract(contract), file, start=since, end=until):
+                    f.write(json.dumps(row) + "\n")
+            if requests.stat().st_size == 0:
+                raise InputError(f"{file}: has no row between --since and --until")
+        rows = again_and_again(requests) if again else read_requests(requests)
+        ERR.print(f"sending to {url} at {rate:g}/s; Ctrl-C ends it", markup=False)
+        found = asyncio.run(run(
+            rows, url, rate_per_s=rate, workers=workers, journal=Path(folder) / "journal", duration_s=duration, stop=stop,
+        ))
+    if as_json:
+        print_json(found.as_json())
+    else:
+        typer.echo(
+            f"{found.answered} answered ({found.ok} scored, {found.refused} refused, {found.failed} failed), {found.lost} lost; "
+            f"p50 {found.p50_ms or 0:.1f} ms, p99 {found.p99_ms or 0:.1f} ms; "
+            + ", ".join(f"{n} by {v}" for v, n in sorted(found.by_version.items()))
+        )
+        if found.last_error:
+            ERR.print(f"last error: {found.last_error}", markup=False)
+    raise typer.Exit(0 if found.ok and found.ok == found.answered and not found.lost else 1)

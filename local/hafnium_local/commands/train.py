@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hafnium_contract.errors import InputError
 from hafnium_local.commands.arguments import Contract, Json, Seed, parse_time
 from hafnium_local.console import Bars, print_json
 
@@ -40,6 +41,8 @@ def train(
     from hafnium_training.pipeline import TrainOptions
     from hafnium_training.pipeline import train as run
 
+    if params is not None and trials > 1:
+        raise InputError("--params and --trials: given hyperparameters are used as they are, so there is nothing to search; leave one out")
     options = TrainOptions(
         contract=contract, data=data, out=out, version=model_version, trials=trials, seed=seed, until=until,
         params=read_hyperparameters(params) if params is not None else None, tracking=tracking, production=production,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,8 +38,8 @@ TRAINING_S = 600.0
 """A training takes half a minute on two quiet cores; it gives way to everything else."""
 ROLLOUT_S = 420.0
 """A rollout at the demo's pace takes one to two minutes; one that takes longer has gone wrong."""
-REPLAY_S_MAX = 900.0
-"""Requests are prepared for so long; a demo ends long before."""
+REQUESTS_MAX = 100_000
+"""Replayed again, under other ids, when the demo takes longer."""
 DRIFT_LOOKS = 20
 """Windows that one rollout of the demo looks at, at most."""
 DRIFT_ROWS = 150
@@ -231,23 +231,15 @@ def manifest(stage: Stage, version: str, bundle: Bundle) -> Path:
 
 
 def prepare_requests(stage: Stage, cut: Cutoffs) -> None:
-    """Requests of the days that no model has seen, repeated under other ids when they would run out before the demo ends."""
+    """Requests of the days that no model has seen."""
     from hafnium_training.replay_requests import score_requests
 
-    wanted = int(stage.options.rate_per_s * REPLAY_S_MAX)
-    rows = list(score_requests(stage.contract, stage.data, start=cut.replay_from, end=cut.replay_until, limit=wanted))
+    rows = list(score_requests(stage.contract, stage.data, start=cut.replay_from, end=cut.replay_until, limit=REQUESTS_MAX))
     if not rows:
         raise StepFailedError(f"no transaction after {cut.replay_from}: nothing to replay")
-    lines = (json.dumps(r) for r in _repeated(rows, wanted))
-    write_atomically(stage.folders.requests, "\n".join(lines) + "\n")
+    write_atomically(stage.folders.requests, "\n".join(json.dumps(r) for r in rows) + "\n")
     rate = f"{stage.options.rate_per_s:g}"
     stage.story.add(f"{len(rows)} unseen transactions from {cut.replay_from:%Y-%m-%d %H:%M} on, replayed at {rate}/s")
-
-
-def _repeated(rows: list[Any], wanted: int) -> Iterable[dict[str, Any]]:
-    for i in range(wanted):
-        lap, row = i // len(rows), rows[i % len(rows)]
-        yield row if lap == 0 else {**row, "request_id": f"{row['request_id']}-lap{lap}"}
 
 
 class Servants:
@@ -258,7 +250,8 @@ class Servants:
         self.retraining = retraining
         f = stage.folders
         port = ["--port", str(stage.options.port)] if stage.options.port is not None else []
-        files = [] if (f.state / "objects").is_dir() else [str(f.manifest("v1"))]
+        begun = any((f.state / "objects").glob("*.yaml"))  # the folder alone may be of an `up` that was killed at once
+        files = [] if begun else [str(f.manifest("v1"))]
         self.up = Servant("up", hafnium("up", *files, "--state", str(f.state), "--look-seconds", "1", *port), stage.around)
         self.drift = Servant("drift", hafnium(
             "drift", "watch", "--state", str(f.state), "--every", "3s", "--window-max", "90s", "--min-rows", str(DRIFT_ROWS),
@@ -282,7 +275,7 @@ class Servants:
         stage.story.add(f"v1 answers at {gateway}")
         self.replay = Servant("replay", list(python_module(
             "hafnium_local.replay", "--requests", str(f.requests), "--url", gateway, "--rate", f"{stage.options.rate_per_s:g}",
-            "--journal", str(f.journal), "--summary", str(f.replay_summary),
+            "--journal", str(f.journal), "--summary", str(f.replay_summary), "--again",
         )), stage.around)
         self.replay.start()
         self.drift.start()

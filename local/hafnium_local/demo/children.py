@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.lifeline import tied_to_parent
+from hafnium_local.console import ERROR_FILE
 from hafnium_local.processes import last_lines
 
 STEP_ATTEMPTS = 4
@@ -25,10 +26,15 @@ STEP_ATTEMPTS = 4
 RESTARTS_MAX = 20
 """For a servant, over the whole demo."""
 STOP_GRACE_S = 20.0
+STEP_GRACE_S = 8.0
 
 
 class StepFailedError(HafniumError):
     """A step of the demo ended with an error of its own; the message says which, and where to look."""
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = 2 if exit_status == 2 else 1
 
 
 @dataclass(frozen=True)
@@ -48,20 +54,34 @@ STEP_NICENESS = 10
 """Steps give way to what serves: with two cores, a training at full priority is what makes live answers late."""
 
 
-def _spawn(argv: list[str], *, stdout: int | None, stderr: int | None, niceness: int = 0) -> subprocess.Popen[bytes]:
+def _spawn(
+    argv: list[str], *, stdout: int | None, stderr: int | None, niceness: int = 0, more: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
     tie = tied_to_parent()
 
     def before_exec() -> None:
         tie()
         os.nice(niceness)
 
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0, preexec_fn=before_exec)
+    return subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0, preexec_fn=before_exec,
+        env={**os.environ, **(more or {})},
+    )
 
 
 def kill_group(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     """Signals a child and what it started; a child that is gone is fine."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
+
+
+def _end_gently(process: subprocess.Popen[bytes]) -> None:
+    """SIGINT and a grace, by which a command cleans up after itself."""
+    if process.poll() is not None:
+        return
+    kill_group(process, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STEP_GRACE_S)
 
 
 def run_step(name: str, argv: list[str], around: Surroundings, meanwhile: Callable[[], None] = lambda: None) -> str:
@@ -71,24 +91,27 @@ def run_step(name: str, argv: list[str], around: Surroundings, meanwhile: Callab
     Raises StepFailedError when it ends with another status than 0.
     """
     around.logs.mkdir(parents=True, exist_ok=True)
-    answer = around.logs / f"{name}.out"
+    answer, complaint = around.logs / f"{name}.out", around.logs / f"{name}.error"
+    complaint.unlink(missing_ok=True)
+    errors = {ERROR_FILE: str(complaint)}
     status = 0
     for attempt in range(1, STEP_ATTEMPTS + 1):
         with answer.open("wb") as out:
-            process = _spawn(argv, stdout=out.fileno(), stderr=None, niceness=STEP_NICENESS)
+            process = _spawn(argv, stdout=out.fileno(), stderr=None, niceness=STEP_NICENESS, more=errors)
         try:
             while (polled := process.poll()) is None:
                 meanwhile()
                 time.sleep(0.1)
         finally:
+            _end_gently(process)  # only when we were interrupted
             kill_group(process, signal.SIGKILL)  # also what a step has left behind: Ray's processes outlive a killed driver
             process.wait()
         status = polled
         if status == 0:
             return answer.read_text(encoding="utf-8")
         if status > 0:
-            said = " | ".join(last_lines(answer, 3))
-            raise StepFailedError(f"{name}: ended with status {status}{': ' + said if said else ''}; ran: {' '.join(argv[1:])}")
+            said = " | ".join([*last_lines(complaint, 3), *last_lines(answer, 3)])
+            raise StepFailedError(f"{name}: ended with status {status}{': ' + said if said else ''}; ran: {' '.join(argv[1:])}", status)
         around.event(f"{name}: killed by {signal.Signals(-status).name}, starting again ({attempt} of {STEP_ATTEMPTS})")
     raise StepFailedError(f"{name}: killed {STEP_ATTEMPTS} times; last by {signal.Signals(-status).name}")
 

@@ -63,6 +63,10 @@ class DemoOptions:
     rate_per_s: float = 100.0
     port: int | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """What decides about the demo; the port does not."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items() if k not in ("port", "work")}
+
 
 @dataclass(frozen=True)
 class Folders:
@@ -157,10 +161,17 @@ def _midnight(when: datetime) -> datetime:
 
 
 def money_fields(contract: ModelContract) -> list[str]:
-    """Request fields in a currency, or, where there is none, the first field that is a number: what the units fault hits."""
-    numbers = [(field, f) for field, f in contract.request_fields.items() if f.dtype in ("float", "int")]
-    money = [field for field, f in numbers if f.is_money]
-    return money or [field for field, _ in numbers[:1]]
+    """What the units fault hits: request fields in a currency, or, where there is none, all that are numbers.
+
+    Where it can be without fields that are refused out of range: there validation meets the fault before the gates do.
+    """
+    numbers = [
+        (field, f) for field, f in contract.request_fields.items()
+        if f.dtype in ("float", "int")
+    ]
+    passing = [(field, f) for field, f in numbers if f.out_of_range == "clamp"]
+    money = [(field, f) for field, f in passing if f.is_money]
+    return [field for field, _ in money or passing or numbers]
 
 
 def fault_of(kind: FaultKind, contract: ModelContract) -> Fault | None:
@@ -184,7 +195,7 @@ def fault_of(kind: FaultKind, contract: ModelContract) -> Fault | None:
 
 
 EXPECTED_GATES: dict[FaultKind, tuple[str, ...]] = {
-    "units": ("drift", "scores"), "stale": ("drift", "scores"), "slow": ("latency",),
+    "units": ("drift", "scores", "errors"), "stale": ("drift", "scores"), "slow": ("latency",),
     "crash": ("errors", "CrashLoop", "CandidateUnavailable"),
 }
 """Gates (or reasons) that rightly reject each fault. Another one is a wrong answer, even when the candidate was rejected."""

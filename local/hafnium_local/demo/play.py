@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +19,6 @@ from typing import Any
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.lifeline import tied_to_parent
 from hafnium_local.demo import acts
-from hafnium_local.demo.children import StepFailedError
 from hafnium_local.demo.plan import DemoOptions, Folders
 from hafnium_local.demo.report import Report, write_report
 from hafnium_local.demo.traces import (
@@ -30,11 +32,15 @@ from hafnium_local.demo.traces import (
     trace,
 )
 from hafnium_local.demo.verdict import Verdict, judge
+from hafnium_local.manifests import write_atomically
+from hafnium_local.ports import is_free
 from hafnium_rollout.objects import load_rollout
 
 KILLS_MAX = 5
-MARK = "demo.txt"
-"""In the work folder: says that it is ours and may be emptied."""
+MARK = "hafnium-demo.json"
+"""In the work folder: says that it is ours and may be emptied, what it was asked for, and when it began."""
+INTERRUPTED = 130
+"""As shells say it: 128 and the number of SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,48 @@ class Played:
     report: Path
     failure: str
     """Why it ended early; empty when it did not."""
+    exit_status: int
+    """0 as it should be, 1 not, 2 a step said that its input is wrong."""
 
 
-def prepare(options: DemoOptions, *, resume: bool) -> None:
-    """Checks what can be checked before minutes are spent, and empties the work folder of an earlier demo."""
-    folders = Folders(options.work)
+@contextlib.contextmanager
+def prepared(options: DemoOptions, *, resume: bool) -> Generator[None]:
+    """Checks what can be checked before minutes are spent, and empties the work folder of an earlier demo.
+
+    Until its end no other demo can use the folder: the kernel drops the lock when its holder dies, however it dies.
+    """
     acts.fault_of(options.fault, acts.load_contract(options.contract))
     if options.data is not None and not options.data.is_file():
         raise InputError(f"{options.data}: no such file; --data takes a CSV or Parquet file (docs/contracts.md)")
-    if not resume and options.work.exists():
-        if any(options.work.iterdir()) and not (options.work / MARK).is_file():
-            raise InputError(f"{options.work}: holds something else than an earlier demo; give another --work")
-        shutil.rmtree(options.work)
-    folders.work.mkdir(parents=True, exist_ok=True)
-    (folders.work / MARK).write_text("made by `hafnium demo`; the next demo empties this folder\n", encoding="utf-8")
+    if options.port is not None and not is_free(options.port):
+        raise InputError(f"--port {options.port}: something else listens there; choose another, or none for any free one")
+    work = options.work
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        lock = work.with_name(f".{work.name}.lock").open("a", encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"--work {work}: can't be used: {e.strerror}") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"--work {work}: another demo runs there; give another --work") from e
+        mark = work / MARK
+        if resume:
+            if not mark.is_file():
+                raise InputError(f"--resume: {work} holds no demo that was interrupted (there is no {MARK}); leave --resume out")
+            asked = read_json(mark).get("options")
+            if asked != options.as_json():
+                raise InputError(f"--resume: the demo in {work} was asked for {asked}; give the same options, or leave --resume out")
+        else:
+            if work.exists():
+                if any(work.iterdir()) and not mark.is_file():
+                    raise InputError(f"{work}: holds something else than an earlier demo; give another --work")
+                shutil.rmtree(work)
+            work.mkdir(parents=True)
+            made = {"madeBy": "hafnium demo; the next one empties this folder", "options": options.as_json(), "began": time.time()}
+            write_atomically(mark, json.dumps(made, indent=1))
+        yield
 
 
 def play(options: DemoOptions, tell: Callable[[str], None]) -> Played:
@@ -67,7 +101,7 @@ def play(options: DemoOptions, tell: Callable[[str], None]) -> Played:
     f = stage.folders
     began = _began(f)
     ends: dict[str, Ended] = {}
-    failure = ""
+    failure, status = "", 1
     servants: acts.Servants | None = None
     try:
         cut = acts.gather(stage)
@@ -79,8 +113,8 @@ def play(options: DemoOptions, tell: Callable[[str], None]) -> Played:
         servants.start()
         for version in ("v2", "v3"):
             ends[version] = acts.roll_out(stage, version, servants)
-    except StepFailedError as e:
-        failure = str(e)
+    except HafniumError as e:
+        failure, status = str(e), e.exit_status
         stage.story.add(f"ended early: {e}")
     finally:
         if servants is not None:
@@ -90,12 +124,12 @@ def play(options: DemoOptions, tell: Callable[[str], None]) -> Played:
     for sentence in verdict.wrong:
         stage.story.add(f"went differently: {sentence}")
     path = write_report(_report(stage, ends, verdict, cut_off=bool(failure)), f.report)
-    return Played(verdict, path, failure)
+    return Played(verdict, path, failure, 0 if verdict.good and not failure else status)
 
 
 def _began(folders: Folders) -> float:
     """When the demo began, also when this is not its first process."""
-    return (folders.work / MARK).stat().st_mtime
+    return float(read_json(folders.work / MARK)["began"])
 
 
 def _report(stage: acts.Stage, ends: dict[str, Ended], verdict: Verdict, *, cut_off: bool) -> Report:
@@ -122,17 +156,22 @@ def _report(stage: acts.Stage, ends: dict[str, Ended], verdict: Verdict, *, cut_
 def guard(argv: list[str], tell: Callable[[str], None]) -> int:
     """Runs the play as a child and starts it again, to go on where it was, when a signal ended it. Returns its exit status.
 
-    Ctrl-C and SIGTERM are passed on: the play then stops what it started and ends.
+    Ctrl-C, SIGTERM and a terminal that is closed are passed on: the play then stops what it started and ends.
     """
     child: subprocess.Popen[bytes] | None = None
+    asked_to_stop = False
 
     def pass_on(number: int, frame: object) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
         if child is not None:
             child.send_signal(signal.SIGINT)
 
-    signal.signal(signal.SIGINT, pass_on)
-    signal.signal(signal.SIGTERM, pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
     for attempt in range(KILLS_MAX):
+        if asked_to_stop:
+            return INTERRUPTED
         resume = ["--resume"] if attempt else []
         child = subprocess.Popen([*argv, *resume], preexec_fn=tied_to_parent(), process_group=0)
         while True:
@@ -141,6 +180,8 @@ def guard(argv: list[str], tell: Callable[[str], None]) -> int:
                 break
             except InterruptedError:
                 continue
+        if asked_to_stop:
+            return INTERRUPTED
         if status >= 0:
             return status
         tell(f"the demo was killed by {signal.Signals(-status).name}; going on where it was")

@@ -69,12 +69,14 @@ def write_repo(
     for spec in specs:  # all are read before anything is written, so bad data leaves an earlier repo whole
         tables[spec.view.name] = view_table(contract, spec, data)
         listener.advance()
-    (repo / SOURCES).mkdir(parents=True, exist_ok=True)
+    repo.mkdir(parents=True, exist_ok=True)
+    # first, since it marks the folder as ours: whoever is killed further down finds a folder that it may write again
+    (repo / CONFIG).write_text(feature_store_yaml(contract, redis=redis), encoding="utf-8")
+    (repo / SOURCES).mkdir(exist_ok=True)
     for name in (REGISTRY, ONLINE, f"{ONLINE}-journal", MATERIALISED):
         (repo / name).unlink(missing_ok=True)
     for name, table in tables.items():
         write_source(repo / SOURCES / f"{name}.parquet", table)
-    (repo / CONFIG).write_text(feature_store_yaml(contract, redis=redis), encoding="utf-8")
     (repo / DEFINITIONS).write_text(definitions_text(contract), encoding="utf-8")
     found = apply(contract, repo)
     listener.advance()
@@ -125,9 +127,9 @@ def fresh_copy(repo: FeatureRepo | Path, target: Path) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(path, staging, ignore=shutil.ignore_patterns("__pycache__", "*.tmp"))
-    staging.rename(target)
-    if (target / REGISTRY).is_file():
-        _apply_definitions(target)
+    if (staging / REGISTRY).is_file():
+        _apply_definitions(staging)
+    staging.rename(target)  # last: a target is whole; `open_store` sees that the sources have moved
     return target
 
 
