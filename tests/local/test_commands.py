@@ -49,22 +49,45 @@ def test_a_wrong_contract_is_1_with_the_line_and_no_traceback(tmp_path: Path) ->
     assert json.loads(asked.stdout)["problems"][0]["line"] == line
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("contract", "check", "absent.yaml"), ("contract", "check"), ("bundle", "check", "absent"), ("nonsense",),
-        ("train", "--contract", "absent.yaml", "--data", "absent.csv", "--out", "b"), ("demo", "--fault", "nonsense"),
-        ("features", "materialise", "--contract", "c", "--repo", "r", "--until", "tomorrow"),
-        ("up", "--state", "absent-state-folder/that/has/nothing"), ("rollout", "status", "absent", "--state", "nowhere"),
-        ("demo", "--data", "absent.csv"), ("score", "--url", "http://127.0.0.1:1", "absent.csv"),
-    ],
-    ids=lambda a: "-".join(a[:3]),
-)
-def test_wrong_usage_or_input_is_2_and_says_so(args: tuple[str, ...], tmp_path: Path) -> None:
+WRONG: dict[tuple[str, ...], str] = {
+    ("contract", "check", "absent.yaml"): "absent.yaml",
+    ("contract", "check"): "Missing argument",
+    ("bundle", "check", "absent"): "absent",
+    ("nonsense",): "No such command",
+    ("train", "--contract", "absent.yaml", "--data", "absent.csv", "--out", "b"): "absent.yaml",
+    ("train", "--contract", "c.yaml", "--data", "absent.csv", "--out", "b"): "absent.csv",
+    ("train", "--contract", "c.yaml", "--data", "a.csv", "--out", "b", "--params", "absent.json"): "absent.json",
+    ("demo", "--fault", "nonsense"): "units, stale, slow, crash",
+    ("demo", "--contract", "c.yaml", "--data", "absent.csv"): "absent.csv: no such file",
+    ("demo", "--data", "absent.csv"): "give --contract too",
+    ("demo", "--contract", "absent.yaml"): "absent.yaml",
+    ("demo", "--contract", "c.yaml", "--resume"): "no demo that was interrupted",
+    ("demo", "--contract", "c.yaml", "--work", "full"): "something else than an earlier demo",
+    ("demo", "--port", "70000"): "less than or equal to 65535",
+    ("features", "materialise", "--contract", "c", "--repo", "r", "--until", "tomorrow"): "'tomorrow' is not a time",
+    ("up", "--state", "absent-state-folder/that/has/nothing"): "nothing to run",
+    ("up", "--port", "70000"): "less than or equal to 65535",
+    ("rollout", "status", "absent", "--state", "nowhere"): "no ModelRollout 'absent'",
+    ("score", "--url", "http://127.0.0.1:1", "absent.csv"): "absent.csv",
+    ("score", "--url", "ftp://127.0.0.1", "rows.jsonl"): "must begin with http",
+    ("replay", "--url", "http://127.0.0.1:1", "rows.jsonl", "--since", "2026-01-01"): "need --contract",
+    ("replay", "--url", "nonsense", "rows.jsonl"): "must begin with http",
+    ("drift", "check", "--bundle", "b", "--log", "absent", "--evidence", "e"): "--log absent: no such folder",
+}
+"""Arguments → a part of the sentence that says what is wrong."""
+
+
+@pytest.mark.parametrize("args", WRONG, ids=" ".join)
+def test_wrong_usage_or_input_is_2_and_says_what_is_wrong(args: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONTRACT.read_text())
+    (tmp_path / "rows.jsonl").write_text('{"features": {}}\n')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("the only copy")
     done = hafnium(*args, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.strip()
+    assert WRONG[args] in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+    assert (tmp_path / "full" / "thesis.txt").is_file()
 
 
 def test_every_command_teaches() -> None:
@@ -99,6 +122,10 @@ def test_the_manifest_of_a_bundle_is_what_up_and_rollout_take(tmp_path: Path) ->
     refused = hafnium("bundle", "manifest", bundle.path)
     assert refused.returncode == 2
     assert "give --features" in refused.stderr
+    refused = hafnium("bundle", "manifest", bundle.path, "--features", tmp_path)
+    assert refused.returncode == 2
+    assert "no Feast repo" in refused.stderr
+    (tmp_path / "feature_store.yaml").touch()
     service = tmp_path / "service.yaml"
     service.write_text(hafnium("bundle", "manifest", bundle.path, "--features", tmp_path).stdout)
     (found,) = read_manifests([service]).objects

@@ -22,8 +22,10 @@ def parse_time(text: str) -> datetime:
     return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
 
 
-def parse_seconds(text: str) -> float:
-    """`10s`, `1h30m` → seconds."""
+def parse_seconds(text: str | float) -> float:
+    """`10s`, `1h30m` → seconds. A number is a default that typer hands to its own parser."""
+    if not isinstance(text, str):
+        return text
     try:
         return parse_duration(text).total_seconds()
     except ValueError as e:
