@@ -10,7 +10,7 @@ space := $(empty) $(empty)
 STAMP := $(VENV)/.installed
 PARTS := contract predictors transformers training monitoring rollouts local
 
-.PHONY: help install demo test check bench bench-training generate lock clean
+.PHONY: help install demo kills test check bench bench-training generate lock clean
 
 help:                    ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -45,6 +45,9 @@ check: $(STAMP)          ## lint, types, layers, generated files
 
 generate: $(STAMP)       ## rewrite what is generated from the code
 	$(BIN)/python -m hafnium_local.generated
+
+kills: $(STAMP)          ## the demo, with each of its processes killed once (six minutes)
+	$(BIN)/python benchmarks/kills.py $(ARGS)
 
 bench: bench-training    ## all figures, into build/bench
 

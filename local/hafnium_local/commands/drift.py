@@ -116,10 +116,14 @@ def list_evidence(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
 
     Example: hafnium drift list
     """
+    if not state.is_dir():
+        raise InputError(f"{state}: no such state folder; give the --state of a `hafnium up`")
     found = list(read_evidence(state / "evidence"))
     good = [e for e in found if not isinstance(e, EvidenceError)]
     if as_json:
         print_json([e.model_dump(mode="json") for e in good])
+    elif not found:
+        typer.echo(f"{state}: no evidence yet; `hafnium drift watch` and `hafnium drift check` write it")
     else:
         table = Table("window's end", "model", "kind", "verdict", "rows", "message", box=None)
         for e in good:
