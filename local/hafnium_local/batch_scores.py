@@ -153,6 +153,19 @@ def _value(value: Any) -> Any:
     return value.isoformat() if isinstance(value, date) else value
 
 
+def between(rows: Iterable[dict[str, Any]], since: datetime | None, until: datetime | None) -> Iterator[dict[str, Any]]:
+    """Rows with since ≤ event_time < until. Raises InputError for a row whose time can't be read."""
+    for number, row in enumerate(rows):
+        text = row.get("event_time")
+        try:
+            when = datetime.fromisoformat(str(text))
+        except ValueError as e:
+            raise InputError(f"row {number}: event_time {text!r} is not a time, so --since and --until can't be applied") from e
+        when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+        if (since is None or when >= since) and (until is None or when < until):
+            yield row
+
+
 async def score_rows(
     url: str, rows: Iterable[dict[str, Any]], *, batch_rows: int = BATCH_ROWS_MAX
 ) -> AsyncIterator[dict[str, Any]]:
@@ -207,22 +220,26 @@ def _said(body: dict[str, Any]) -> str:
 
 def score_file(
     url: str, file: Path, out: Path | TextIO, *, contract: ModelContract | None = None, batch_rows: int = BATCH_ROWS_MAX,
-    on_rows: Callable[[int], None] = lambda _: None,
+    on_rows: Callable[[int], None] = lambda _: None, since: datetime | None = None, until: datetime | None = None,
 ) -> ScoreSummary:
     """Scores every row of `file` and writes one row each to `out`: JSONL, or CSV when the file's name ends so.
 
-    A file is written beside its place and renamed when complete. `on_rows` hears how many rows are done. Raises InputError when the
-    input, the output or the service is not usable; a row that the service refuses is in the output with its `error`.
+    `since`, `until`: only rows of that time. A file is written beside its place and renamed when complete. `on_rows` hears how many
+    rows are done. Raises InputError when the input, the output or the service is not usable; a row that the service refuses is in
+    the output with its `error`.
     """
+    rows = read_rows(file, contract)
+    if since is not None or until is not None:
+        rows = between(rows, since, until)
     if not isinstance(out, Path):
-        return asyncio.run(_write(url, file, out, False, contract, batch_rows, on_rows))
+        return asyncio.run(_write(url, rows, out, False, batch_rows, on_rows))
     if out.suffix.lower() not in (".csv", ".jsonl", ".ndjson"):
         raise InputError(f"{out}: expected a .jsonl or .csv file for the scores")
     staging = ""
     try:
         fd, staging = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
         with os.fdopen(fd, "w", encoding="utf-8", newline="") as f:
-            summary = asyncio.run(_write(url, file, f, out.suffix.lower() == ".csv", contract, batch_rows, on_rows))
+            summary = asyncio.run(_write(url, rows, f, out.suffix.lower() == ".csv", batch_rows, on_rows))
         Path(staging).chmod(0o644)
         Path(staging).replace(out)
     except OSError as e:
@@ -234,14 +251,14 @@ def score_file(
 
 
 async def _write(
-    url: str, file: Path, out: TextIO | io.TextIOBase, as_csv: bool, contract: ModelContract | None, batch_rows: int,
+    url: str, requests: Iterable[dict[str, Any]], out: TextIO | io.TextIOBase, as_csv: bool, batch_rows: int,
     on_rows: Callable[[int], None],
 ) -> ScoreSummary:
     table = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n") if as_csv else None
     if table is not None:
         table.writeheader()
     rows = scored = 0
-    async for result in score_rows(url, read_rows(file, contract), batch_rows=batch_rows):
+    async for result in score_rows(url, requests, batch_rows=batch_rows):
         rows += 1
         scored += result["error"] is None
         if table is not None:

@@ -164,3 +164,30 @@ def test_scores_go_to_a_stream(backend: Any, tmp_path: Path) -> None:
 def test_address_that_is_no_address_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must begin with http"):
         asyncio.run(_all("localhost:1", 1))
+
+
+def test_keys_dates_and_infinities_go_out_as_training_reads_them(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    keys = sorted({e.join_key for e in contract.entities})
+    number = next(k for k, f in contract.request_fields.items() if f.dtype == "float")
+    time = contract.data.event_time.column
+    pq.write_table(pa.table({k: [12.0, None] for k in keys} | {number: [float("inf"), 2.0], time: ["2026-01-31", "2026-02-01"]}),
+                   tmp_path / "rows.parquet")
+    first, second = read_rows(tmp_path / "rows.parquet", contract)
+    assert first["entity"] == dict.fromkeys(keys, "12")
+    assert first["features"] == {}
+    assert first["event_time"] == "2026-01-31T00:00:00+00:00"
+    assert second == {"entity": {}, "features": {number: 2.0}, "event_time": "2026-02-01T00:00:00+00:00"}
+
+
+def test_rows_of_a_time_only(backend: Any, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    days = ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z", "2026-01-03T00:00:00"]
+    source.write_text("".join(json.dumps({"event_time": d, "features": {"amount": 1}}) + "\n" for d in days))
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    url = backend().url
+    assert score_file(url, source, tmp_path / "a.jsonl", since=moment).rows == 2
+    assert score_file(url, source, tmp_path / "b.jsonl", until=moment).rows == 1
+    source.write_text('{"features": {}}\n')
+    with pytest.raises(InputError, match="row 0: event_time None"):
+        score_file(url, source, tmp_path / "c.jsonl", since=moment)

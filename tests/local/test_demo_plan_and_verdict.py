@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from hafnium_contract.contract_file import load_contract, parse_contract
 from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import ModelContract
-from hafnium_local.demo.plan import EXPECTED_GATES, FAULTS, FaultKind, cutoffs, fault_of, money_fields
+from hafnium_local.demo.plan import EXPECTED_GATES, FAULTS, DemoOptions, FaultKind, cutoffs, fault_of, money_fields
+from hafnium_local.demo.play import prepared
 from hafnium_local.demo.traces import Ended
 from hafnium_local.demo.verdict import judge
 from hafnium_local.faults import parse_fault
@@ -111,3 +113,43 @@ def test_fault_options_are_what_the_proxy_understands(kind: FaultKind) -> None:
     fault = fault_of(kind, load_contract(EXAMPLES / "creditcard" / "contract.yaml"))
     assert fault is not None
     assert parse_fault(fault.kind, json.dumps(fault.options)).kind == kind
+
+
+def options(work: Path, **changes: Any) -> DemoOptions:
+    return DemoOptions(work=work, contract=EXAMPLES / "unified-risk" / "contract.yaml", data=None, **{"fault": "units", **changes})
+
+
+def test_a_demo_empties_only_its_own_folder_and_only_when_no_other_demo_runs_there(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with prepared(options(work), resume=False):
+        (work / "result").touch()
+        with pytest.raises(InputError, match="another demo runs there"), prepared(options(work), resume=False):
+            pass
+    with prepared(options(work), resume=False):
+        assert not (work / "result").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for resume in (False, True):
+        with pytest.raises(InputError), prepared(options(tmp_path / "mine"), resume=resume):
+            pass
+    assert list((tmp_path / "mine").iterdir()) == [tmp_path / "mine" / "thesis.txt"]
+
+
+def test_a_demo_is_resumed_with_the_options_that_it_began_with(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with prepared(options(work), resume=False):
+        (work / "result").touch()
+    with prepared(options(work, port=None), resume=True):
+        assert (work / "result").exists()
+    with pytest.raises(InputError, match="was asked for"), prepared(options(work, fault="crash"), resume=True):
+        pass
+
+
+def test_a_port_in_use_is_noticed_before_anything_is_done(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="something else listens"), \
+                prepared(options(tmp_path / "work", port=taken.getsockname()[1]), resume=False):
+            pass
+    assert not (tmp_path / "work").exists()

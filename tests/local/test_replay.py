@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hafnium_contract.errors import InputError
-from hafnium_local.replay import identified, main, read_requests, replay
+from hafnium_local.replay import again_and_again, identified, main, read_requests, replay
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -142,6 +142,16 @@ def test_killed_replay_goes_on_and_every_request_is_answered(backend: Any, tools
     found = json.loads(last.stdout)
     assert (found["answered"], found["finished"], found["by_version"]) == (300, True, {"1": 300})
     assert {s["id"] for s in server.seen()} == {f"replay-{i:09d}" for i in range(300)}
+
+
+def test_again_gives_the_same_requests_under_ids_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"request_id": "a"}\n{"features": {}}\n')
+    found = [r for r, _ in zip(identified(again_and_again(file)), range(5), strict=False)]
+    assert [name for name, _ in found] == ["a", "replay-000000001", "a-lap1", "replay-000000001-lap1", "a-lap2"]
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(InputError, match="holds no request"):
+        next(again_and_again(tmp_path / "empty.jsonl"))
 
 
 def test_ids_are_stable_and_plain() -> None:

@@ -102,6 +102,10 @@ def status(envoy: Gateway) -> RolloutStatus:
     return commands.read_status(envoy.state, "risk")
 
 
+def later(_: float) -> None:
+    raise TimeoutError("it would wait")
+
+
 @pytest.mark.slow
 def test_a_good_candidate_is_promoted_and_the_commands_tell_the_story(envoy: Gateway) -> None:
     apply(envoy)
@@ -123,6 +127,10 @@ def test_a_good_candidate_is_promoted_and_the_commands_tell_the_story(envoy: Gat
     told = [p.event for p in commands.watch(envoy.state, "risk", lambda _: None)]
     assert told[0] == "Started"
     assert told[-1] == "Promoted"
+    following = {"name": "risk", "version": "3", "storageUri": "file:///bundles/3", "digest": "sha256:" + "b" * 64}
+    apply(envoy, model=following)  # the next model is applied, and nobody has looked yet
+    with pytest.raises(TimeoutError):
+        list(commands.watch(envoy.state, "risk", later))
     table = commands.status_table(envoy.state).splitlines()
     assert table[0].split() == list(commands.COLUMNS)
     assert table[1].split()[:4] == ["risk", "Promoted", "-", "100%"]

@@ -29,6 +29,7 @@ from hafnium_training.feature_store import (
     join,
     materialise,
     open_repo,
+    repository,
     write_repo,
 )
 from hafnium_training.feature_store.definitions import definitions_text, feature_store_yaml, service_name, view_specs
@@ -447,6 +448,34 @@ def test_a_repo_of_another_contract_or_of_an_older_one_is_refused(small: Path, t
         join(c, None, small, tmp_path / "flat.parquet")
     with pytest.raises(InputError, match=r"ends in .parquet or .csv"):
         join(c, repo, small, tmp_path / "flat.xlsx")
+
+
+@pytest.mark.parametrize("killed_at", ["write_source", "definitions_text", "apply"])
+def test_a_repo_whose_making_was_cut_off_can_be_made_again(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str,
+) -> None:
+    def killed(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, killed_at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_repo(contract(), small, tmp_path / "repo")
+    write_repo(contract(), small, tmp_path / "repo")
+    assert join(contract(), tmp_path / "repo", small, tmp_path / "flat.parquet").rows_out > 0
+
+
+def test_a_copy_that_was_cut_off_can_be_made_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    first = write_repo(contract(), small, tmp_path / "repo")
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, "_apply_definitions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fresh_copy(first, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    assert open_repo(contract(), fresh_copy(first, tmp_path / "copy")).views
 
 
 def test_data_that_lacks_what_a_view_needs_leaves_the_earlier_repo_whole(small: Path, tmp_path: Path) -> None:

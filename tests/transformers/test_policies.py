@@ -124,6 +124,13 @@ async def test_looked_up_value_that_is_demanded_ends_as_503_and_names_the_view(
     assert said in result.problems[0].message
 
 
+async def test_a_value_from_after_the_event_is_as_good_as_missing(scorer: Scorer) -> None:
+    before = {**request(), "event_time": (NOW - 2 * HOUR).isoformat()}  # its values are an hour old now, so an hour too young then
+    result = (await scorer.score([before], context()))[0]
+    assert isinstance(result, LookedUpError)
+    assert "from 3600 s after the event" in result.problems[0].message
+
+
 async def test_bad_rows_of_a_batch_leave_the_others_their_own_values(scorer: Scorer) -> None:
     rows = [request("fresh"), request("no-must"), request("fresh", amount=None), request("zero"), request("no-may", amount=90)]
     results = await scorer.score(rows, context(), [f"r[{i}]" for i in range(5)])

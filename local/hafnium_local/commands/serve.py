@@ -16,6 +16,9 @@ from hafnium_contract.errors import InputError
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, Port, State, parse_seconds, parse_time
 from hafnium_local.console import ERR, Bars, print_json
 
+Since = Annotated[datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Only rows from then on.", show_default=False)]
+Until = Annotated[datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Only rows before.", show_default=False)]
+
 
 def up(
     files: Annotated[
@@ -52,7 +55,7 @@ def score(
     contract: Annotated[
         Path | None, typer.Option(help="Tells a table's columns apart; without it they are called entity.NAME and features.NAME.",
                                   show_default=False)] = None,
-    as_json: Json = False,
+    since: Since = None, until: Until = None, as_json: Json = False,
 ) -> None:
     """Rows in, scores out: one line each, in order; a row that is refused has its error instead.
 
@@ -71,7 +74,9 @@ def score(
             bars.advance(rows - done)
             done = rows
 
-        summary = score_file(url, file, out if out is not None else sys.stdout, contract=parsed, on_rows=on_rows)
+        summary = score_file(
+            url, file, out if out is not None else sys.stdout, contract=parsed, on_rows=on_rows, since=since, until=until,
+        )
     if as_json and out is not None:
         print_json(asdict(summary))
     elif out is not None:
@@ -85,10 +90,7 @@ def replay(
     url: Annotated[str, typer.Option(help="The gateway's address, as `hafnium up` prints it.", show_default=False)],
     contract: Annotated[
         Path | None, typer.Option(help="Makes requests of a table's rows, in the order of their time.", show_default=False)] = None,
-    since: Annotated[
-        datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Only rows from then on.", show_default=False)] = None,
-    until: Annotated[
-        datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Only rows before.", show_default=False)] = None,
+    since: Since = None, until: Until = None,
     rate: Annotated[float, typer.Option(help="Requests per second.", min=0.01, max=100_000)] = 100.0,
     duration: Annotated[
         float | None, typer.Option("--for", parser=parse_seconds, metavar="DURATION", show_default=False,
