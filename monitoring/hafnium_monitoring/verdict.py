@@ -3,8 +3,9 @@
 What a short window of one arm differs in from a reference of months is mostly the hour, the weekday and the news. So:
 
 - the candidate against the stable arm in the same window is what may fail a candidate: both see the same minutes;
-- the candidate against its own reference may fail it only when the stable arm is not off its reference there, and the two
-  references differ: then what arrives is what stable was trained on and not what the candidate was trained on;
+- the candidate against its own reference may fail it only when the stable arm is not off its reference there, the two references
+  differ, and by more than anything of stable's moved in this window: then what arrives is what stable was trained on and not what
+  the candidate was trained on. (References are of different weeks. While the world moves, some feature is nearer to the older one.)
 - arms whose requests came at different times of the window are not compared at all (the split changed inside it);
 - both arms off their references in the same features is the world: hold, and say so (rule 7);
 - scores of two models differ by design and are never compared here (the rollout's `scores` gate does, in pairs); a
@@ -68,7 +69,7 @@ def judge(found: Comparisons) -> Judgement:
         )
     stable = {f.name: f for f in found.stable}
     references = {f.name: f for f in found.references or ()}
-    world_moved = bool(drifted(found.stable))
+    world_moved = max((_size(f) for f in drifted(found.stable)), default=0.0)
     world = [f for f in moved if f.name in stable and stable[f.name].drifted]
     own = [f for f in moved if f not in world and _own_fault(f, stable, references, world_moved)]
     if own:
@@ -102,13 +103,18 @@ def _alone(moved: Sequence[Finding], found: Comparisons) -> Judgement:
 
 
 def _own_fault(
-    finding: Finding, stable: Mapping[str, Finding], references: Mapping[str, Finding], world_moved: bool,
+    finding: Finding, stable: Mapping[str, Finding], references: Mapping[str, Finding], world_moved: float,
 ) -> bool:
-    """Whether a drift from the candidate's reference, which the stable arm doesn't show, is the candidate's own."""
+    """Whether a drift from the candidate's reference, which the stable arm doesn't show, is the candidate's own.
+
+    `world_moved`: the largest drift of the stable arm, in multiples of its feature's threshold; 0 for none.
+    """
     theirs = stable.get(finding.name)
     if theirs is None:
         # A feature that only the candidate has: no control. Blame it only when nothing else moved in this window.
-        return not world_moved
+        return world_moved == 0
+    if _size(finding) <= world_moved:
+        return False
     if finding.name == SCORE:
         return finding.threshold is not None and finding.value - theirs.value >= finding.threshold
     # The two arms' inputs are alike, so one can be off its reference alone only if the references differ. When they don't,
@@ -117,8 +123,12 @@ def _own_fault(
     return known is not None and known.drifted
 
 
+def _size(finding: Finding) -> float:
+    return abs(finding.value) / (finding.threshold or 1.0)
+
+
 def names(findings: Sequence[Finding]) -> str:
     """`a (PSI 1.20), b (PSI 0.31) and 3 more`, largest first."""
-    ordered = sorted(findings, key=lambda f: -abs(f.value) / (f.threshold or 1.0))
+    ordered = sorted(findings, key=lambda f: -_size(f))
     text = ", ".join(str(f) for f in ordered[:NAMES_MAX])
     return text + (f" and {len(ordered) - NAMES_MAX} more" if len(ordered) > NAMES_MAX else "")

@@ -14,6 +14,7 @@ def finding(name: str, drifted: bool = True, value: float = 0.5, threshold: floa
 
 CALM = (finding("a", False), finding("b", False), finding("score", False))
 A = (finding("a"), finding("b", False), finding("score", False))
+B = (finding("a", False), finding("b", value=0.9), finding("score", False))
 SCORE = (finding("a", False), finding("b", False), finding("score", value=0.3, threshold=0.05))
 
 
@@ -27,6 +28,14 @@ SCORE = (finding("a", False), finding("b", False), finding("score", value=0.3, t
     pytest.param(Comparisons(A, A, A, CALM), "Fail", False, id="world moved and arms differ"),
     pytest.param(Comparisons(A, A, CALM, CALM), "Inconclusive", True, id="world"),
     pytest.param(Comparisons(A, CALM, CALM, A), "Fail", False, id="trained on something else"),
+    pytest.param(Comparisons(A, B, CALM, A), "Inconclusive", False, id="trained on other weeks, while the world moves as much"),
+    pytest.param(
+        Comparisons((finding("a", value=2.0), *A[1:]), B, CALM, A), "Fail", False,
+        id="trained on something else, further away than the world moves",
+    ),
+    pytest.param(
+        Comparisons(SCORE, B, CALM, CALM), "Inconclusive", False, id="the candidate's scores moved while its world moves more",
+    ),
     pytest.param(Comparisons(A, CALM, CALM, CALM), "Inconclusive", False, id="just above and just below the line"),
     pytest.param(Comparisons((finding("new"), *CALM), CALM, CALM, CALM), "Fail", False, id="new feature, calm world"),
     pytest.param(Comparisons((finding("new"), *A), A, CALM, CALM), "Inconclusive", True, id="new feature, moved world"),
