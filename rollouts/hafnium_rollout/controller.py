@@ -48,7 +48,7 @@ class Controller:
         self._now = now
         self._log = log
         self._good: dict[str, ModelRollout] = {}
-        """Last readable object per rollout: a typing error in the file must not leave a candidate unguarded."""
+        """Last readable object per rollout, which is on disk too (`StateFolder.last_good`)."""
         self._said: dict[str, str] = {}
         self._written: dict[str, tuple[bytes, RolloutStatus]] = {}
 
@@ -96,17 +96,24 @@ class Controller:
             rollout = load_rollout(path)
             if rollout.name != name:
                 raise StateError(f"{path}: metadata.name is {rollout.name!r}, the file name says {name!r}")
-            old = self._good.get(name)
+            old = self._last_good(name)
             if old is not None and old.spec.model.name != rollout.spec.model.name:
                 raise StateError(f"{path}: spec.model.name can't change ({old.spec.model.name} → {rollout.spec.model.name})")
         except HafniumError as e:
-            kept = self._good.get(name)
+            kept = self._last_good(name)
             more = "; going on with the last good one" if kept is not None else ""
             self._once(f"{name}/spec", str(e), {"level": "error", "rollout": name, "event": "SpecInvalid", "message": f"{e}{more}"})
             return kept
+        if old != rollout:
+            write_atomically(self._state.last_good(name), path.read_text(encoding="utf-8"))
         self._good[name] = rollout
         self._said.pop(f"{name}/spec", None)
         return rollout
+
+    def _last_good(self, name: str) -> ModelRollout | None:
+        if name not in self._good and self._state.last_good(name).is_file():
+            self._good[name] = load_rollout(self._state.last_good(name))
+        return self._good.get(name)
 
     def _read_status(self, name: str) -> RolloutStatus:
         path = self._state.status(name)
@@ -129,6 +136,7 @@ class Controller:
         """The ModelRollout was deleted. Under way, the candidate goes back to nothing: nobody watches it any more."""
         status = self._read_status(name)
         self._good.pop(name, None)
+        self._state.last_good(name).unlink(missing_ok=True)
         if status.phase not in ("Promoted", "RolledBack") and status.stable is not None and status.candidate is not None:
             self._backend.stable_only(name, status.stable.service)
             self._log({"time": self._now(), "level": "warning", "rollout": name, "event": "Deleted",

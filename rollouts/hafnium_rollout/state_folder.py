@@ -67,6 +67,10 @@ class StateFolder:
     def status(self, name: str) -> Path:
         return self.root / "status" / f"ModelRollout-{name}.json"
 
+    def last_good(self, name: str) -> Path:
+        """Copy of the last readable object: a broken file must not leave a candidate unguarded, also after a restart."""
+        return self.root / "status" / f"ModelRollout-{name}.last-good.yaml"
+
     def log(self, service: str) -> Path:
         return self.root / "inference-log" / service
 
