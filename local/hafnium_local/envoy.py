@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.whole_files import write_atomically
 from hafnium_contract.wire import ARM_HEADER, BODY_BYTES_MAX, PROBLEM_JSON, REQUEST_ID_HEADER
-from hafnium_local.manifests import write_atomically
 
 HOST = "127.0.0.1"
 ROUTE_CONFIG = "hafnium"

@@ -9,9 +9,7 @@ applying half of a file in silence is worse than applying nothing. Nothing is ap
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from pydantic import ValidationError
 
 from hafnium_contract.contract_file import line_of
 from hafnium_contract.errors import HafniumError, InputError, Problem
+from hafnium_contract.whole_files import write_atomically
 from hafnium_local.kserve_schema import SERVICE_SPEC_CLASS, dotted, problems_of
 
 BYTES_MAX = 4 * 1024 * 1024
@@ -302,18 +301,3 @@ def store(manifests: Iterable[Manifest], folder: Path) -> list[Path]:
     except OSError as e:
         raise InputError(f"{folder}: can't be written: {e.strerror}") from e
     return changed
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes beside the file, flushes to disk, and renames: a reader sees the old text or the new, also after a power cut."""
-    fd, staging = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(staging).chmod(0o644)
-        Path(staging).replace(file)
-    except BaseException:
-        Path(staging).unlink(missing_ok=True)
-        raise

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hafnium_contract.errors import InputError
-from hafnium_local.manifests import write_atomically
+from hafnium_contract.whole_files import write_atomically
 
 FIRST = 20_000
 _RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")

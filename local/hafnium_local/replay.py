@@ -31,8 +31,8 @@ from typing import Any, Self, cast
 import numpy as np
 
 from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.whole_files import write_atomically
 from hafnium_contract.wire import ARM_HEADER, REQUEST_ID_HEADER
-from hafnium_local.manifests import write_atomically
 from hafnium_local.score_client import DEADLINE_S, Answer, post, session
 
 STOP_GRACE_S = 10.0

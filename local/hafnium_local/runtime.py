@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.whole_files import write_atomically
 from hafnium_local import envoy
 from hafnium_local.instances import Instance, Service
-from hafnium_local.manifests import INFERENCE_SERVICE, MODEL_ROLLOUT, Manifest, read_manifests, read_object, store, write_atomically
+from hafnium_local.manifests import INFERENCE_SERVICE, MODEL_ROLLOUT, Manifest, read_manifests, read_object, store
 from hafnium_local.ports import Ports, is_free
 from hafnium_local.probes import Probe
 from hafnium_local.processes import Child, ProcessSpec, kill_leftovers, python_module

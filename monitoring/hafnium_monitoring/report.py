@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy.typing as npt
 
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_contract.model_contract import Feature, ModelContract
+from hafnium_contract.whole_files import write_atomically
 from hafnium_monitoring.comparison import SCORE
 from hafnium_monitoring.psi import SCORE_QUANTILES, Binning, feature_binning, psi_test, quantile_binning
 from hafnium_monitoring.samples import Sample
@@ -135,8 +134,8 @@ def write_report(
     checked = [_cross_check(c, theirs[c.name], current, base) for c in usable]
     settings.folder.mkdir(parents=True, exist_ok=True)
     html = settings.folder / f"{name}.html"
-    _write(html, snapshot.get_html_str(as_iframe=False))
-    _write(html.with_suffix(".json"), json.dumps({
+    write_atomically(html, snapshot.get_html_str(as_iframe=False))
+    write_atomically(html.with_suffix(".json"), json.dumps({
         "schemaVersion": SCHEMA_VERSION, "evidence": evidence.model_dump(mode="json"),
         "evidently": {"version": evidently.__version__, "method": METHOD,
                       "rows": {"window": current.rows, "reference": base.rows}, "columns": checked},
@@ -175,18 +174,6 @@ def _thin(sample: Sample, rows_max: int, rng: np.random.Generator) -> Sample:
 def _cross_check(column: _Column, theirs: float, current: Sample, base: Sample) -> dict[str, Any]:
     ours = column.psi(_values(current, column.name), _values(base, column.name))
     return {"column": column.name, "evidently": theirs, "ours": ours, "equal": abs(ours - theirs) <= EQUAL_TOLERANCE}
-
-
-def _write(path: Path, text: str) -> None:
-    fd, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
-        Path(staging).chmod(0o644)
-        Path(staging).replace(path)
-    except BaseException:
-        Path(staging).unlink(missing_ok=True)
-        raise
 
 
 def prune(folder: Path, keep: int) -> None:

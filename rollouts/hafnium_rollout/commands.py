@@ -16,10 +16,11 @@ from pydantic import ValidationError
 
 from hafnium_contract.durations import format_duration
 from hafnium_contract.errors import InputError
+from hafnium_contract.whole_files import write_atomically
 from hafnium_rollout.errors import StateError, UnknownRollout
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ObjectMeta, UserAction, load_rollout
 from hafnium_rollout.planning import plan_rollout
-from hafnium_rollout.state_folder import StateFolder, write_atomically
+from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
 COLUMNS = ("NAME", "PHASE", "STEP", "WEIGHT", "GATE", "REASON", "AGE")

@@ -18,12 +18,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from hafnium_contract.errors import HafniumError
+from hafnium_contract.whole_files import write_atomically
 from hafnium_rollout.actions import Decision
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.local_backend import LocalBackend
 from hafnium_rollout.objects import ModelRollout, load_rollout
-from hafnium_rollout.state_folder import StateFolder, write_atomically
+from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import RolloutStatus
 
 Log = Callable[[dict[str, Any]], None]

@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 from hafnium_contract.errors import HafniumError
+from hafnium_contract.whole_files import write_atomically
 from hafnium_contract.wire import DIGEST_LABEL, VERSION_LABEL
 from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, was_reset
@@ -30,7 +31,6 @@ from hafnium_rollout.state_folder import (
     read_approvals,
     read_route,
     read_services,
-    write_atomically,
 )
 from hafnium_rollout.status import ModelSeen, RolloutStatus
 

@@ -6,9 +6,7 @@ Every file is written beside its place and renamed, so a reader sees the old or 
 from __future__ import annotations
 
 import json
-import os
 import pwd
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,21 +78,6 @@ class StateFolder:
 
     def status_names(self) -> list[str]:
         return sorted(p.stem.removeprefix("ModelRollout-") for p in (self.root / "status").glob("ModelRollout-*.json"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes and syncs beside `path`, then renames. Raises OSError; the old file is then still whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(staging).rename(path)
-    except BaseException:
-        Path(staging).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> Any:

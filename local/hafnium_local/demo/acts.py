@@ -13,6 +13,7 @@ from typing import Any
 from hafnium_contract.bundle import Bundle, open_bundle
 from hafnium_contract.contract_file import load_contract
 from hafnium_contract.model_contract import ModelContract
+from hafnium_contract.whole_files import write_atomically
 from hafnium_local.demo.children import STEP_NICENESS, Servant, StepFailedError, Surroundings, hafnium, run_step
 from hafnium_local.demo.plan import (
     PACE,
@@ -29,7 +30,6 @@ from hafnium_local.demo.plan import (
 )
 from hafnium_local.demo.traces import Ended, ended, read_json, read_status
 from hafnium_local.manifest_writer import Serving, inference_service, model_rollout, to_yaml
-from hafnium_local.manifests import write_atomically
 from hafnium_local.processes import python_module
 
 READY_S = 120.0

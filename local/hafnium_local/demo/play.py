@@ -18,6 +18,7 @@ from typing import Any
 
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.lifeline import tied_to_parent
+from hafnium_contract.whole_files import write_atomically
 from hafnium_local.demo import acts
 from hafnium_local.demo.plan import DemoOptions, Folders
 from hafnium_local.demo.report import Report, write_report
@@ -32,7 +33,6 @@ from hafnium_local.demo.traces import (
     trace,
 )
 from hafnium_local.demo.verdict import Verdict, judge
-from hafnium_local.manifests import write_atomically
 from hafnium_local.ports import is_free
 from hafnium_rollout.objects import load_rollout
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from hafnium_contract.whole_files import write_atomically
 from hafnium_local.demo.plots import (
     CalibrationCurve,
     DriftBar,
@@ -98,9 +99,6 @@ def render(report: Report) -> str:
 
 def write_report(report: Report, path: Path) -> Path:
     """Writes the page, and its first plot as `weights.svg`, beside their places and renames them: nobody sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for target, text in ((path, render(report)), (path.with_name("weights.svg"), weights_plot(report.traces, report.end))):
-        staging = target.with_suffix(".part")
-        staging.write_text(text, encoding="utf-8")
-        staging.replace(target)
+        write_atomically(target, text)
     return path
