@@ -161,16 +161,14 @@ def _midnight(when: datetime) -> datetime:
 
 
 def money_fields(contract: ModelContract) -> list[str]:
-    """What the units fault hits: request fields in a currency, or, where there is none, all that are numbers.
-
-    Where it can be without fields that are refused out of range: there validation meets the fault before the gates do.
-    """
+    """What the units fault hits: request fields in a currency, or, where there is none, numbers that pass validation out of their
+    range, or, where there is none either, all numbers (the candidate then refuses what the stable model accepts)."""
     numbers = [
         (field, f) for field, f in contract.request_fields.items()
         if f.dtype in ("float", "int")
     ]
     passing = [(field, f) for field, f in numbers if f.out_of_range == "clamp"]
-    money = [(field, f) for field, f in passing if f.is_money]
+    money = [(field, f) for field, f in numbers if f.is_money]
     return [field for field, _ in money or passing or numbers]
 
 
