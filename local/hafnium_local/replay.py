@@ -239,7 +239,8 @@ class _Player:
                     due = self._started + sent / rate
                     if not await self._wait(max(due, earliest), flying, workers, duration_s) or sent == limit:
                         break
-                    earliest = time.monotonic() + 1 / (CATCH_UP * rate)
+                    # a bucket of 20 ms, since a sleep is seldom shorter than one
+                    earliest = max(earliest, time.monotonic() - 0.02) + 1 / (CATCH_UP * rate)
                     task = asyncio.create_task(self._one(client, request_id, request, due))
                     flying.add(task)
                     task.add_done_callback(flying.discard)

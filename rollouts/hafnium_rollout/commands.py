@@ -116,6 +116,9 @@ def _age(seconds: float) -> str:
     return format_duration(timedelta(seconds=int(seconds)))
 
 
+_ENDS = ("Promoted", "RolledBack", "Paused")
+
+
 def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: float = 1.0) -> Generator[HistoryPoint]:
     """Events (not the looks) of the rollout of the model that the file asks for, as they come, from its beginning on.
 
@@ -137,9 +140,17 @@ def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: fl
             told = {k for k in told if k[0] >= point.time} | {key}
             last = point.time
             yield point
-        if (mine and s.phase in ("Promoted", "RolledBack", "Paused")) or (s.candidate is None and _is_stable(s, wanted)):
+        asked = any(StateFolder(state).actions.glob(f"ModelRollout-{name}.*.json"))  # a wish that nobody has looked at yet
+        refused = not mine and s.phase in _ENDS and wanted in s.rejected_digests
+        ended = (mine and s.phase in _ENDS) or refused or (s.candidate is None and _is_stable(s, wanted))
+        if ended and not asked:
             return
         wait(poll_s)
+
+
+def wanted_digest(state: Path, name: str) -> str:
+    """Digest of the model that the applied file asks for. Raises InputError or RolloutFileError."""
+    return load_rollout(StateFolder(state).rollout(name)).spec.model.digest
 
 
 def _is_stable(status: RolloutStatus, digest: str | None) -> bool:

@@ -66,7 +66,7 @@ class Controller:
                 continue
             if decision is not None and decision.requeue_s is not None:
                 soon.append(decision.requeue_s)
-        for name in set(self._state.status_names()) - set(names):
+        for name in {*self._state.status_names(), *self._state.last_good_names()} - set(names):
             try:
                 self._deleted(name)
             except (HafniumError, OSError) as e:
@@ -106,14 +106,20 @@ class Controller:
             self._once(f"{name}/spec", str(e), {"level": "error", "rollout": name, "event": "SpecInvalid", "message": f"{e}{more}"})
             return kept
         if old != rollout:
-            write_atomically(self._state.last_good(name), path.read_text(encoding="utf-8"))
+            data = rollout.model_dump(mode="json", by_alias=True, exclude_none=True)
+            write_atomically(self._state.last_good(name), json.dumps(data, indent=1))  # JSON is YAML
         self._good[name] = rollout
         self._said.pop(f"{name}/spec", None)
         return rollout
 
     def _last_good(self, name: str) -> ModelRollout | None:
-        if name not in self._good and self._state.last_good(name).is_file():
-            self._good[name] = load_rollout(self._state.last_good(name))
+        path = self._state.last_good(name)
+        if name not in self._good and path.is_file():
+            try:
+                self._good[name] = load_rollout(path)
+            except HafniumError as e:  # of an older version, perhaps
+                path.unlink()
+                self._log({"time": self._now(), "level": "warning", "rollout": name, "event": "LastGoodInvalid", "message": str(e)})
         return self._good.get(name)
 
     def _read_status(self, name: str) -> RolloutStatus:

@@ -148,6 +148,7 @@ def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context
         bad, total = state.stable_recent
         recent = (bad * _RECENT + first.stable.bad, total * _RECENT + first.stable.total)
         update["stable_recent"] = recent
+        update["counts_limit"] = _plus(state.counts_limit, first)
         limit = tilt.add_limit(state.limit, first.candidate.bad, first.candidate.total, gate.hard_limit, phi=phis[0])
         if _over(limit, context) and _stable_above(gate.hard_limit, recent, first.stable):
             limit = tilt.forget_limit(limit)  # both arms are: not the candidate's doing, and it must not be held against it later
@@ -194,8 +195,8 @@ def _read_counted(gate: Gate, before: GateStatus, state: GateState, error: str, 
     })
     rates = f"candidate {_share(kc, nc)}, stable {_share(ks, ns)}"
     if over:
-        # of the whole run: the hard limit also judges looks that are too fresh to count for the step
-        rk, rn, sk, sn = state.counts_run
+        # of all looks: the hard limit also judges those that are too fresh to be compared
+        rk, rn, sk, sn = state.counts_limit
         rates = f"candidate {_share(rk, rn)}, stable {_share(sk, sn)} in this run"
         text = f"the candidate's share of bad requests is above the hard limit {_percent(gate.hard_limit or 0)} ({rates})"
         return base.model_copy(update={"verdict": "Fail", "statistic": tilt.log_e_limit(state.limit), "message": text})

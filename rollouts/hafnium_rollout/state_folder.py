@@ -69,6 +69,11 @@ class StateFolder:
         """Copy of the last readable object: a broken file must not leave a candidate unguarded, also after a restart."""
         return self.root / "status" / f"ModelRollout-{name}.last-good.yaml"
 
+    def last_good_names(self) -> list[str]:
+        ending = ".last-good.yaml"
+        found = (self.root / "status").glob(f"ModelRollout-*{ending}")
+        return sorted(p.name.removeprefix("ModelRollout-").removesuffix(ending) for p in found)
+
     def log(self, service: str) -> Path:
         return self.root / "inference-log" / service
 

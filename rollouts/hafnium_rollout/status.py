@@ -76,6 +76,8 @@ class GateState(Strict):
     """(bad, total) of the candidate and of the stable arm in this step, for people."""
     counts_run: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """The same for all looks that Fail rests on."""
+    counts_limit: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """The same for all looks, which the hard limit judges."""
     expected: float = 0.0
     """Candidate requests that the stable arm's traffic let expect since the candidate's last one."""
     last_seen_at: AwareDatetime | None = None

@@ -45,6 +45,10 @@ class HelperDiedError(HafniumError):
         self.how = how
 
 
+class HelperTimeoutError(HafniumError):
+    """The process gave no answer in time; it may still be at work."""
+
+
 class HelperProcess:
     """Runs functions of `module` elsewhere. `module.warm_up(*args)`, if there is one, is called at once, without waiting for it.
 
@@ -122,7 +126,7 @@ class HelperProcess:
             selector.register(descriptor, selectors.EVENT_READ)
             while len(out) < count:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise HafniumError(f"the helper process for {self.module} gave no answer in time")
+                    raise HelperTimeoutError(f"the helper process for {self.module} gave no answer in time")
                 part = os.read(descriptor, count - len(out))
                 if not part:
                     raise self._died()

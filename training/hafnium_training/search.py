@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +30,19 @@ import psutil
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.progress import Progress, Silent
 from hafnium_training.fit import Epoch, Prepare, fit
-from hafnium_training.helper_process import HelperProcess
+from hafnium_training.helper_process import HelperProcess, HelperTimeoutError
 from hafnium_training.hyperparameters import Hyperparameters
 
 TRIALS_MAX = 1_000
 WORKER_FAILURES_MAX = 2
 """A worker that is killed for lack of memory will be again; a node that goes away goes away once."""
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
-SOCKET_PATH_MAX = 60
-"""Ray's sockets add 45 characters to its folder, and Linux allows 107."""
+SOCKET_PATH_MAX = 107
+"""Linux's limit."""
+SOCKET_SUFFIX = 64
+"""What Ray adds to its folder: session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store."""
+START_TIMEOUT_S = 120.0
+LEFT_BEHIND_S = 86_400.0
 TRIAL_S_MAX = 1800.0
 """A trial that takes longer hangs: trainings take seconds."""
 QUIET_ENVIRONMENT = {
@@ -97,6 +102,10 @@ def search(
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
+    try:
+        helper.call("ready", timeout_s=START_TIMEOUT_S)
+    except HelperTimeoutError as e:
+        raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
     return helper.call(
         "run_search", prepared, trials, epochs, seed, folder.resolve(), key, timeout_s=TRIAL_S_MAX * trials, progress=progress,
     )
@@ -210,14 +219,22 @@ def warm_up(folder: str) -> None:
     importlib.import_module("ray.tune.search.optuna")
 
 
+def ready() -> None:
+    """Answers after `warm_up` has: then Ray runs."""
+
+
 def _ray_folder() -> Path:
     base = tempfile.gettempdir()
-    short = base if len(base) < SOCKET_PATH_MAX else "/tmp"  # noqa: S108 - see SOCKET_PATH_MAX
+    name = f"hfr{os.getpid()}-"
+    fits = len(base) + 1 + len(name) + 8 + SOCKET_SUFFIX <= SOCKET_PATH_MAX
+    short = base if fits else "/tmp"  # noqa: S108 - see SOCKET_PATH_MAX
     for old in Path(short).glob("hfr*-*"):  # of searches that were killed: nobody else removes them
         owner = old.name.removeprefix("hfr").partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"hfr{os.getpid()}-", dir=short))
+        with contextlib.suppress(OSError):
+            idle_s = time.time() - old.stat().st_mtime  # the owner may live where we can't see it: in another container
+            if owner.isdigit() and not psutil.pid_exists(int(owner)) and idle_s > LEFT_BEHIND_S:
+                shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=name, dir=short))
 
 
 def _start_here(ray: Any, options: dict[str, Any]) -> None:

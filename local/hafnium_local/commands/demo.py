@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,8 @@ def _fault(text: str) -> str:
 
 
 def demo(
-    contract: Annotated[Path, typer.Option(help="The model contract.")] = DEFAULT_CONTRACT,
+    contract: Annotated[
+        Path | None, typer.Option(help="The model contract; without it the one of the simulated data.", show_default=False)] = None,
     data: Annotated[
         Path | None, typer.Option(help="A CSV or Parquet file for the contract; without it, data is simulated.", show_default=False)
     ] = None,
@@ -57,19 +59,20 @@ def demo(
     """
     from hafnium_local.demo.play import INTERRUPTED, guard, inner_command, play, prepared
 
-    if contract == DEFAULT_CONTRACT and not contract.is_file() and PACKAGED.is_file():
-        contract = PACKAGED
-    if data is not None and contract in (DEFAULT_CONTRACT, PACKAGED):
+    if contract is None and data is not None:
         raise InputError(f"--data {data}: give --contract too: the default one describes the simulated data (docs/contracts.md)")
+    if contract is None:
+        contract = DEFAULT_CONTRACT if DEFAULT_CONTRACT.is_file() or not PACKAGED.is_file() else PACKAGED
     options = DemoOptions(work, contract, data, _checked(fault), days, seed, trials, rate, port)
     if not unguarded:
-        arguments = [a for a in sys.argv[2:] if a != "--resume"]
+        arguments = sys.argv[2:]
         with prepared(options, resume=resume):
             raise typer.Exit(guard(inner_command(arguments), lambda line: ERR.print(line, markup=False)))
     try:
-        played = play(options, lambda line: ERR.print(f"• {line}", markup=False))
+        played = play(options, lambda line: ERR.print(f"• {line}", markup=False), resumed=resume)
     except KeyboardInterrupt:
-        again = " ".join(["hafnium demo", *(a for a in sys.argv[2:] if a not in ("--unguarded", "--resume")), "--resume"])
+        given = [a for a in sys.argv[2:] if a not in ("--unguarded", "--resume")]
+        again = shlex.join([str(Path(sys.executable).with_name("hafnium")), "demo", *given, "--resume"])
         ERR.print(f"interrupted; what ran is stopped. To go on: {again}", markup=False)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:

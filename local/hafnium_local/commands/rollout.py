@@ -95,6 +95,10 @@ def watch(
     found = commands.read_status(state, name)
     if found.phase == "Paused":
         fail(f"{name} is paused: {found.message} `hafnium rollout retry | skip | abort {name}`")
+    wanted = commands.wanted_digest(state, name)
+    if wanted in found.rejected_digests and (found.candidate is None or found.candidate.digest != wanted):
+        fail(f"{name}: {wanted[:19]} was rejected before; `hafnium rollout retry {name}` lets it try again")
+        raise typer.Exit(1)
     raise typer.Exit(0 if found.phase == "Promoted" else 1)
 
 

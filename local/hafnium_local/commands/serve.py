@@ -113,7 +113,7 @@ def replay(
 
     if contract is None and (since is not None or until is not None):
         raise InputError("--since and --until need --contract, which says which column is the time")
-    with tempfile.TemporaryDirectory(prefix="hafnium-replay-") as folder, stop_event() as stop:
+    with tempfile.TemporaryDirectory(prefix="hafnium-replay-") as folder:
         requests = file
         if contract is not None:
             from hafnium_training.replay_requests import score_requests
@@ -123,20 +123,22 @@ def replay(
                 for row in score_requests(load_contract(contract), file, start=since, end=until):
                     f.write(json.dumps(row) + "\n")
             if requests.stat().st_size == 0:
-                raise InputError(f"{file}: has no row between --since and --until")
+                raise InputError(f"{file}: has no row{' between --since and --until' if since or until else ''}")
         rows = again_and_again(requests) if again else read_requests(requests)
         ERR.print(f"sending to {url} at {rate:g}/s; Ctrl-C ends it", markup=False)
-        found = asyncio.run(run(
-            rows, url, rate_per_s=rate, workers=workers, journal=Path(folder) / "journal", duration_s=duration, stop=stop,
-        ))
+        with stop_event() as stop:
+            found = asyncio.run(run(
+                rows, url, rate_per_s=rate, workers=workers, journal=Path(folder) / "journal", duration_s=duration, stop=stop,
+            ))
     if as_json:
         print_json(found.as_json())
     else:
         typer.echo(
-            f"{found.answered} answered ({found.ok} scored, {found.refused} refused, {found.failed} failed), {found.lost} lost; "
+            f"{found.answered} answered ({found.ok} scored, {found.refused} refused, {found.failed} failed), "
+            f"{found.lost + found.unanswered} without an answer; "
             f"p50 {found.p50_ms or 0:.1f} ms, p99 {found.p99_ms or 0:.1f} ms; "
             + ", ".join(f"{n} by {v}" for v, n in sorted(found.by_version.items()))
         )
         if found.last_error:
             ERR.print(f"last error: {found.last_error}", markup=False)
-    raise typer.Exit(0 if found.ok and found.ok == found.answered and not found.lost else 1)
+    raise typer.Exit(0 if found.ok and found.ok == found.answered and not found.lost + found.unanswered else 1)

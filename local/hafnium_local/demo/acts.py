@@ -31,6 +31,7 @@ from hafnium_local.demo.plan import (
 from hafnium_local.demo.traces import Ended, ended, read_json, read_status
 from hafnium_local.manifest_writer import Serving, inference_service, model_rollout, to_yaml
 from hafnium_local.processes import python_module
+from hafnium_rollout import commands
 
 READY_S = 120.0
 """For the services to answer after `up`."""
@@ -71,6 +72,8 @@ class Stage:
     contract: ModelContract
     story: Story
     around: Surroundings
+    resumed: bool = False
+    """An earlier process of this demo was interrupted, perhaps long ago."""
 
     @property
     def data(self) -> Path:
@@ -96,11 +99,11 @@ class Stage:
             self.story.add(line)
 
 
-def stage_of(options: DemoOptions, tell: Callable[[str], None]) -> Stage:
+def stage_of(options: DemoOptions, tell: Callable[[str], None], *, resumed: bool = False) -> Stage:
     """Opens the work folder and the contract."""
     folders = Folders(options.work)
     story = Story(folders.story, tell)
-    return Stage(options, folders, load_contract(options.contract), story, Surroundings(folders.logs, story.add))
+    return Stage(options, folders, load_contract(options.contract), story, Surroundings(folders.logs, story.add), resumed)
 
 
 # --- data, features, first model ----------------------------------------------------------------------------------------------
@@ -325,8 +328,10 @@ def roll_out(stage: Stage, version: str, servants: Servants) -> Ended:
     ))
     name, digest = bundle.manifest.model_name, bundle.manifest.digest
     told: set[tuple[datetime, str]] = set()
+    retried = not stage.resumed
 
     def ask() -> Ended | None:
+        nonlocal retried
         status = read_status(f.state, name)
         if status is None or status.candidate is None or status.candidate.digest != digest:
             return None
@@ -335,7 +340,11 @@ def roll_out(stage: Stage, version: str, servants: Servants) -> Ended:
             if p.event != "Look" and began is not None and p.time >= began and (p.time, p.event) not in told:
                 told.add((p.time, p.event))
                 stage.story.add(f"{version} {p.event}: {p.message}")
-        return ended(status, digest)
+        if status.phase == "Paused" and not retried:
+            retried = True  # deadlines went on while nothing ran
+            stage.story.add(f"{version}: paused while the demo was interrupted; asked to go on")
+            commands.retry(f.state, name, "the demo was interrupted")
+        return ended(status, digest) if retried or status.phase != "Paused" else None
 
     otherwise = f"the rollout of {version} did not end within {ROLLOUT_S:g} s; see {f.state}/status"
     found: Ended = _wait(ROLLOUT_S, otherwise, ask, servants.look)

@@ -66,7 +66,9 @@ def prepared(options: DemoOptions, *, resume: bool) -> Generator[None]:
         raise InputError(f"{options.data}: no such file; --data takes a CSV or Parquet file (docs/contracts.md)")
     if options.port is not None and not is_free(options.port):
         raise InputError(f"--port {options.port}: something else listens there; choose another, or none for any free one")
-    work = options.work
+    work = options.work.resolve()
+    if work.exists() and not work.is_dir():
+        raise InputError(f"--work {options.work}: is no folder")
     try:
         work.parent.mkdir(parents=True, exist_ok=True)
         lock = work.with_name(f".{work.name}.lock").open("a", encoding="utf-8")
@@ -85,19 +87,30 @@ def prepared(options: DemoOptions, *, resume: bool) -> Generator[None]:
             if asked != options.as_json():
                 raise InputError(f"--resume: the demo in {work} was asked for {asked}; give the same options, or leave --resume out")
         else:
-            if work.exists():
-                if any(work.iterdir()) and not mark.is_file():
-                    raise InputError(f"{work}: holds something else than an earlier demo; give another --work")
-                shutil.rmtree(work)
-            work.mkdir(parents=True)
+            if work.exists() and any(work.iterdir()) and not mark.is_file():
+                raise InputError(f"{work}: holds something else than an earlier demo; give another --work")
+            try:
+                _empty(work)
+            except OSError as e:
+                raise InputError(f"--work {options.work}: can't be emptied: {e.strerror}") from e
             made = {"madeBy": "hafnium demo; the next one empties this folder", "options": options.as_json(), "began": time.time()}
             write_atomically(mark, json.dumps(made, indent=1))
         yield
 
 
-def play(options: DemoOptions, tell: Callable[[str], None]) -> Played:
+def _empty(work: Path) -> None:
+    """A new folder in its place. The old one is moved away whole first: a kill in between leaves nothing that looks like a user's."""
+    aside = work.with_name(f".{work.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if work.exists():
+        work.rename(aside)
+    work.mkdir(parents=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def play(options: DemoOptions, tell: Callable[[str], None], *, resumed: bool = False) -> Played:
     """All acts. A step that fails ends the play early; what was shown until then is judged and reported all the same."""
-    stage = acts.stage_of(options, tell)
+    stage = acts.stage_of(options, tell, resumed=resumed)
     f = stage.folders
     began = _began(f)
     ends: dict[str, Ended] = {}
@@ -168,12 +181,15 @@ def guard(argv: list[str], tell: Callable[[str], None]) -> int:
             child.send_signal(signal.SIGINT)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, pass_on)
     for attempt in range(KILLS_MAX):
         if asked_to_stop:
             return INTERRUPTED
         resume = ["--resume"] if attempt else []
         child = subprocess.Popen([*argv, *resume], preexec_fn=tied_to_parent(), process_group=0)
+        if asked_to_stop:  # while it was being started
+            child.send_signal(signal.SIGINT)
         while True:
             try:
                 status = child.wait()

@@ -18,7 +18,8 @@ from hafnium_local.demo.report import DriftPanel
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
-ENDS = ("Promoted", "RolledBack")
+ENDS = ("Promoted", "RolledBack", "Paused")
+"""Paused too: only a person goes on from there, and the demo has none."""
 
 
 @dataclass(frozen=True)
