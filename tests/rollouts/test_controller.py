@@ -20,6 +20,7 @@ from hafnium_rollout_gateway import CANDIDATE_DIGEST, Gateway, gateway
 
 from hafnium_rollout import commands
 from hafnium_rollout.controller import Controller, only_one
+from hafnium_rollout.objects import load_rollout
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import RolloutStatus
 
@@ -224,6 +225,31 @@ def test_a_broken_file_leaves_the_candidate_guarded_and_is_told_once(tmp_path: P
     assert len(invalid) == 2, "once by each process"
     assert "spec.strategy" in invalid[0]["message"]
     assert all("going on with the last good one" in x["message"] for x in invalid)
+
+
+def test_a_damaged_copy_of_the_last_good_object_is_told_and_put_right(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    folder = StateFolder(tmp_path)
+    for sub in ("objects", "status"):
+        (tmp_path / sub).mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(manifest()))
+    folder.last_good("risk").write_text("{half")
+    Controller(folder, log=lines.append).turn()
+    assert [x["event"] for x in lines if x["event"] in ("LastGoodInvalid", "TurnFailed")] == ["LastGoodInvalid"]
+    assert load_rollout(folder.last_good("risk")) == load_rollout(folder.rollout("risk"))
+
+
+def test_a_copy_without_its_object_goes_away(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    for sub in ("objects", "status"):
+        (tmp_path / sub).mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(manifest()))
+    controller = Controller(folder, log=lambda _: None)
+    controller.turn()
+    folder.rollout("risk").unlink()
+    folder.status("risk").unlink(missing_ok=True)
+    Controller(folder, log=lambda _: None).turn()
+    assert not folder.last_good("risk").exists()
 
 
 def test_a_status_that_cannot_be_read_stops_that_rollout_and_no_other(tmp_path: Path) -> None:

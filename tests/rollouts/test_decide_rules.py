@@ -120,6 +120,7 @@ def test_3_the_hard_limit_fails_even_inside_the_margin() -> None:
     world.bad_candidate = 0.4
     assert world.until("RolledBack", turns=20) == "RolledBack"
     assert "hard limit" in world.status.message
+    assert "candidate no requests" not in world.status.message, "it says how many were bad"
 
 
 def test_3_the_hard_limit_does_not_blame_the_candidate_for_an_incident_of_both() -> None:
