@@ -14,6 +14,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import orjson
+
 from hafnium_contract.asgi import (
     JSON_TYPE,
     Answer,
@@ -131,7 +133,14 @@ class Gate:
         return Answer(200, (_OCTETS, (_LENGTH, str(header_length).encode()), *self._identity()), out)
 
     async def _through_sdk(self, scope: Scope, body: bytes) -> Answer:
-        """KServe's own app. It takes any body that is not labelled JSON for bytes and fails on it, so JSON it is called."""
+        """KServe's own app. It takes any body that is not labelled JSON for bytes and fails on it, so JSON it is called.
+
+        Python's parser, which the app uses for V2, takes Infinity and NaN for JSON, and its answer about them then can't be written.
+        """
+        try:
+            orjson.loads(body)
+        except orjson.JSONDecodeError as e:
+            raise RowsError(f"the body is not JSON: {e}") from e
         kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", _LENGTH) and not k.startswith(b"ce-")]
         answer = await call(self._inner, {**scope, "headers": [*kept, JSON_TYPE]}, body)
         if answer.status < 400:

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from hafnium_servers import Reply, Server, http
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from kserve import InferInput, InferRequest
@@ -229,6 +229,8 @@ json_values = st.recursive(
     kind=st.sampled_from(["application/json", "application/octet-stream", "text/plain", "application/cloudevents+json", ""]),
     extra=st.sampled_from([{}, {LENGTH_HEADER: "7"}, {LENGTH_HEADER: "x"}, {"ce-specversion": "1.0", "ce-id": "1", "ce-type": "t"}]),
 )
+@example(body=b"[Infinity]", path=V2, kind="application/json", extra={})
+@example(body=b'{"inputs": [{"data": [1e999, NaN]}]}', path=V2, kind="application/json", extra={})
 def test_garbage_is_never_our_fault(server: Server, body: bytes, path: str, kind: str, extra: dict[str, str]) -> None:
     reply = http("POST", server.url + path, body, {"content-type": kind, **extra})
     assert reply.status == 400, (reply.status, reply.body)

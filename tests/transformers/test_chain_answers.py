@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from hafnium_servers import http
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kserve import InferInput, InferRequest
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
@@ -283,6 +283,9 @@ json_values = st.recursive(
     extra=st.sampled_from([{}, {LENGTH_HEADER: "7"}, {LENGTH_HEADER: "x"}, {"ce-id": "1", "ce-specversion": "1.0"},
                            {"content-type": "text/plain"}, {"traceparent": "x"}]),
 )
+@example(body=b"[Infinity]", path=V2, extra={})
+@example(body=b'{"instances": [NaN]}', path=V1, extra={})
+@example(body=b'{"inputs": [{"data": [1e999]}]}', path=V2, extra={})
 def test_garbage_is_never_our_fault(chain: Chain, body: bytes, path: str, extra: dict[str, str]) -> None:
     reply = http("POST", chain.transformer.url + path, body, {"content-type": "application/json", **extra})
     if path == BATCH and reply.status == 200:
