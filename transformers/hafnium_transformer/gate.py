@@ -175,6 +175,8 @@ class Gate:
         token = EXCHANGE.set(exchange)
         try:
             binary = b"inference-header-content-length" in headers_of(scope)
+            if not binary:
+                _json(body)  # Python's parser takes Infinity and NaN for JSON, and the app's answer about them can't be written
             kept = [(k, v) for k, v in scope["headers"] if k != b"content-type" and not k.startswith(b"ce-")]
             label: Header = (b"content-type", b"application/octet-stream") if binary else JSON_TYPE
             answer = await call(self._inner, {**scope, "headers": [*kept, label]}, body)
