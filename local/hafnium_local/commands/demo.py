@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +69,8 @@ def demo(
         arguments = sys.argv[2:]
         with prepared(options, resume=resume):
             raise typer.Exit(guard(inner_command(arguments), lambda line: ERR.print(line, markup=False)))
+    # the guardian asks by SIGINT, which whoever was started in the background ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         played = play(options, lambda line: ERR.print(f"• {line}", markup=False), resumed=resume)
     except KeyboardInterrupt:
