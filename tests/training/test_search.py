@@ -11,18 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from hafnium_training_cases import lender, lender_table
 
-from hafnium_contract.errors import InputError
+from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.progress import Silent
 from hafnium_training.dataset import dataset_of, split_by_time
 from hafnium_training.fit import Prepare, fit, prepare
 from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparameters, read_hyperparameters
-from hafnium_training.search import Searched, search, search_key, searching
+from hafnium_training.search import Searched, Trial, search, search_key, searching
 
 TRIALS, EPOCHS = 2, 6
 
@@ -135,6 +136,37 @@ def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: P
         )
     assert "going on with a search that was interrupted" in events
     assert found == undisturbed
+
+
+class Losing(HelperProcess):
+    """Loses a trial in each of its first searches, as a dying raylet was seen to do."""
+
+    def __init__(self, times: int, kept: int) -> None:
+        self.left, self.kept, self.restarts = times, kept, 0
+
+    def call(self, function: str, *args: Any, **more: Any) -> Any:
+        if function == "ready":
+            return None
+        self.left -= 1
+        trials = tuple(Trial(i, Hyperparameters(), 0.5, 1) for i in range(self.kept if self.left >= 0 else 2))
+        return Searched(Hyperparameters(), trials, "the node died" if len(trials) < 2 else "")
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+
+@pytest.mark.parametrize(("times", "kept", "restarts", "trials"), [(0, 1, 0, 2), (1, 1, 1, 2), (2, 0, 2, 2), (9, 1, 2, 1)])
+def test_a_search_that_lost_trials_is_run_anew_and_whole(tmp_path: Path, times: int, kept: int, restarts: int, trials: int) -> None:
+    helper = Losing(times, kept)
+    (tmp_path / "k").mkdir()
+    found = search(helper, prepared(), trials=2, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
+    assert (helper.restarts, len(found.trials)) == (restarts, trials)
+    assert (tmp_path / "k").exists() == (restarts == 0)
+
+
+def test_a_search_whose_trials_all_fail_says_why(tmp_path: Path) -> None:
+    with pytest.raises(HafniumError, match="all 2 trials ended with an error: the node died"):
+        search(Losing(9, 0), prepared(), trials=2, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
 
 
 def test_a_number_of_trials_out_of_bounds_is_refused(tmp_path: Path) -> None:

@@ -85,9 +85,13 @@ class HelperProcess:
                     raise
                 if progress is not None:
                     progress.event(f"{e.how}; starting it again")
-                self.close()
-                self._start()
+                self.restart()
         raise AssertionError("the loop returns or raises")
+
+    def restart(self) -> None:
+        """A new process in place of this one, whatever state it is in."""
+        self.close()
+        self._start()
 
     def _ask(self, function: str, args: tuple[Any, ...], timeout_s: float, progress: Progress | None) -> Any:
         self._send(function, args, heard=progress is not None)

@@ -36,6 +36,8 @@ from hafnium_training.hyperparameters import Hyperparameters
 TRIALS_MAX = 1_000
 WORKER_FAILURES_MAX = 2
 """A worker that is killed for lack of memory will be again; a node that goes away goes away once."""
+ATTEMPTS = 3
+"""Of the whole search, when trials are missing at its end."""
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 SOCKET_PATH_MAX = 107
 """Linux's limit."""
@@ -71,6 +73,8 @@ class Trial:
 class Searched:
     best: Hyperparameters
     trials: tuple[Trial, ...]
+    error: str = ""
+    """Why a trial is missing; empty when none is."""
 
 
 def search_key(*facts: object) -> str:
@@ -102,13 +106,26 @@ def search(
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
-    try:
-        helper.call("ready", timeout_s=START_TIMEOUT_S)
-    except HelperTimeoutError as e:
-        raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
-    return helper.call(
-        "run_search", prepared, trials, epochs, seed, folder.resolve(), key, timeout_s=TRIAL_S_MAX * trials, progress=progress,
-    )
+    place = folder.resolve()
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            helper.call("ready", timeout_s=START_TIMEOUT_S)
+        except HelperTimeoutError as e:
+            raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
+        found: Searched = helper.call(
+            "run_search", prepared, trials, epochs, seed, place, key, timeout_s=TRIAL_S_MAX * trials, progress=progress,
+        )
+        if len(found.trials) == trials or attempt == ATTEMPTS:
+            break
+        # A dying raylet can take trials with it, and a search without them would have another result. It is run anew, and whole.
+        progress.event(f"{trials - len(found.trials)} of {trials} trials failed; searching anew ({attempt} of {ATTEMPTS - 1})")
+        helper.restart()
+        shutil.rmtree(place / key, ignore_errors=True)
+    if not found.trials:
+        raise HafniumError(f"the search failed: all {trials} trials ended with an error: {found.error or 'no trial reported'}")
+    return found
 
 
 def run_trial(config: dict[str, Any], prepared: Prepare, epochs: int, seed: int) -> None:
@@ -192,13 +209,9 @@ def run_search(prepared: Prepare, trials: int, epochs: int, seed: int, folder: P
         if result.error is None and result.metrics and METRIC in result.metrics and result.config:
             hyper = Hyperparameters(**{n: result.config[n] for n in names})
             done.append(Trial(number, hyper, float(result.metrics[METRIC]), int(result.metrics["epoch"])))
-    if not done:
-        reason = next(
-            (str(e).strip().splitlines()[-1] for i in range(len(results)) if (e := results[i].error) is not None), "no trial reported",
-        )
-        raise HafniumError(f"the search failed: all {trials} trials ended with an error: {reason}")
-    best = max(done, key=lambda t: (t.validation_pr_auc, -t.number))
-    return Searched(best.hyperparameters, tuple(done))
+    error = next((str(e).strip().splitlines()[-1] for i in range(len(results)) if (e := results[i].error) is not None), "")
+    best = max(done, key=lambda t: (t.validation_pr_auc, -t.number), default=None)
+    return Searched(defaults if best is None else best.hyperparameters, tuple(done), error if len(done) < trials else "")
 
 
 def warm_up(folder: str) -> None:
