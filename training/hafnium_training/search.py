@@ -101,8 +101,9 @@ def search(
 ) -> Searched:
     """Runs `trials` trials (the first one has the defaults) and returns the best by validation PR-AUC.
 
-    `folder`: where Ray keeps the state; a search of the same `key` that was killed there goes on. Raises HafniumError when
-    every trial failed; a trial whose worker died is run again up to WORKER_FAILURES_MAX times.
+    `folder`: where Ray keeps the state; a search of the same `key` that was killed there goes on. A trial whose worker died is
+    run again up to WORKER_FAILURES_MAX times, a search whose trials are not all there ATTEMPTS times; what fails even then is left
+    out and told. Raises HafniumError when every trial failed.
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
@@ -123,6 +124,8 @@ def search(
         progress.event(f"{trials - len(found.trials)} of {trials} trials failed; searching anew ({attempt} of {ATTEMPTS - 1})")
         helper.restart()
         shutil.rmtree(place / key, ignore_errors=True)
+    if found.error:
+        progress.event(f"{trials - len(found.trials)} of {trials} trials failed {ATTEMPTS} times and are left out: {found.error}")
     if not found.trials:
         raise HafniumError(f"the search failed: all {trials} trials ended with an error: {found.error or 'no trial reported'}")
     return found
