@@ -32,9 +32,9 @@ demo: $(STAMP)           ## the whole story on this machine; ARGS="--fault crash
 test: $(STAMP)           ## all tests, with coverage
 	rm -f .coverage .coverage.*
 	$(BIN)/pytest --cov --cov-report= --cov-fail-under=0 $(ARGS)
-	@# files that no test imported count too, with no line covered
+	@# files that no test imported count too, with no line covered; pytest has left its own data in .coverage: hence --append
 	$(BIN)/coverage run --source=$(subst $(space),$(comma),$(strip $(PARTS))) -m hafnium_local --help >/dev/null
-	$(BIN)/coverage combine --quiet 2>/dev/null || true
+	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report
 
 check: $(STAMP)          ## lint, types, layers, generated files
