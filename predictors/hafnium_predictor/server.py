@@ -1,4 +1,4 @@
-"""KServe's ModelServer with our gate as its outermost app, uvloop, and a process that outlives a bad bundle.
+"""KServe's ModelServer with our hot path and our gate before its app, uvloop, and a process that outlives a bad bundle.
 
 The SDK's `start()` refuses to start without a ready model, so that Kubernetes would show a crash loop and no reason; it
 also names its uvicorn app by a string. Both are what this subclass changes. The SDK's configuration, endpoints, gRPC
@@ -20,6 +20,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_predictor.gate import Gate
+from hafnium_predictor.hot_path import HotPath
 from hafnium_predictor.metrics import PredictorMetrics
 from hafnium_predictor.model import RiskModel
 from hafnium_predictor.settings import Settings
@@ -30,10 +31,12 @@ GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
 
 
 class _GatedRestServer(RESTServer):
-    """Creates KServe's app as ever and puts the gate before it."""
+    """Creates KServe's app as ever and puts the gate before it, and the hot path before both."""
 
     def gate(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings) -> None:
         self._gate = Gate(cast(App, kserve_app), model, metrics, settings)
+        if settings.hot_path:
+            self.config.http = HotPath(model, metrics, settings).routes.protocol_class()
 
     def create_application(self) -> None:
         super().create_application()
