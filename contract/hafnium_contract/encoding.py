@@ -7,7 +7,7 @@ Column j of the matrix is `contract.inputs[j]`. NaN = missing. A category is its
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,28 @@ def encode_value(feature: Feature, value: Any, path: str) -> float:
     low, high = feature.range
     if feature.out_of_range == "reject" and not low <= number <= high:
         raise _problem(path, f"a value from {low:g} to {high:g} {_unit(feature)}".rstrip(), value)
+    return number
+
+
+def plain_encoder(feature: Feature) -> Callable[[Any], float | None]:
+    """encode_value for values that are plainly good, several times faster; None: ask encode_value, which knows what is wrong."""
+    if feature.dtype == "category":
+        codes = {c: float(i) for c, i in category_codes(feature).items()}
+        return lambda value: codes.get(value) if type(value) is str else None
+    if feature.dtype == "bool":
+        return lambda value: float(value) if type(value) is bool else None
+    assert feature.range is not None  # noqa: S101 - the contract's validator guarantees it
+    low, high = feature.range if feature.out_of_range == "reject" else (-_INT_EXACT_MAX, _INT_EXACT_MAX)
+    low, high = max(low, -_INT_EXACT_MAX), min(high, _INT_EXACT_MAX)
+    if feature.dtype == "int":
+        return lambda value: float(value) if type(value) is int and low <= value <= high else None
+
+    def number(value: Any) -> float | None:
+        kind = type(value)
+        if kind is float:
+            return value if low <= value <= high else None  # false for NaN
+        return float(value) if kind is int and low <= value <= high else None
+
     return number
 
 

@@ -37,6 +37,8 @@ FEATURE_STALENESS = Metric(
     "feature_staleness_seconds", "gauge", "Age of the values last read from a view, at the event's time", ("view",)
 )
 FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
+CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute")
+CLIENT_ROWS_MAX = Metric("inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute")
 LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
 LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())
 MODEL_INFO = Metric(
@@ -45,5 +47,5 @@ MODEL_INFO = Metric(
 
 ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_STALENESS,
-    FEATURE_MISSING, LOG_DROPPED, LOG_WRITTEN, MODEL_INFO,
+    FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, MODEL_INFO,
 )

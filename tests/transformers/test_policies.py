@@ -15,10 +15,10 @@ from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.model_contract import ModelContract
 from hafnium_testing import make_bundle
 from hafnium_transformer.errors import LookedUpError, OverloadedError, RowInvalidError, ScoringError, UnavailableError
-from hafnium_transformer.feature_store import FeastReader, Lookup
 from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.online_store.feast import FeastReader, SdkStore
 from hafnium_transformer.plan import ENTITY_TEXT, make_plan
-from hafnium_transformer.predictor_client import Deadline, PredictorClient
+from hafnium_transformer.predictor_client import Deadline, HopLimits, PredictorClient
 from hafnium_transformer.scoring import Context, Scorer
 from hafnium_transformer.settings import Settings
 
@@ -68,36 +68,38 @@ def server(tmp_path_factory: pytest.TempPathFactory, contract: ModelContract) ->
         yield running
 
 
-@pytest.fixture
-async def scorer(server: Server) -> AsyncIterator[Scorer]:
+@pytest.fixture(params=["direct", "sdk"])
+async def scorer(server: Server, request: pytest.FixtureRequest) -> AsyncIterator[Scorer]:
     settings = Settings(model_name="m", predictor_host=f"127.0.0.1:{server.port}", lookup_timeout_ms=10_000)
-    client = PredictorClient(settings.predictor_host, "m", ssl=False, connections_max=4)
+    client = PredictorClient(settings.predictor_host, "m", tls=False, limits=HopLimits())
     made = Scorer(settings, client, TransformerMetrics(CollectorRegistry()), None, clock=lambda: NOW)
     with pytest.raises(UnavailableError, match="--feature_repo"):
         await made.refresh(None)
-    made.use_store(FeastReader(server.log_path.parent / "repo"))
+    reader = FeastReader(server.log_path.parent / "repo")
+    store = reader.direct_store(rows_max=100) if request.param == "direct" else None
+    made.use_store(reader, store or SdkStore(reader, threads=1, rows_max=100, queue_rows_max=1000))
     await made.refresh(None)
     yield made
     made.close()
-    await client.close()
+    client.close()
 
 
 def context() -> Context:
-    return Context("id", "stable", Deadline.after_ms(20_000), time.perf_counter(), {"x-request-id": "id"})
+    return Context("id", "stable", Deadline.after_ms(20_000), time.perf_counter(), b"x-request-id: id\r\n")
 
 
-def request(card: str = "fresh", **features: Any) -> dict[str, Any]:
+def asked(card: str = "fresh", **features: Any) -> dict[str, Any]:
     return {"entity": {"card_id": card}, "features": {"amount": 10, "risk": 1, "age": 2, **features}}
 
 
 @pytest.mark.parametrize(("row", "degraded"), [
-    (request(), []),
-    (request(risk=None), ["risk"]),
-    (request(age=None), ["own"]),
-    (request("no-may"), []),
-    (request("no-said"), ["said"]),
-    (request("bad-may"), ["may"]),
-    ({**request("old"), "event_time": (NOW - 2 * HOUR).isoformat()}, []),
+    (asked(), []),
+    (asked(risk=None), ["risk"]),
+    (asked(age=None), ["own"]),
+    (asked("no-may"), []),
+    (asked("no-said"), ["said"]),
+    (asked("bad-may"), ["may"]),
+    ({**asked("old"), "event_time": (NOW - 2 * HOUR).isoformat()}, []),
 ], ids=["all there", "request field degrades", "derived input degrades", "missing is imputed in silence",
         "missing degrades", "unusable is said whatever the policy", "age counts at the event's time"])
 async def test_row_is_scored_and_says_what_was_degraded(scorer: Scorer, row: dict[str, Any], degraded: list[str]) -> None:
@@ -116,7 +118,7 @@ async def test_row_is_scored_and_says_what_was_degraded(scorer: Scorer, row: dic
 async def test_looked_up_value_that_is_demanded_ends_as_503_and_names_the_view(
     scorer: Scorer, card: str, path: str, said: str,
 ) -> None:
-    result = (await scorer.score([request(card)], context()))[0]
+    result = (await scorer.score([asked(card)], context()))[0]
     assert isinstance(result, LookedUpError)
     assert result.status == 503
     assert "view usage" in result.detail
@@ -125,14 +127,14 @@ async def test_looked_up_value_that_is_demanded_ends_as_503_and_names_the_view(
 
 
 async def test_a_value_from_after_the_event_is_as_good_as_missing(scorer: Scorer) -> None:
-    before = {**request(), "event_time": (NOW - 2 * HOUR).isoformat()}  # its values are an hour old now, so an hour too young then
+    before = {**asked(), "event_time": (NOW - 2 * HOUR).isoformat()}  # its values are an hour old now, so an hour too young then
     result = (await scorer.score([before], context()))[0]
     assert isinstance(result, LookedUpError)
     assert "from 3600 s after the event" in result.problems[0].message
 
 
 async def test_bad_rows_of_a_batch_leave_the_others_their_own_values(scorer: Scorer) -> None:
-    rows = [request("fresh"), request("no-must"), request("fresh", amount=None), request("zero"), request("no-may", amount=90)]
+    rows = [asked("fresh"), asked("no-must"), asked("fresh", amount=None), asked("zero"), asked("no-may", amount=90)]
     results = await scorer.score(rows, context(), [f"r[{i}]" for i in range(5)])
     assert [type(r) for r in results] == [dict, LookedUpError, RowInvalidError, LookedUpError, dict]
     alone = [(await scorer.score([rows[k]], context()))[0] for k in (0, 4)]
@@ -176,7 +178,7 @@ async def test_rows_that_wait_are_read_together_and_come_back_to_their_own_calle
     import asyncio
 
     reader = _Counting()
-    lookup = Lookup(reader, threads=1, rows_max=8, queue_rows_max=30)
+    lookup = SdkStore(reader, threads=1, rows_max=8, queue_rows_max=30)
     plan = make_plan(contract)
     answers = await asyncio.gather(*(lookup.read(plan, [{"card_id": f"c{i}"}], 10.0) for i in range(30)))
     assert [a[0]["x"][0] for a in answers] == [f"c{i}" for i in range(30)]

@@ -5,6 +5,7 @@ HafniumError
     ├── MalformedError          400  not JSON, not the form of a request
     ├── RowInvalidError         422  fields break the contract; `errors` names each
     ├── OverloadedError         429  too many requests in flight
+    ├── RateLimitedError        429  this client asked for too many rows
     ├── UnavailableError        503  predictor, feature store or contract can't be had
     │   └── LookedUpError       503  a value that the contract demands is missing or stale in its view
     ├── DeadlineError           504  the time that was given is over
@@ -27,6 +28,8 @@ class ScoringError(HafniumError):
     status = 500
     title = "Internal error"
     kind = "internal"
+    retry_after_s = 1.0
+    """For answers of 429 and 503."""
 
     def __init__(self, detail: str, problems: Sequence[Problem] = ()) -> None:
         self.detail = detail
@@ -64,6 +67,16 @@ class OverloadedError(ScoringError):
     kind = "overloaded"
 
 
+class RateLimitedError(ScoringError):
+    status = 429
+    title = "Too many requests"
+    kind = "rate_limited"
+
+    def __init__(self, detail: str, wait_s: float) -> None:
+        super().__init__(detail)
+        self.retry_after_s = wait_s
+
+
 class UnavailableError(ScoringError):
     status = 503
     title = "Not available"
@@ -73,6 +86,10 @@ class UnavailableError(ScoringError):
 class LookedUpError(UnavailableError):
     title = "Feature not available"
     kind = "feature_unavailable"
+
+    def __init__(self, detail: str, problems: Sequence[Problem] = (), features: Sequence[str] = ()) -> None:
+        self.features = tuple(features)
+        super().__init__(detail, problems)
 
 
 class DeadlineError(ScoringError):

@@ -7,9 +7,10 @@ scorer; since the SDK keeps no status of ours, the error travels beside it in a 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -33,7 +34,8 @@ from hafnium_contract.asgi import (
     send_answer,
 )
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
-from hafnium_transformer.errors import DeadlineError, MalformedError, OverloadedError, ScoringError
+from hafnium_transformer.admission import Admission
+from hafnium_transformer.errors import DeadlineError, MalformedError, ScoringError
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.rows import TEXT_MAX
@@ -64,12 +66,14 @@ EXCHANGE: ContextVar[Exchange | None] = ContextVar("hafnium_exchange", default=N
 class Gate:
     """ASGI app around KServe's."""
 
-    def __init__(self, inner: App, scorer: Scorer, metrics: TransformerMetrics, settings: Settings) -> None:
+    def __init__(
+        self, inner: App, scorer: Scorer, admission: Admission, metrics: TransformerMetrics, settings: Settings,
+    ) -> None:
         self._inner = inner
         self._scorer = scorer
+        self._admission = admission
         self._metrics = metrics
         self._settings = settings
-        self._in_flight = 0
         self.stopping = False
         name = settings.model_name
         self._sdk_paths = {f"/v1/models/{name}:predict", f"/v2/models/{name}/infer"}
@@ -106,10 +110,10 @@ class Gate:
         request_id = given if 0 < len(given) <= TEXT_MAX and given.isprintable() else uuid.uuid4().hex
         echo: Header = (_REQUEST_ID, request_id.encode("latin-1"))
         kind: str | None = None
-        self._in_flight += 1
+        entered = False
         try:
-            if self._in_flight > self._settings.in_flight_max:
-                raise OverloadedError(f"{self._settings.in_flight_max} requests are in progress; try again")
+            self._admission.enter()
+            entered = True
             body = await read_body(headers, receive, self._settings.body_bytes_max)
             answer = await self._score(scope, headers, body, self._context(headers, request_id, started), echo)
         except ClientGoneError:
@@ -126,7 +130,8 @@ class Gate:
             kind = "internal"
             answer = problem_answer(500, "Internal error", "the request could not be answered", headers=[echo])
         finally:
-            self._in_flight -= 1
+            if entered:
+                self._admission.leave()
         await send_answer(send, answer)
         self._count(started, kind)
 
@@ -140,11 +145,11 @@ class Gate:
             series.error(kind)
 
     def _context(self, headers: dict[bytes, bytes], request_id: str, started: float) -> Context:
-        passed_on = {REQUEST_ID_HEADER: request_id}
+        passed_on = b"%s: %s\r\n" % (_REQUEST_ID, request_id.encode("latin-1"))
         for name in _TRACE:
             value = headers.get(name)
             if value is not None:
-                passed_on[name.decode()] = value.decode("latin-1")
+                passed_on += b"%s: %s\r\n" % (name, value)
         deadline_ms = self._settings.deadline_ms
         given = headers.get(_DEADLINE)
         if given is not None:
@@ -158,16 +163,24 @@ class Gate:
 
     async def _score(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, context: Context, echo: Header) -> Answer:
         if scope["path"] == "/v1/score":
-            result = (await self._scorer.score([_json(body)], context))[0]
+            item = _json(body)
+            self._ask(scope, headers, 1)
+            result = (await self._scorer.score([item], context))[0]
             if isinstance(result, ScoringError):
                 raise result
             return Answer(200, (JSON_TYPE, echo), orjson.dumps(result))
         if scope["path"] == "/v1/score/batch":
             items = batch_items(_json(body), "requests", self._settings.batch_rows_max)
+            self._ask(scope, headers, len(items))
             results = await self._scorer.score(items, context, [f"requests[{i}]" for i in range(len(items))])
             shown = [r.document() if isinstance(r, ScoringError) else r for r in results]
             return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown}))
+        self._ask(scope, headers, 1)  # how many rows it has, only the SDK finds out
         return await self._through_sdk(scope, body, context, echo)
+
+    def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int) -> None:
+        peer = scope.get("client")
+        self._admission.ask(self._admission.client(headers, peer[0] if peer else ""), rows, time.monotonic())
 
     async def _through_sdk(self, scope: Scope, body: bytes, context: Context, echo: Header) -> Answer:
         """KServe's own app. Without a length header V2's body is JSON, and V1's always is, whatever its label says."""
@@ -214,7 +227,7 @@ class Gate:
         }))
 
 
-def arm_of(headers: dict[bytes, bytes]) -> str:
+def arm_of(headers: Mapping[bytes, bytes]) -> str:
     """`shadow` for a mirrored copy (Envoy puts -shadow behind its host's name), else what the gateway says."""
     host = headers.get(b"host", b"").decode("latin-1")
     if host.partition(":")[0].endswith(SHADOW_SUFFIX) or host.endswith(SHADOW_SUFFIX):
@@ -239,8 +252,12 @@ def _json(body: bytes) -> Any:
 
 
 def _error_answer(e: ScoringError, echo: Header) -> Answer:
-    retry: list[Header] = [(b"retry-after", b"1")] if e.status in (429, 503) else []
-    return Answer(e.status, (PROBLEM_TYPE, echo, *retry), orjson.dumps(e.document()))
+    return Answer(e.status, (PROBLEM_TYPE, echo, *retry_after(e)), orjson.dumps(e.document()))
+
+
+def retry_after(e: ScoringError) -> tuple[Header, ...]:
+    """When to come again, in whole seconds."""
+    return ((b"retry-after", b"%d" % math.ceil(e.retry_after_s)),) if e.status in (429, 503) else ()
 
 
 def sdk_detail(body: bytes) -> str:

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.online_store.records import EntityValue
 from hafnium_transformer.plan import Plan
-from hafnium_transformer.rows import EntityValue
 
 log = logging.getLogger("hafnium.transformer")
 _HASH_BYTES = 16

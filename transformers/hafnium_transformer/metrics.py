@@ -69,6 +69,8 @@ class TransformerMetrics:
         self._lookup = _histogram(metric_names.FEATURE_LOOKUP, registry)
         self._staleness = _gauge(metric_names.FEATURE_STALENESS, registry)
         self._missing = _counter(metric_names.FEATURE_MISSING, registry)
+        self._clients = _gauge(metric_names.CLIENTS, registry)
+        self._client_rows_max = _gauge(metric_names.CLIENT_ROWS_MAX, registry)
         self._dropped = _counter(metric_names.LOG_DROPPED, registry)
         self.log_written = _counter(metric_names.LOG_WRITTEN, registry)
         self._models: dict[tuple[str, str], ModelSeries] = {}
@@ -101,6 +103,11 @@ class TransformerMetrics:
         if not isinstance(child, Counter):
             child = self._children[("missing", feature)] = self._missing.labels(feature)
         child.inc()
+
+    def query_volume(self, clients: int, busiest_rows: int) -> None:
+        """How many asked in the last minute, and how much the busiest did."""
+        self._clients.set(clients)
+        self._client_rows_max.set(busiest_rows)
 
     def log_dropped(self, reason: str, rows: int = 1) -> None:
         """Rows that the inference log lost."""

@@ -83,7 +83,7 @@ class RiskTransformer(Model):
         request_id = metadata.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
         return Context(
             request_id, "stable", Deadline.after_ms(self._settings.deadline_ms), time.perf_counter(),
-            {REQUEST_ID_HEADER: request_id},
+            f"{REQUEST_ID_HEADER}: {request_id}\r\n".encode("latin-1", "replace") if request_id.isprintable() else b"",
         )
 
 

@@ -5,8 +5,11 @@ A request must not search the contract; it walks the tuples below.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from hafnium_contract.encoding import plain_encoder
 from hafnium_contract.model_contract import Feature, FromDerived, FromView, ModelContract
 
 ENTITY_TEXT = "a string"
@@ -21,6 +24,8 @@ class LookedUp:
     column: str
     """Name in Feast's answer with full feature names: `view__field`."""
     max_age_s: float
+    plain: Callable[[Any], float | None]
+    """hafnium_contract.encoding.plain_encoder of the feature."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Plan:
     digest: str
     request_features: tuple[tuple[str, Feature], ...]
     """(field of the request, its feature)."""
+    plain_fields: tuple[tuple[str, str, Callable[[Any], float | None]], ...]
+    """(field, name of its feature, plain encoder), in the same order."""
     fields: frozenset[str]
     protected: frozenset[str]
     views: tuple[ViewPlan, ...]
@@ -66,13 +73,14 @@ def make_plan(contract: ModelContract, entity_types: dict[str, str] | None = Non
         for f in contract.features_of(view.name):
             if isinstance(f.source, FromView):
                 age = (f.max_age or view.max_age).total_seconds()
-                looked_up.append(LookedUp(f, f"{view.name}__{f.source.field}", age))
+                looked_up.append(LookedUp(f, f"{view.name}__{f.source.field}", age, plain_encoder(f)))
                 references.append(f"{view.name}:{f.source.field}")
         if looked_up:
             views.append(ViewPlan(view.name, contract.entity(view.entity).join_key, tuple(looked_up)))
     derived = tuple((j, f) for j, f in enumerate(contract.inputs) if isinstance(f.source, FromDerived))
     return Plan(
         contract=contract, digest=contract.digest, request_features=tuple(contract.request_fields.items()),
+        plain_fields=tuple((field, f.name, plain_encoder(f)) for field, f in contract.request_fields.items()),
         fields=frozenset(contract.request_fields), protected=frozenset(p.name for p in contract.protected),
         views=tuple(views), join_keys=tuple(dict.fromkeys(v.join_key for v in views)),
         declared_keys=frozenset(e.join_key for e in contract.entities), references=tuple(dict.fromkeys(references)),

@@ -1,7 +1,8 @@
 """The hop to the predictor: V2 with binary tensors over kept-alive connections, within the caller's deadline.
 
-Scoring changes nothing, so a connection that breaks is tried once more: that is what a restarted predictor looks like.
-The predictor's refusals keep their meaning; the SDK's client would make all of them 500.
+Scoring changes nothing, so a connection that breaks is tried again while budget and time last: that is what a restarted
+predictor looks like. One that keeps failing is left alone for a while (breaker.py). The predictor's refusals keep their
+meaning; the SDK's client would make all of them 500.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import aiohttp
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +27,7 @@ from hafnium_contract.wire import (
     MODEL_DIGEST_HEADER,
     MODEL_VERSION_HEADER,
 )
+from hafnium_transformer.breaker import Breaker, RetryBudget
 from hafnium_transformer.errors import (
     ContractChangedError,
     DeadlineError,
@@ -36,9 +36,14 @@ from hafnium_transformer.errors import (
     ScoringError,
     UnavailableError,
 )
+from hafnium_transformer.http_client import BrokenConnectionError, HttpAnswer, HttpClient, NotHttpError
 
 Matrix = npt.NDArray[np.float32]
-_CONTRACT_BYTES_MAX = 8 * 1024 * 1024
+_DEADLINE = DEADLINE_HEADER.encode()
+_LINES = f"content-type: application/octet-stream\r\n{LENGTH_HEADER}: %d\r\n{CONTRACT_HEADER}: %s\r\n".encode()
+_ATTEMPTS_MAX = 3
+_FAIR_S = 0.1
+"""A predictor that did not answer within less than this has not failed."""
 _RETRY_PAUSE_S = 0.03
 """A predictor that was killed closes its connections at once; its port may refuse for a moment while it comes back."""
 
@@ -50,6 +55,18 @@ class Served:
     contract: ModelContract
     model_version: str
     model_digest: str
+
+
+@dataclass(frozen=True)
+class HopLimits:
+    """How the hop treats connections and failures. Fields as in Settings."""
+
+    connection_age_s: float = 60.0
+    retry_share: float = 0.1
+    retry_spare: float = 10.0
+    failures_max: int = 5
+    pause_first_s: float = 0.2
+    pause_max_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -81,53 +98,38 @@ class Deadline:
 
 
 class PredictorClient:
-    """Connections to one predictor address."""
+    """The predictor at one address, with what keeps a failing one from being asked too often."""
 
-    def __init__(self, host: str, model_name: str, *, ssl: bool, connections_max: int) -> None:
-        base = f"{'https' if ssl else 'http'}://{host}"
-        self._infer_url = f"{base}/v2/models/{model_name}/infer"
-        self._contract_url = f"{base}/v1/models/{model_name}/contract"
-        self._ready_url = f"{base}/health/ready"
-        self._connections_max = connections_max
-        self._session: aiohttp.ClientSession | None = None
+    def __init__(self, host: str, model_name: str, *, tls: bool, limits: HopLimits) -> None:
+        self._client = HttpClient(host, tls=tls, connection_age_s=limits.connection_age_s)
+        self._infer_path = f"/v2/models/{model_name}/infer"
+        self._contract_path = f"/v1/models/{model_name}/contract"
+        self.breaker = Breaker(limits.failures_max, limits.pause_first_s, limits.pause_max_s)
+        self._budget = RetryBudget(limits.retry_share, limits.retry_spare)
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._connections_max, keepalive_timeout=60.0, ttl_dns_cache=10)
-            self._session = aiohttp.ClientSession(
-                connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"), read_bufsize=2**18,
-            )
-        return self._session
-
-    async def close(self) -> None:
+    def close(self) -> None:
         """Closes the connections."""
-        if self._session is not None:
-            await self._session.close()
+        self._client.close()
 
     async def ready(self, timeout_s: float) -> str:
         """'' when the predictor is ready, else why not."""
         try:
-            async with self._open().get(self._ready_url, timeout=aiohttp.ClientTimeout(timeout_s)) as answer:
-                if answer.status == 200:
-                    return ""
-                return f"predictor is not ready: {_detail(await answer.read())}"
-        except (TimeoutError, aiohttp.ClientError) as e:
+            answer = await self._client.request("GET", "/health/ready", timeout_s=timeout_s)
+        except OSError as e:  # TimeoutError is one
             return f"predictor can't be reached: {type(e).__name__}: {e}"
+        return "" if answer.status == 200 else f"predictor is not ready: {_detail(answer.body)}"
 
     async def fetch_contract(self, timeout_s: float) -> Served:
         """The contract that the predictor serves. Raises UnavailableError that says why it can't be had."""
         try:
-            async with self._open().get(self._contract_url, timeout=aiohttp.ClientTimeout(timeout_s)) as answer:
-                body = await answer.content.read(_CONTRACT_BYTES_MAX)
-                status = answer.status
-        except (TimeoutError, aiohttp.ClientError) as e:
+            answer = await self._client.request("GET", self._contract_path, timeout_s=timeout_s)
+        except OSError as e:
             raise UnavailableError(f"the predictor's contract can't be fetched: {type(e).__name__}: {e}") from e
-        if status != 200:
-            raise UnavailableError(f"the predictor's contract can't be fetched: {status}: {_detail(body)}")
+        if answer.status != 200:
+            raise UnavailableError(f"the predictor's contract can't be fetched: {answer.status}: {_detail(answer.body)}")
         try:
-            parsed = cast(dict[str, Any], json.loads(body))
-            contract = parse_contract(parsed["contract"], self._contract_url)
+            parsed = cast(dict[str, Any], json.loads(answer.body))
+            contract = parse_contract(parsed["contract"], f"{self._client.authority}{self._contract_path}")
             served = Served(contract, str(parsed["model_version"]), str(parsed["model_digest"]))
             stated = str(parsed["contract_digest"])
         except (ValueError, KeyError, TypeError, ContractError) as e:
@@ -138,12 +140,10 @@ class PredictorClient:
             )
         return served
 
-    async def predict(
-        self, matrix: Matrix, contract_digest: str, deadline: Deadline, passed_on: Mapping[str, str],
-    ) -> Prediction:
+    async def predict(self, matrix: Matrix, contract_digest: str, deadline: Deadline, passed_on: bytes) -> Prediction:
         """Encoded rows [rows, n] → Prediction. More rows than a request may hold go in several, one after the other.
 
-        `passed_on`: the caller's tracing headers. Raises ScoringError of the kind that the predictor's answer means.
+        `passed_on`: header lines of request id and trace. Raises ScoringError of the kind that the predictor's answer means.
         """
         if len(matrix) <= BATCH_ROWS_MAX:
             return await self._predict(matrix, contract_digest, deadline, passed_on)
@@ -158,40 +158,52 @@ class PredictorClient:
             parts[0].model_version, parts[0].model_digest,
         )
 
-    async def _predict(
-        self, matrix: Matrix, contract_digest: str, deadline: Deadline, passed_on: Mapping[str, str],
-    ) -> Prediction:
+    async def _predict(self, matrix: Matrix, contract_digest: str, deadline: Deadline, passed_on: bytes) -> Prediction:
         rows, columns = matrix.shape
         header = request_header(rows, columns)
         body = header + matrix.tobytes()
-        headers = {
-            **passed_on, "content-type": "application/octet-stream", LENGTH_HEADER: str(len(header)),
-            CONTRACT_HEADER: contract_digest,
-        }
-        for attempt in (1, 2):
+        lines = _LINES % (len(header), contract_digest.encode("ascii")) + passed_on
+        self._budget.requested()
+        attempts = 0
+        while True:
+            attempts += 1
+            now = time.monotonic()
+            if not self.breaker.may_ask(now):
+                raise UnavailableError(f"the predictor failed repeatedly and is asked again in {self.breaker.wait_s(now):.1f} s")
             left = deadline.left_s()
-            headers[DEADLINE_HEADER] = f"{left * 1000:.0f}" if left >= 0.001 else "1"
+            headers = b"%s%s: %d\r\n" % (lines, _DEADLINE, max(int(left * 1000.0), 1))
             try:
-                timeout = aiohttp.ClientTimeout(total=left)
-                async with self._open().post(self._infer_url, data=body, headers=headers, timeout=timeout) as answer:
-                    out = await answer.read()
-                    return _prediction(answer.status, answer.headers, out, rows)
+                answer = await self._client.request("POST", self._infer_path, headers, body, timeout_s=left)
             except TimeoutError as e:
+                if left >= _FAIR_S:  # callers in a hurry must not close it for the others
+                    self.breaker.failed(time.monotonic())
                 raise DeadlineError("the predictor did not answer in time") from e
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as e:
-                if attempt == 2 or deadline.left_s() <= _RETRY_PAUSE_S:
+            except NotHttpError as e:
+                self.breaker.failed(time.monotonic())
+                raise UnavailableError(f"the predictor's answer can't be read: {e}") from e
+            except OSError as e:
+                # A connection that was idle may have been closed just now: that says nothing about the predictor
+                stale = isinstance(e, BrokenConnectionError) and e.reused
+                if not stale:
+                    self.breaker.failed(time.monotonic())
+                if attempts == _ATTEMPTS_MAX or deadline.left_s() <= _RETRY_PAUSE_S or not self._budget.take():
                     raise UnavailableError(f"the predictor can't be reached: {type(e).__name__}: {e}") from e
-                await asyncio.sleep(_RETRY_PAUSE_S)
-            except aiohttp.ClientError as e:
-                raise UnavailableError(f"the predictor's answer can't be read: {type(e).__name__}: {e}") from e
-        raise UnavailableError("the predictor can't be reached")
+                if not stale:
+                    await asyncio.sleep(_RETRY_PAUSE_S)
+                continue
+            if answer.status >= 500 and answer.status not in (503, 504):
+                self.breaker.failed(time.monotonic())
+            else:
+                self.breaker.succeeded()
+            return _prediction(answer, rows)
 
 
-def _prediction(status: int, headers: Mapping[str, str], body: bytes, rows: int) -> Prediction:
-    if status != 200:
-        raise _refusal(status, _detail(body))
+def _prediction(answer: HttpAnswer, rows: int) -> Prediction:
+    if answer.status != 200:
+        raise _refusal(answer.status, _detail(answer.body))
+    headers = answer.headers
     try:
-        score, interval = decode_answer(body, headers.get(LENGTH_HEADER, ""), rows)
+        score, interval = decode_answer(answer.body, headers.get(LENGTH_HEADER, ""), rows)
         return Prediction(score, interval, headers[MODEL_VERSION_HEADER], headers[MODEL_DIGEST_HEADER])
     except TensorError as e:
         raise UnavailableError(f"the predictor's answer can't be read: {e}") from e

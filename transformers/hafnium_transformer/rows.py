@@ -12,16 +12,15 @@ from hafnium_contract.encoding import encode_value
 from hafnium_contract.errors import FeatureError, Problem
 from hafnium_contract.model_contract import Feature
 from hafnium_transformer.errors import RowInvalidError
+from hafnium_transformer.online_store.records import EntityValue
 from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan
 
 _KEYS = frozenset({"request_id", "event_time", "entity", "features", "explain"})
 TEXT_MAX = 256
 """Characters of a request id or an entity key: they are logged, hashed and sent to the store."""
 
-EntityValue = str | int
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A valid request. `values`: encoded request features by name, NaN = missing."""
 
@@ -37,8 +36,8 @@ class Row:
     explain: bool
 
 
-def parse_row(plan: Plan, data: Any, *, request_id: str, now: datetime, path: str = "") -> Row:
-    """JSON data → Row. `request_id` and `now` stand in for what the request doesn't give; `path` goes before each path.
+def parse_row(plan: Plan, data: Any, *, request_id: str, now_s: float, path: str = "") -> Row:
+    """JSON data → Row. `request_id` and `now_s` (since 1970) stand in for what it doesn't give; `path` goes before each path.
 
     Raises RowInvalidError with all problems.
     """
@@ -57,7 +56,7 @@ def parse_row(plan: Plan, data: Any, *, request_id: str, now: datetime, path: st
             request_id = given_id
         else:
             problems.append(Problem(prefix + "request_id", f"expected 1 to {TEXT_MAX} characters, got {_shown(given_id)}"))
-    event_time_s = _event_time(body.get("event_time"), now, prefix, problems)
+    event_time_s = _event_time(body.get("event_time"), now_s, prefix, problems)
     explain = body.get("explain", False)
     if not isinstance(explain, bool):
         problems.append(Problem(prefix + "explain", f"expected true or false, got {_shown(explain)}"))
@@ -68,9 +67,9 @@ def parse_row(plan: Plan, data: Any, *, request_id: str, now: datetime, path: st
     return Row(request_id, event_time_s, entity, values, degraded, missing, bool(explain))
 
 
-def _event_time(given: Any, now: datetime, prefix: str, problems: list[Problem]) -> float:
+def _event_time(given: Any, now_s: float, prefix: str, problems: list[Problem]) -> float:
     if given is None:
-        return now.timestamp()
+        return now_s
     if isinstance(given, str) and len(given) <= 40:
         try:
             when = datetime.fromisoformat(given)
@@ -121,10 +120,18 @@ def _features(
         problems.append(Problem(prefix + "features", f"expected an object, got {_shown(given)}"))
         return {}, (), ()
     features: Mapping[str, Any] = cast(dict[str, Any], given)
+    values: dict[str, float] = {}
+    if len(features) == len(plan.plain_fields):  # the usual row: all there, all plainly good
+        for name, feature_name, plain in plan.plain_fields:
+            value = plain(features.get(name))
+            if value is None:
+                break
+            values[feature_name] = value
+        else:
+            return values, (), ()
     problems.extend(
         Problem(f"{prefix}features.{key[:80]}", _unknown(plan, key)) for key in features if key not in plan.fields
     )
-    values: dict[str, float] = {}
     degraded: list[str] = []
     missing: list[str] = []
     for name, feature in plan.request_features:

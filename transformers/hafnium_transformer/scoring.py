@@ -1,17 +1,16 @@
-"""The main path: requests → rows → lookup → matrix → predictor → answers, for one row and for a thousand.
+"""The main path: rows → lookup → matrix → predictor → answers, for one row, for a thousand, and for rows of many requests at once.
 
-Everything is done for all rows of a request together, so a batch costs one lookup and one prediction. A row that is bad on
-its own (fields, or a value the contract demands that the store doesn't have) becomes that row's error; what concerns all
-(predictor gone, time over) is raised.
+Everything is done for all rows together, so that they share one lookup and one prediction. A row that is bad on its own
+(fields, or a value the contract demands that the store doesn't have) becomes that row's error; what concerns all (predictor
+gone, time over) is raised.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hafnium_contract.encoding import assemble, encode_value
-from hafnium_contract.errors import FeatureError, InputError, Problem
+from hafnium_contract.encoding import assemble
+from hafnium_contract.errors import InputError, Problem
+from hafnium_transformer.breaker import Breaker
 from hafnium_transformer.errors import (
     ContractChangedError,
     DeadlineError,
@@ -31,27 +31,29 @@ from hafnium_transformer.errors import (
     UnavailableError,
 )
 from hafnium_transformer.explanation import contributions, left_out
-from hafnium_transformer.feature_store import Found, Lookup, Reader
 from hafnium_transformer.log_writer import InferenceLog, LogRow
 from hafnium_transformer.metrics import TransformerMetrics
-from hafnium_transformer.plan import LookedUp, Plan, ViewPlan, make_plan
+from hafnium_transformer.online_store.feast import Reader
+from hafnium_transformer.online_store.records import EntityValue, Found, OnlineStore
+from hafnium_transformer.plan import ENTITY_TEXT, Plan, make_plan
 from hafnium_transformer.predictor_client import Deadline, Prediction, PredictorClient, Served
-from hafnium_transformer.rows import EntityValue, Row, expected_form, parse_row
+from hafnium_transformer.row_encoding import Encoded, check_derived, encode_row
+from hafnium_transformer.rows import Row, parse_row
 from hafnium_transformer.settings import Settings
 
 log = logging.getLogger("hafnium.transformer")
 Matrix = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Result = dict[str, Any] | ScoringError
-CLOCK_SKEW_S = 300.0
-"""A value this much younger than the event is from the future; less is two clocks that differ."""
 _YIELD_ROWS = 64
-"""Rows that are parsed before other requests get their turn of the event loop: 1.6 ms, at 25 µs a row."""
+"""Rows that are parsed before other requests get their turn of the event loop: about 1 ms."""
 _WARM_READ_S = 30.0
 _PING_S = 1.0
+_COMPLAINT_PAUSE_S = 5.0
+"""A store that stays away is reported this often, not at every row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Context:
     """What a request brings beside its rows."""
 
@@ -60,18 +62,16 @@ class Context:
     deadline: Deadline
     started: float
     """time.perf_counter() at arrival."""
-    passed_on: Mapping[str, str]
-    """Headers that the predictor gets too: request id and trace."""
+    passed_on: bytes
+    """Header lines that the predictor gets too: request id and trace."""
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A row with its looked-up values. `index`: its place in the request."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A row and the request it came with."""
 
-    index: int
     row: Row
-    values: dict[str, float]
-    degraded: tuple[str, ...]
+    context: Context
 
 
 class Scorer:
@@ -85,13 +85,19 @@ class Scorer:
         self._client = client
         self._metrics = metrics
         self._log = inference_log
-        self._clock = clock
-        self._lookup: Lookup | None = None
+        self.clock = clock
         self._reader: Reader | None = None
+        self._store: OnlineStore | None = None
+        self._store_breaker = Breaker(
+            settings.breaker_failures_max, settings.breaker_pause_first_s, settings.breaker_pause_max_s
+        )
+        self._complained = -_COMPLAINT_PAUSE_S
         self._plan: Plan | None = None
         self._refreshing = asyncio.Lock()
         self.served: Served | None = None
         self.reason = "the contract was not fetched yet"
+
+    # --- what is in force ------------------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
@@ -104,13 +110,9 @@ class Scorer:
     def active(self) -> bool:
         return self._plan is not None
 
-    def use_store(self, reader: Reader) -> None:
-        """From now on views are read from this store."""
-        s = self._settings
-        self._reader = reader
-        self._lookup = Lookup(
-            reader, threads=s.lookup_threads, rows_max=s.lookup_rows_max, queue_rows_max=s.lookup_queue_rows_max
-        )
+    def use_store(self, reader: Reader, store: OnlineStore) -> None:
+        """From now on views are read from this store; `reader` knows what there is in it."""
+        self._reader, self._store = reader, store
 
     async def refresh(self, replaced: Plan | None) -> None:
         """Fetches the contract and puts it in force, unless another request already replaced `replaced`.
@@ -128,42 +130,44 @@ class Scorer:
             log.info("contract %s of %s version %s is in force", plan.digest, plan.contract.name, served.model_version)
 
     async def _with_store(self, plan: Plan) -> Plan:
-        if self._lookup is None or self._reader is None:
+        if self._store is None or self._reader is None:
             names = ", ".join(v.name for v in plan.views)
             state = "is not open yet" if self._settings.feature_repo else "is not given (--feature_repo)"
             raise UnavailableError(f"the contract reads {names}, but the feature store {state}")
         try:
-            types = await self._lookup.call(self._reader.entity_types, plan)
+            types = await asyncio.to_thread(self._reader.entity_types, plan)
         except InputError as e:
             raise UnavailableError(f"feature store: {e}") from e
         plan = replace(plan, entity_types=types)
-        await self._lookup.read(plan, [_nobody(plan)], _WARM_READ_S)  # the first read costs 0.2 s
+        await self._store.read(plan, [_nobody(plan)], _WARM_READ_S)  # the first read opens connections
         return plan
 
     async def refresh_registry(self) -> None:
         """Takes over what changed in the feature store's registry."""
-        if self._lookup is not None and self._reader is not None:
-            await self._lookup.call(self._reader.refresh)
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.refresh)
 
     async def not_ready(self) -> str:
         """'' when a request could be answered now, else what is missing: contract, predictor or feature store."""
         if self._plan is None:
             return self.reason
         reason = await self._client.ready(_PING_S)
-        if not reason and self._plan.views and self._lookup is not None:
+        if not reason and self._plan.views and self._store is not None:
             try:
-                await self._lookup.read(self._plan, [_nobody(self._plan)], _PING_S)
+                await self._store.read(self._plan, [_nobody(self._plan)], _PING_S)
             except ScoringError as e:
                 reason = e.detail
         return reason
 
     def close(self) -> None:
-        """Lets go of the store's threads."""
-        if self._lookup is not None:
-            self._lookup.close()
+        """Lets go of the store."""
+        if self._store is not None:
+            self._store.close()
+
+    # --- scoring ---------------------------------------------------------------------------------------------------------------
 
     async def score(self, items: Sequence[Any], context: Context, paths: Sequence[str] = ("",)) -> list[Result]:
-        """JSON rows → for each its answer or its error. `paths[i]` goes before the paths of row i's problems.
+        """JSON rows of one request → for each its answer or its error. `paths[i]` goes before the paths of row i's problems.
 
         Raises ScoringError when no row can be answered. A contract that changed behind the predictor's address is
         fetched and the rows are read again under it, once.
@@ -178,167 +182,142 @@ class Scorer:
 
     async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[Result]:
         results: list[Result | None] = [None] * len(items)
-        rows: list[tuple[int, Row]] = []
-        now = self._clock()
+        asked: list[Asked] = []
+        places: list[int] = []
+        now = self.clock().timestamp()
         explained = 0
         for i, item in enumerate(items):
             if i % _YIELD_ROWS == _YIELD_ROWS - 1:
                 await asyncio.sleep(0)
             own_id = context.request_id if len(items) == 1 else f"{context.request_id}-{i}"
             try:
-                row = parse_row(plan, item, request_id=own_id, now=now, path=paths[i])
+                row = parse_row(plan, item, request_id=own_id, now_s=now, path=paths[i])
                 explained += row.explain
                 if row.explain and explained > self._settings.explain_rows_max:
                     message = f"more than {self._settings.explain_rows_max} explained rows in one batch"
                     raise RowInvalidError([Problem(f"{paths[i]}.explain".lstrip("."), message)])
-                rows.append((i, row))
+                asked.append(Asked(row, context))
+                places.append(i)
             except RowInvalidError as e:
                 results[i] = e
-        encoded: list[_Encoded] = []
-        for (i, row), found in zip(rows, await self._look_up(plan, [r for _, r in rows], context.deadline), strict=True):
+        if asked:
+            for i, result in zip(places, await self.score_rows(plan, asked, context.deadline, context.passed_on), strict=True):
+                results[i] = result
+        return [r if r is not None else UnavailableError("the row was not scored") for r in results]
+
+    async def score_rows(self, plan: Plan, asked: Sequence[Asked], deadline: Deadline, passed_on: bytes) -> list[Result]:
+        """Valid rows, perhaps of several requests → for each its answer or its error. `deadline` is for all of them.
+
+        Raises ScoringError when no row can be answered; ContractChangedError when the predictor has another contract.
+        """
+        results: list[Result | None] = [None] * len(asked)
+        encoded: list[Encoded] = []
+        places: list[int] = []
+        rows = [a.row for a in asked]
+        for i, (row, found) in enumerate(zip(rows, await self._look_up(plan, rows, deadline), strict=True)):
             try:
-                encoded.append(self._encode(plan, i, row, found))
+                encoded.append(encode_row(plan, row, found))
+                places.append(i)
             except LookedUpError as e:
                 results[i] = e
+                for feature in e.features:
+                    self._metrics.missing(feature)
         if encoded:
-            await self._predict(plan, encoded, context, results)
+            await self._predict(plan, encoded, places, asked, deadline, passed_on, results)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
     async def _look_up(self, plan: Plan, rows: Sequence[Row], deadline: Deadline) -> Sequence[Found | None]:
         """What the store has for each row; None when it could not be asked (the contract's policies then decide)."""
-        if not plan.views or not rows:
+        if not plan.views:
             return [{}] * len(rows)
-        if self._lookup is None:
+        start = time.perf_counter()
+        if self._store is None or not self._store_breaker.may_ask(time.monotonic()):
             return [None] * len(rows)
         timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s())
-        start = time.perf_counter()
         try:
-            return await self._lookup.read(plan, [row.entity for row in rows], timeout_s)
+            found = await self._store.read(plan, [row.entity for row in rows], timeout_s)
         except (OverloadedError, DeadlineError, UnavailableError) as e:
-            log.warning("%d rows without looked-up features: %s", len(rows), e)
+            if not isinstance(e, OverloadedError):
+                self._store_breaker.failed(time.monotonic())
+            if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
+                self._complained = time.monotonic()
+                log.warning("%d rows without looked-up features: %s", len(rows), e)
             return [None] * len(rows)
+        else:
+            self._store_breaker.succeeded()
+            self._count_ages(plan, rows[0], found[0])
+            return found
         finally:
             self._metrics.looked_up(plan.contract.name, time.perf_counter() - start)
 
-    def _encode(self, plan: Plan, index: int, row: Row, found: Found | None) -> _Encoded:
-        for name in row.missing:
-            self._metrics.missing(name)
-        if not plan.views:
-            return _Encoded(index, row, row.values, row.degraded)
-        values = dict(row.values)
-        degraded = list(row.degraded)
-        problems: list[Problem] = []
+    def _count_ages(self, plan: Plan, row: Row, found: Found) -> None:
+        """Age of the values just read, one row of a batch: what is stale is stale for all."""
         for view in plan.views:
-            for looked_up in view.features:
-                value, wrong, usual = self._value(view, looked_up, row, found)
-                feature = looked_up.feature
-                values[feature.name] = value
-                if wrong:
-                    self._metrics.missing(feature.name)
-                    if feature.missing == "reject":
-                        problems.append(Problem(looked_up.column.replace("__", ".", 1), wrong))
-                    elif feature.missing == "degrade" or not usual:
-                        degraded.append(feature.name)
-        if problems:
-            views = sorted({p.path.split(".")[0] for p in problems})
-            raise LookedUpError(f"view {', '.join(views)}: {problems[0].path} {problems[0].message}", problems)
-        return _Encoded(index, row, values, tuple(degraded))
-
-    def _value(self, view: ViewPlan, looked_up: LookedUp, row: Row, found: Found | None) -> tuple[float, str, bool]:
-        """(encoded value, what is wrong with it or '', whether that is the usual case of a missing or stale value)."""
-        if found is None:
-            return math.nan, "could not be looked up: the feature store did not answer", False
-        item = found.get(looked_up.column)
-        if item is None:
-            return math.nan, f"has no value for {view.join_key} {row.entity.get(view.join_key)!r}", True
-        raw, event_time_s = item
-        age_s = row.event_time_s - event_time_s
-        self._metrics.staleness(view.name, max(age_s, 0.0))
-        if age_s < -CLOCK_SKEW_S:
-            return math.nan, f"is from {-age_s:.0f} s after the event: a score must not know the future", True
-        if age_s > looked_up.max_age_s:
-            return math.nan, f"is {age_s:.0f} s old at the event's time, the contract allows {looked_up.max_age_s:.0f} s", True
-        try:
-            value = encode_value(looked_up.feature, raw, looked_up.column)
-        except FeatureError as e:
-            return math.nan, f"in the store is not usable: {e.problems[0].message}", False
-        return value, f"has no value for {view.join_key}" if math.isnan(value) else "", True
+            item = found.get(view.features[0].column)
+            if item is not None:
+                self._metrics.staleness(view.name, max(row.event_time_s - item[1], 0.0))
 
     async def _predict(
-        self, plan: Plan, encoded: Sequence[_Encoded], context: Context, results: list[Result | None],
+        self, plan: Plan, encoded: Sequence[Encoded], places: Sequence[int], asked: Sequence[Asked], deadline: Deadline,
+        passed_on: bytes, results: list[Result | None],
     ) -> None:
         columns: dict[str, Floats] = {
             name: np.array([e.values[name] for e in encoded]) for name in encoded[0].values
         }
         event_time = np.array([e.row.event_time_s for e in encoded])
         matrix = assemble(plan.contract, columns, event_time)
-        kept: list[_Encoded] = []
+        kept: list[tuple[int, Encoded]] = []
+        lines: list[int] = []
         for k, e in enumerate(encoded):
             try:
-                kept.append(self._check_derived(plan, e, matrix[k]))
+                kept.append((places[k], check_derived(plan, e, matrix[k]) if plan.derived_inputs else e))
+                lines.append(k)
             except ScoringError as error:
-                results[e.index] = error
+                results[places[k]] = error
         if not kept:
             return
         if len(kept) < len(encoded):
-            places = {e.index: k for k, e in enumerate(encoded)}
-            matrix = matrix[[places[e.index] for e in kept]]
-        explained = [k for k, e in enumerate(kept) if e.row.explain]
-        asked = np.concatenate([matrix, *(left_out(matrix[k]) for k in explained)]) if explained else matrix
-        prediction = await self._client.predict(asked, plan.digest, context.deadline, context.passed_on)
-        self._answer(plan, kept, matrix, prediction, context, results)
-
-    def _check_derived(self, plan: Plan, encoded: _Encoded, inputs: Matrix) -> _Encoded:
-        """Policies of derived inputs that can't be computed (an input is missing, or x/0)."""
-        degraded = list(encoded.degraded)
-        for column, feature in plan.derived_inputs:
-            if not math.isnan(inputs[column]):
-                continue
-            self._metrics.missing(feature.name)
-            if feature.missing == "degrade":
-                degraded.append(feature.name)
-            elif feature.missing == "reject":
-                problem = Problem(feature.name, f"can't be computed from this row; expected {expected_form(feature)}")
-                views = plan.looked_up_behind[feature.name]
-                if views:
-                    raise LookedUpError(f"view {', '.join(views)}: {problem.path} {problem.message}", [problem])
-                raise RowInvalidError([problem])
-        return encoded if len(degraded) == len(encoded.degraded) else replace(encoded, degraded=tuple(degraded))
+            matrix = matrix[lines]
+        explained = [k for k, (_, e) in enumerate(kept) if e.row.explain]
+        sent = np.concatenate([matrix, *(left_out(matrix[k]) for k in explained)]) if explained else matrix
+        prediction = await self._client.predict(sent, plan.digest, deadline, passed_on)
+        self._answer(plan, kept, asked, matrix, prediction, results)
 
     def _answer(
-        self, plan: Plan, rows: Sequence[_Encoded], matrix: Matrix, prediction: Prediction, context: Context,
+        self, plan: Plan, rows: Sequence[tuple[int, Encoded]], asked: Sequence[Asked], matrix: Matrix, prediction: Prediction,
         results: list[Result | None],
     ) -> None:
         rule, name = plan.contract.decision, plan.contract.name
-        series = self._metrics.model(name, prediction.model_version)
+        version, digits = prediction.model_version, self._settings.score_decimals
+        series = self._metrics.model(name, version)
         scores: list[float] = prediction.score[: len(rows)].tolist()
         intervals: list[list[float]] = prediction.interval[: len(rows)].tolist()
-        now = self._clock()
-        latency_ms = (time.perf_counter() - context.started) * 1000.0
+        now, ended = self.clock(), time.perf_counter()
         explained_from, width = len(rows), matrix.shape[1]
-        for k, e in enumerate(rows):
+        for k, (place, e) in enumerate(rows):
             score, (lower, upper) = scores[k], intervals[k]
             decision = rule.above if score >= rule.threshold else rule.below
+            shown = (round(score, digits), round(lower, digits), round(upper, digits)) if digits else (score, lower, upper)
             result: dict[str, Any] = {
-                "request_id": e.row.request_id, "score": score, "confidence_lower": lower, "confidence_upper": upper,
-                "decision": decision, "model_name": name, "model_version": prediction.model_version,
-                "degraded": list(e.degraded),
+                "request_id": e.row.request_id, "score": shown[0], "confidence_lower": shown[1], "confidence_upper": shown[2],
+                "decision": decision, "model_name": name, "model_version": version, "degraded": list(e.degraded),
             }
             if e.row.explain:
                 without = prediction.score[explained_from : explained_from + width]
                 explained_from += width
-                result["explanation"] = contributions(
-                    plan.contract, matrix[k], score, without, self._settings.explain_top_k
-                )
-            results[e.index] = result
+                result["explanation"] = contributions(plan.contract, matrix[k], score, without, self._settings.explain_top_k)
+            results[place] = result
             series.predicted(score, decision)
+            for feature in e.missing:
+                self._metrics.missing(feature)
             if self._log is not None:
+                context = asked[place].context
                 self._log.append(LogRow(
-                    plan, e.row.request_id, now, prediction.model_version, prediction.model_digest, context.arm, score,
-                    lower, upper, decision, e.degraded, latency_ms, e.row.entity, matrix[k],
+                    plan, e.row.request_id, now, version, prediction.model_digest, context.arm, score, lower, upper, decision,
+                    e.degraded, (ended - context.started) * 1000.0, e.row.entity, matrix[k],
                 ))
 
 
 def _nobody(plan: Plan) -> dict[str, EntityValue]:
     """An entity that nobody has, to ask the store whether it answers."""
-    return {key: 0 if plan.entity_types.get(key) == "a whole number" else "-" for key in plan.join_keys}
+    return {key: "-" if plan.entity_types.get(key, ENTITY_TEXT) == ENTITY_TEXT else 0 for key in plan.join_keys}

@@ -1,4 +1,4 @@
-"""KServe's ModelServer with our gate as its outermost app, uvloop, and the transformer's own work around it.
+"""KServe's ModelServer with our hot path and our gate before its app, uvloop, and the transformer's own work around it.
 
 The SDK's `start()` names its uvicorn app by a string and leaves no place to put anything before it; `run()` here does the
 same things with that place. While the port is open already, the contract is fetched and the feature store opened in the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from pathlib import Path
 from typing import Any, cast
 
 import uvloop
@@ -20,13 +21,17 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
+from hafnium_transformer.admission import Admission
+from hafnium_transformer.coalescing import Coalescer
 from hafnium_transformer.errors import ScoringError
-from hafnium_transformer.feature_store import FeastReader
 from hafnium_transformer.gate import Gate
+from hafnium_transformer.hot_path import HotPath
 from hafnium_transformer.log_writer import EntityHash, InferenceLog
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.model import RiskTransformer
-from hafnium_transformer.predictor_client import PredictorClient
+from hafnium_transformer.online_store.feast import FeastReader, SdkStore
+from hafnium_transformer.online_store.records import OnlineStore
+from hafnium_transformer.predictor_client import HopLimits, PredictorClient
 from hafnium_transformer.scoring import Scorer
 from hafnium_transformer.settings import Settings
 
@@ -38,10 +43,12 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 
 
 class _GatedRestServer(RESTServer):
-    """Creates KServe's app as ever and puts the gate before it."""
+    """Creates KServe's app as ever and puts the gate before it, and the hot path before both."""
 
-    def put_before(self, gate: Gate) -> None:
+    def put_before(self, gate: Gate, hot_path: HotPath | None) -> None:
         self._gate = gate
+        if hot_path is not None:
+            self.config.http = hot_path.routes.protocol_class()
 
     def create_application(self) -> None:
         super().create_application()
@@ -76,9 +83,9 @@ class TransformerServer(ModelServer):
             s.inference_log, metrics, flush_seconds=s.log_flush_seconds, flush_rows=s.log_flush_rows,
             queue_rows_max=s.log_queue_rows_max, entity_hash=EntityHash(key),
         )
-        client = PredictorClient(
-            s.predictor_host, s.model_name, ssl=s.predictor_use_ssl, connections_max=s.connections_max
-        )
+        client = PredictorClient(s.predictor_host, s.model_name, tls=s.predictor_use_ssl, limits=HopLimits(
+            s.connection_age_s, s.retry_share, s.retry_spare, s.breaker_failures_max, s.breaker_pause_first_s, s.breaker_pause_max_s,
+        ))
         scorer = Scorer(s, client, metrics, inference_log)
         self.register_model(RiskTransformer(s, scorer))
         rest = _GatedRestServer(
@@ -86,7 +93,10 @@ class TransformerServer(ModelServer):
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = s.host
-        rest.put_before(Gate(cast(App, kserve_app), scorer, metrics, s))
+        admission = Admission(s, metrics)
+        coalescer = Coalescer(scorer, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max)
+        hot_path = HotPath(scorer, coalescer, admission, metrics, s) if s.hot_path else None
+        rest.put_before(Gate(cast(App, kserve_app), scorer, admission, metrics, s), hot_path)
         # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
@@ -101,7 +111,7 @@ class TransformerServer(ModelServer):
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            await client.close()
+            client.close()
             scorer.close()
             if inference_log is not None:
                 await asyncio.to_thread(inference_log.close)
@@ -115,7 +125,7 @@ class TransformerServer(ModelServer):
         while not scorer.active:
             try:
                 if repo is not None and not opened:
-                    scorer.use_store(await asyncio.to_thread(FeastReader, repo))
+                    scorer.use_store(*await self._open_store(repo))
                     opened = True
                 await scorer.refresh(None)
             except (ScoringError, InputError) as e:
@@ -132,6 +142,17 @@ class TransformerServer(ModelServer):
                 await scorer.refresh_registry()
             except Exception as e:  # noqa: BLE001 - its storage may fail in any way; the old one stays in force
                 log.warning("feature store's registry was not refreshed: %s: %s", type(e).__name__, e)
+
+    async def _open_store(self, repo: Path) -> tuple[FeastReader, OnlineStore]:
+        s = self._settings
+        reader = await asyncio.to_thread(FeastReader, repo)
+        store = reader.direct_store(rows_max=s.lookup_queue_rows_max) if s.lookup_direct else None
+        if store is None:
+            store = SdkStore(
+                reader, threads=s.lookup_threads, rows_max=s.lookup_rows_max, queue_rows_max=s.lookup_queue_rows_max
+            )
+        log.info("features are read by %s", type(store).__name__)
+        return reader, store
 
     @staticmethod
     def _not_yet(scorer: Scorer, reason: str) -> None:

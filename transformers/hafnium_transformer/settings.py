@@ -51,24 +51,53 @@ class Settings(BaseModel):
     """Time for a whole answer when the caller gives no x-hafnium-deadline-ms: ten times the p99 that owners ask for."""
     lookup_timeout_ms: float = Field(default=250.0, gt=0)
     """Time for the feature lookup. A store that hangs then counts as one without values: the contract's policy decides."""
+    lookup_direct: bool = True
+    """Read what Feast wrote without its SDK, on SQLite and on a single Redis. Other stores are read through the SDK anyway."""
     lookup_threads: int = Field(default=1, ge=1, le=8)
-    """Threads that call Feast. Its work is Python, so a second one fights for the GIL and splits the rows that would be
+    """Threads that call Feast's SDK. Its work is Python, so a second one fights for the GIL and splits the rows that would be
     read together: 1,440-1,630 µs of CPU a request instead of 980-1,090 (SQLite, 8 connections, measured)."""
     lookup_rows_max: int = Field(default=256, ge=1)
-    """Rows in one read of the store: how long one read may hold the thread, at Feast's 0.15 ms a row about 40 ms."""
+    """Rows in one read of the SDK: how long one read may hold the thread, at Feast's 0.15 ms a row about 40 ms."""
     lookup_queue_rows_max: int = Field(default=5_000, ge=1)
     """Rows that may wait for the store; further ones are answered as if it had no values."""
     registry_refresh_s: float = Field(default=60.0, gt=0)
     """Feast's registry is read again this often, in the background. Feast itself would do it inside a request."""
-    connections_max: int = Field(default=64, ge=1)
-    """Connections to the predictor. It has one thread, so more only queue there instead of here."""
+    connection_age_s: float = Field(default=60.0, gt=0)
+    """A connection to the predictor is used no longer than this, so that new pods behind its Service get their share."""
+    batches_in_flight_max: int = Field(default=2, ge=1)
+    """Batches of single rows on their way at a time; rows that come meanwhile leave together. One is looked up while the other is
+    scored; more only made the batches smaller (measured)."""
+    coalesced_rows_max: int = Field(default=128, ge=1, le=BATCH_ROWS_MAX)
+    """Single rows in one such batch."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
+    """Retries to the predictor, as a share of requests to it: a struggling one must not be asked twice by everybody."""
+    retry_spare: float = Field(default=10.0, ge=0)
+    """Retries that are always there: a restart breaks a few connections at once."""
+    breaker_failures_max: int = Field(default=5, ge=1)
+    """Failures in a row after which predictor or store is left alone for a while."""
+    breaker_pause_first_s: float = Field(default=0.2, gt=0)
+    """The first such while; each further one is twice as long."""
+    breaker_pause_max_s: float = Field(default=2.0, gt=0)
+    """The longest: how late a recovery may be noticed."""
+    hot_path: bool = True
+    """Answer plain requests below ASGI. Off, every byte takes KServe's way: for a comparison, or while in doubt about it."""
     in_flight_max: int = Field(default=512, ge=1)
-    """Requests in progress; the next gets 429. At the 750 requests/s that one process made it is 0.7 s of
-    work, which still ends within the deadline."""
+    """Requests in progress; the next gets 429. At the 5,000 requests/s that one process makes it is 0.1 s of work."""
     batch_rows_max: int = Field(default=BATCH_ROWS_MAX, ge=1, le=BATCH_ROWS_MAX)
     """Rows in one batch; the predictor takes no more."""
     body_bytes_max: int = Field(default=BODY_BYTES_MAX, ge=1024)
     """A body above it gets 413."""
+    rate_limit_per_s: float = Field(default=0.0, ge=0)
+    """Rows that one client may ask for in a second, on average; then 429 with Retry-After. 0: no limit."""
+    rate_limit_burst: float = Field(default=0.0, ge=0)
+    """Rows that one client may ask for at once. 0: those of a second."""
+    client_header: str = Field(default="x-api-key", pattern=r"^[A-Za-z0-9-]+$")
+    """Header that says who asks; without it the address counts, which behind a gateway is the gateway's."""
+    clients_max: int = Field(default=10_000, ge=1)
+    """Clients that are told apart: 2 MB. Beyond it the one that was silent for longest is forgotten."""
+    score_decimals: int = Field(default=0, ge=0, le=9)
+    """Decimals of scores and bounds in answers; 0: all that float32 has. Few tell somebody who copies the model by asking it less.
+    Decisions and the log go by the whole score."""
     explain_top_k: int = Field(default=5, ge=1)
     """Contributions in an explanation: what a reviewer reads."""
     explain_rows_max: int = Field(default=20, ge=1)

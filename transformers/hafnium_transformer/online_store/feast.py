@@ -1,9 +1,9 @@
-"""Feast's online store, read off the event loop: rows that wait are read together, and nobody waits beyond the limit.
+"""Feast itself: its registry says what there is, and stores that are not read directly are read through its SDK.
 
-Feast costs 0.6 ms of Python for one row and 0.15 ms a row for 32 (measured), so a queue in front of one thread is both the
-bound and the speed-up. Three things that Feast leaves to its caller are done here: features are found by name (their order
-changes with every process), age is judged by event timestamps (TTL is not enforced online), and a missing entity is one
-whose values are null (Redis reports it as present).
+The SDK costs 0.6 ms of Python for one row and 0.15 ms a row for 32 (measured), so a queue in front of one thread, off the event
+loop, is both the bound and the speed-up. Three things that Feast leaves to its caller are done here: features are found by name
+(their order changes with every process), age is judged by event timestamps (TTL is not enforced online), and a missing entity
+is one whose values are null (Redis reports it as present).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,15 @@ from typing import Any, Protocol
 from hafnium_contract.errors import InputError
 from hafnium_contract.lean_imports import without
 from hafnium_transformer.errors import DeadlineError, OverloadedError, UnavailableError
+from hafnium_transformer.online_store.records import KEY_VERSION, EntityValue, Found, OnlineStore
+from hafnium_transformer.online_store.redis import RedisStore, parse_address
+from hafnium_transformer.online_store.sqlite import SqliteStore
 from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan
-from hafnium_transformer.rows import EntityValue
 
 log = logging.getLogger("hafnium.transformer")
 
-Found = dict[str, tuple[Any, float]]
-"""Column (`view__field`) → (raw value, event time in seconds since 1970). What has no value is not in it."""
-
-
 class Reader(Protocol):
-    """A store that is read synchronously, by the lookup's own threads only."""
+    """A store that is read synchronously, in threads."""
 
     def entity_types(self, plan: Plan) -> dict[str, str]:
         """Join key → form of its values. Raises InputError when a view or field of the plan is not in the store."""
@@ -62,13 +60,25 @@ class FeastReader:
             # Feast would make an empty one and report success
             raise InputError(f"{repo / registry}: Feast's registry is missing; was the repository applied?")
         logging.getLogger("feast").setLevel(logging.WARNING)  # a line for each look at the registry
-        self._store = feature_store(repo_path=str(repo.resolve()), config=config)
-        self._names: tuple[str, ...] = ()
+        self._repo = repo.resolve()
+        self._config = config
+        self._store = feature_store(repo_path=str(self._repo), config=config)
         self._refresh_lock = threading.Lock()
         try:
             self._store.refresh_registry()
         except Exception as e:  # Feast's registries raise whatever their storage raises
             raise InputError(f"{repo}: Feast's registry can't be read: {type(e).__name__}: {e}") from e
+
+    def direct_store(self, *, rows_max: int) -> OnlineStore | None:
+        """A store that reads what Feast wrote without its SDK; None for kinds and settings that only the SDK knows."""
+        config, online = self._config, self._config.online_store
+        if int(config.entity_key_serialization_version) != KEY_VERSION or config.registry.enable_online_feature_view_versioning:
+            return None
+        if online.type == "sqlite":
+            return SqliteStore(self._repo / str(online.path), str(config.project))
+        if online.type == "redis" and str(online.redis_type) in ("redis", "RedisType.redis"):
+            return RedisStore(parse_address(str(online.connection_string)), str(config.project), rows_max=rows_max)
+        return None
 
     def entity_types(self, plan: Plan) -> dict[str, str]:
         types: dict[str, str] = {}
@@ -121,8 +131,8 @@ class _Waiting:
     future: asyncio.Future[Found]
 
 
-class Lookup:
-    """Queue before the store's threads. Used from the event loop only."""
+class SdkStore:
+    """OnlineStore over the SDK: a queue before its threads."""
 
     def __init__(self, reader: Reader, *, threads: int, rows_max: int, queue_rows_max: int) -> None:
         self._reader = reader
@@ -188,10 +198,6 @@ class Lookup:
             else:
                 w.future.set_result(done.result()[i])
         self._start()
-
-    async def call(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Runs `work` in the store's threads, since the store is theirs."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def close(self) -> None:
         """Lets go of the threads; one that hangs in the store is left behind."""

@@ -1,0 +1,183 @@
+"""Single rows of many requests → few batches: rows that come while enough batches are on their way leave together.
+
+Nobody waits for company: a row that finds a free place leaves in the same turn of the event loop. Each row keeps its own
+deadline; a batch gets the longest of them, and a row whose time is over is answered without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hafnium_contract.hot_protocol import HotRequest
+from hafnium_transformer.errors import ContractChangedError, DeadlineError, RefusedError, RowInvalidError, ScoringError
+from hafnium_transformer.plan import Plan
+from hafnium_transformer.predictor_client import Deadline
+from hafnium_transformer.rows import Row, parse_row
+from hafnium_transformer.scoring import Asked, Context, Result, Scorer
+
+log = logging.getLogger("hafnium.transformer")
+_SWEEP_S = 0.02
+"""How late a row may learn that its time is over."""
+_IDS_MAX = 8
+"""Request ids that a batch carries; the predictor's own log has them."""
+_ID_LINE = b"x-request-id: "
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A row on its way. `done` is called once, with its result."""
+
+    plan: Plan
+    item: Any
+    row: Row
+    context: Context
+    request: HotRequest
+    done: Callable[[Waiting, Result], None]
+    answered: bool = False
+
+    def answer(self, result: Result) -> None:
+        """Hands the result over, unless the row was answered before."""
+        if not self.answered:
+            self.answered = True
+            self.done(self, result)
+
+
+class Coalescer:
+    """Used from the event loop only."""
+
+    def __init__(self, scorer: Scorer, *, batches_max: int, rows_max: int) -> None:
+        self._scorer = scorer
+        self._batches_max = batches_max
+        self._rows_max = rows_max
+        self._waiting: deque[Waiting] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+        self._batches: dict[asyncio.Task[None], list[Waiting]] = {}
+        self._scheduled = False
+        self._sweeping = False
+
+    def submit(self, waiting: Waiting) -> None:
+        """Takes a row; it leaves in this turn of the event loop or when a batch comes back."""
+        self._waiting.append(waiting)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._start)
+        if not self._sweeping:
+            self._sweeping = True
+            asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+    def _start(self) -> None:
+        self._scheduled = False
+        while self._waiting and len(self._running) < self._batches_max:
+            batch: list[Waiting] = []
+            while self._waiting and len(batch) < self._rows_max:
+                if self._waiting[0].answered:
+                    self._waiting.popleft()
+                elif batch and self._waiting[0].plan is not batch[0].plan:
+                    break
+                else:
+                    batch.append(self._waiting.popleft())
+            if not batch:
+                return
+            task = asyncio.get_running_loop().create_task(self._run(batch))
+            self._running.add(task)
+            self._batches[task] = batch
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        batch = self._batches.pop(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("a batch of %d rows failed", len(batch), exc_info=error)
+        for waiting in batch:  # those that nobody answered: a batch that failed by itself
+            waiting.answer(ScoringError("the request could not be answered"))
+        if self._waiting:
+            self._start()
+
+    async def _run(self, batch: list[Waiting]) -> None:
+        plan = batch[0].plan
+        try:
+            await self._score(plan, batch)
+        except ContractChangedError as e:
+            log.info("predictor refused contract %s: %s", plan.digest, e)
+            try:
+                await self._scorer.refresh(plan)
+                await self._score_anew(self._scorer.plan, batch)
+            except ScoringError as again:
+                _all(batch, again)
+        except RefusedError as e:
+            if len(batch) == 1:
+                _all(batch, e)
+            for waiting in batch if len(batch) > 1 else ():  # one row must not cost the others their answers
+                try:
+                    await self._score(plan, [waiting])
+                except ScoringError as own:
+                    waiting.answer(own)
+        except ScoringError as e:
+            _all(batch, e)
+
+    async def _score(self, plan: Plan, batch: list[Waiting]) -> None:
+        deadline = batch[0].context.deadline if len(batch) == 1 else Deadline(max(w.context.deadline.at for w in batch))
+        asked = [Asked(w.row, w.context) for w in batch]
+        results = await self._scorer.score_rows(plan, asked, deadline, passed_on(batch))
+        for waiting, result in zip(batch, results, strict=True):
+            waiting.answer(result)
+
+    async def _score_anew(self, plan: Plan, batch: list[Waiting]) -> None:
+        """Rows read again, under the contract that is in force now."""
+        now_s = self._scorer.clock().timestamp()
+        good: list[Waiting] = []
+        for waiting in batch:
+            try:
+                row = parse_row(plan, waiting.item, request_id=waiting.context.request_id, now_s=now_s)
+            except RowInvalidError as e:
+                waiting.answer(e)
+            else:
+                waiting.plan, waiting.row = plan, row
+                good.append(waiting)
+        if good:
+            await self._score(plan, good)
+
+    def _sweep(self) -> None:
+        """Answers rows whose time is over, and comes again while any is on its way."""
+        now = time.monotonic()
+        left = False
+        for group in (self._waiting, *self._batches.values()):
+            for waiting in group:
+                if not waiting.answered:
+                    if waiting.context.deadline.at <= now:
+                        waiting.answer(DeadlineError("the time given for the answer is over"))
+                    else:
+                        left = True
+        self._sweeping = left
+        if left:
+            asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+    async def drain(self) -> None:
+        """Waits until every row is answered."""
+        while self._waiting or self._running:
+            await asyncio.gather(*self._running, return_exceptions=True)
+            await asyncio.sleep(0)
+
+
+def _all(batch: list[Waiting], error: ScoringError) -> None:
+    for waiting in batch:
+        waiting.answer(error)
+
+
+def passed_on(batch: list[Waiting]) -> bytes:
+    """Header lines of a batch: one row's own; of several the ids together, and the first one's trace."""
+    first = batch[0].context.passed_on
+    if len(batch) == 1:
+        return first
+    ids = ",".join(w.context.request_id for w in batch[:_IDS_MAX])
+    if len(batch) > _IDS_MAX:
+        ids += f",+{len(batch) - _IDS_MAX}"
+    lines = [line for line in first.split(b"\r\n") if line and not line.startswith(_ID_LINE)]
+    return b"".join(line + b"\r\n" for line in [_ID_LINE + ids.encode("latin-1", "replace"), *lines])

@@ -1,0 +1,183 @@
+"""HTTP/1.1 to one address over kept-alive connections: whole requests, whole answers, a tenth of the CPU of aiohttp.
+
+llhttp reads the answers (httptools, which uvicorn brings). A connection serves one exchange at a time and is used again
+until it is old, so that new pods behind a Service get their share. Only what the hop needs: no redirects, no cookies, no
+decompression.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import httptools
+
+ANSWER_BYTES_MAX = 64 * 1024 * 1024
+"""1,000 rows take 12 kB; whatever is this long is not an answer of a predictor."""
+_IDLE_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """A whole answer. Header names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class BrokenConnectionError(ConnectionError):
+    """The connection broke. `reused`: it had served before, so the server may just have closed it while it was idle."""
+
+    def __init__(self, message: str, *, reused: bool) -> None:
+        super().__init__(message)
+        self.reused = reused
+
+
+class NotHttpError(ConnectionError):
+    """What came back is no HTTP. Asking again won't help."""
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._future: asyncio.Future[HttpAnswer] | None = None
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._size = 0
+        self._keep = False
+        self.opened = time.monotonic()
+        self.served = 0
+
+    # asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._fail(f"the connection was closed{f': {exc}' if exc else ''}")
+
+    def data_received(self, data: bytes) -> None:
+        if self._future is None:  # nobody asked: whatever this is, it is not ours to read
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
+            self._fail(NotHttpError(f"no HTTP answer: {e}"))
+            self.close()
+
+    # llhttp
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+        if self._size > ANSWER_BYTES_MAX:
+            raise ValueError(f"the answer is longer than {ANSWER_BYTES_MAX} bytes")
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # 100 Continue and the like: the answer follows
+            self._headers, self._body, self._size = {}, [], 0
+            return
+        future, self._future = self._future, None
+        self._keep = self._parser.should_keep_alive()
+        self.served += 1
+        if future is not None and not future.done():
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            future.set_result(HttpAnswer(status, self._headers, body))
+
+    # the client
+
+    @property
+    def reusable(self) -> bool:
+        """It may serve again."""
+        return self._keep and self._future is None and self._transport is not None and not self._transport.is_closing()
+
+    def ask(self, request: bytes) -> asyncio.Future[HttpAnswer]:
+        """Sends a request; its answer, or BrokenConnectionError."""
+        future: asyncio.Future[HttpAnswer] = self._loop.create_future()
+        self._future = future
+        self._headers, self._body, self._size = {}, [], 0
+        if self._transport is None or self._transport.is_closing():
+            self._fail("the connection was closed")
+        else:
+            self._transport.write(request)
+        return future
+
+    def _fail(self, why: str | NotHttpError) -> None:
+        future, self._future = self._future, None
+        if future is not None and not future.done():
+            future.set_exception(BrokenConnectionError(why, reused=self.served > 0) if isinstance(why, str) else why)
+
+    def close(self) -> None:
+        """Closes at once."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._fail("the connection was given up")
+
+
+class HttpClient:
+    """Connections to one address."""
+
+    def __init__(self, host: str, *, tls: bool, connection_age_s: float) -> None:
+        self.authority = host
+        name, _, port = host.rpartition(":") if not host.endswith("]") else (host, "", "")
+        if not name or not port.isdigit():
+            name, port = host, "443" if tls else "80"
+        self._host = name.strip("[]")
+        self._port = int(port)
+        self._tls = ssl.create_default_context() if tls else None
+        self._age_s = connection_age_s
+        self._idle: list[_Connection] = []
+
+    async def request(self, method: str, path: str, headers: bytes = b"", body: bytes = b"", *, timeout_s: float) -> HttpAnswer:
+        """One exchange. `headers`: whole lines, each ending in CRLF.
+
+        Raises TimeoutError, BrokenConnectionError, NotHttpError, or another OSError when no connection can be had.
+        """
+        head = f"{method} {path} HTTP/1.1\r\nhost: {self.authority}\r\ncontent-length: {len(body)}\r\n".encode("latin-1")
+        connection: _Connection | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = self._take() or await self._open()
+                answer = await connection.ask(b"%s%s\r\n%s" % (head, headers, body))
+        except BaseException:  # also when we are cancelled: its answer would be read by the next who asks
+            if connection is not None:
+                connection.close()
+            raise
+        if connection.reusable and len(self._idle) < _IDLE_MAX:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return answer
+
+    def _take(self) -> _Connection | None:
+        """The connection that was used last, so that those in excess grow old."""
+        oldest = time.monotonic() - self._age_s
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable and connection.opened > oldest:
+                return connection
+            connection.close()
+        return None
+
+    async def _open(self) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port, ssl=self._tls)
+        return connection
+
+    def close(self) -> None:
+        """Closes what is idle; what is in use closes with its exchange."""
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()

@@ -1,0 +1,160 @@
+"""Feast's SQLite store, read directly: one statement for all views and all rows that wait, 40 to 90 µs instead of 600.
+
+It runs in the event loop: handing it to a thread and back costs as much as the read. The file is on this machine and in the
+page cache; for more than one machine there is Redis. Feast locks the file while it materialises (rollback journal), so a
+locked read is tried again until its time is over. A file that was replaced is noticed and opened anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from hafnium_transformer.errors import DeadlineError, UnavailableError
+from hafnium_transformer.online_store.records import EntityValue, Found, key_coder, value_reader
+from hafnium_transformer.plan import Plan
+
+_LOCKED_PAUSE_S = 0.002
+_LOOK_AT_FILE_S = 1.0
+ROWS_MAX = 128
+"""Entities in one statement: a read of more would hold the event loop for longer than 3 ms."""
+
+
+@dataclass(frozen=True)
+class _Query:
+    """What a plan asks."""
+
+    join_keys: tuple[str, ...]
+    """One for each view."""
+    coders: tuple[Callable[[EntityValue], bytes], ...]
+    columns: dict[tuple[int, str], str]
+    """(view, feature name) → column."""
+    tables: tuple[str, ...]
+
+    def statement(self, rows: int) -> str:
+        """For `rows` entities; repeated keys cost nothing."""
+        marks = ",".join("?" * rows)
+        return " UNION ALL ".join(
+            f"SELECT {i}, entity_key, feature_name, value, event_ts FROM {table} WHERE entity_key IN ({marks})"  # noqa: S608 - quoted
+            for i, table in enumerate(self.tables)
+        )
+
+
+class SqliteStore:
+    """OnlineStore over the file that Feast writes."""
+
+    def __init__(self, path: Path, project: str) -> None:
+        self._path = path
+        self._project = project
+        self._read_value = value_reader()
+        self._connection: sqlite3.Connection | None = None
+        self._inode = (0, 0)
+        self._looked = 0.0
+        self._queries: dict[int, tuple[Plan, _Query]] = {}
+
+    async def read(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> list[Found]:
+        """Values for each entity row, in order. Raises DeadlineError, UnavailableError."""
+        until = time.monotonic() + timeout_s
+        query = self._query(plan)
+        found: list[Found] = []
+        for at in range(0, len(entities), ROWS_MAX):
+            if at:
+                await asyncio.sleep(0)  # others get their turn
+            found += await self._part(query, entities[at : at + ROWS_MAX], until)
+        return found
+
+    async def _part(self, query: _Query, entities: Sequence[dict[str, EntityValue]], until: float) -> list[Found]:
+        while True:
+            try:
+                return self._select(query, entities)
+            except sqlite3.OperationalError as e:
+                if e.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    self.close()
+                    raise UnavailableError(f"the feature store failed: {self._path}: {e}") from e
+                if time.monotonic() >= until:
+                    raise DeadlineError(f"the feature store was locked all the time that was given: {self._path}") from e
+                await asyncio.sleep(_LOCKED_PAUSE_S)
+            except (sqlite3.Error, OSError) as e:
+                self.close()
+                raise UnavailableError(f"the feature store failed: {self._path}: {e}") from e
+
+    def _select(self, query: _Query, entities: Sequence[dict[str, EntityValue]]) -> list[Found]:
+        views = len(query.tables)
+        rows = 1 if len(entities) == 1 else 1 << (len(entities) - 1).bit_length()  # few statements, which SQLite keeps compiled
+        parameters: list[bytes] = []
+        places: list[dict[bytes, list[int]]] = []
+        for view in range(views):
+            coder, join_key = query.coders[view], query.join_keys[view]
+            keys = [coder(entity[join_key]) for entity in entities]
+            at: dict[bytes, list[int]] = {}
+            for i, key in enumerate(keys):
+                at.setdefault(key, []).append(i)
+            places.append(at)
+            parameters += keys
+            parameters += keys[-1:] * (rows - len(keys))
+        found: list[Found] = [{} for _ in entities]
+        columns, read_value = query.columns, self._read_value
+        for view, key, name, data, event_ts in self._open().execute(query.statement(rows), parameters):
+            column = columns.get((view, name))
+            value = None if column is None or data is None else read_value(data)
+            if value is not None and column is not None:
+                item = (value, _event_time_s(event_ts))
+                for i in places[view][key]:
+                    found[i][column] = item
+        return found
+
+    def _open(self) -> sqlite3.Connection:
+        now = time.monotonic()
+        if self._connection is not None and now - self._looked < _LOOK_AT_FILE_S:
+            return self._connection
+        self._looked = now
+        stat = self._path.stat()
+        inode = (stat.st_dev, stat.st_ino)
+        if self._connection is None or inode != self._inode:
+            self.close()
+            uri = f"file:{quote(str(self._path))}?mode=ro"
+            self._connection = sqlite3.connect(uri, uri=True, timeout=0.0, isolation_level=None)
+            self._inode = inode
+        return self._connection
+
+    def _query(self, plan: Plan) -> _Query:
+        kept = self._queries.get(id(plan))
+        if kept is None:
+            self._queries.clear()  # one plan is in force
+            columns = {
+                (i, looked_up.column.removeprefix(f"{view.name}__")): looked_up.column
+                for i, view in enumerate(plan.views) for looked_up in view.features
+            }
+            kept = self._queries[id(plan)] = (plan, _Query(
+                tuple(v.join_key for v in plan.views),
+                tuple(key_coder(v.join_key, plan.entity_types.get(v.join_key)) for v in plan.views), columns,
+                tuple(_quoted(f"{self._project}_{v.name}") for v in plan.views),
+            ))
+        return kept[1]
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+@lru_cache(maxsize=4096)
+def _event_time_s(stored: Any) -> float:
+    """Feast writes the naive UTC time through the local time zone, and reads it back the same way."""
+    if isinstance(stored, int | float):
+        return datetime.fromtimestamp(int(stored)).replace(tzinfo=UTC).timestamp()  # noqa: DTZ006 - as Feast does
+    when = datetime.fromisoformat(str(stored))
+    return (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,112 @@
+"""A valid row and what the store has for it → encoded values, by the contract's policy for what is missing, stale or unusable.
+
+Pure. `reject` makes the row an error, `impute` leaves it to the graph without a word, `degrade` does so and says it in the answer.
+A value that should be there but could not be read at all (the store is gone) always degrades: that is no usual absence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hafnium_contract.encoding import encode_value
+from hafnium_contract.errors import FeatureError, Problem
+from hafnium_transformer.errors import LookedUpError, RowInvalidError
+from hafnium_transformer.online_store.records import Found
+from hafnium_transformer.plan import LookedUp, Plan, ViewPlan
+from hafnium_transformer.rows import Row, expected_form
+
+CLOCK_SKEW_S = 300.0
+"""A value this much younger than the event is from the future; less is two clocks that differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row that can be scored."""
+
+    row: Row
+    values: dict[str, float]
+    """Encoded features by name, NaN = missing; without derived ones."""
+    degraded: tuple[str, ...]
+    missing: tuple[str, ...]
+    """Features that were missing, stale or unusable, whatever the policy: for counting."""
+
+
+def encode_row(plan: Plan, row: Row, found: Found | None) -> Encoded:
+    """`found`: None when the store could not be asked. Raises LookedUpError for a value that the contract demands."""
+    if not plan.views:
+        return Encoded(row, row.values, row.degraded, row.missing)
+    values = dict(row.values)
+    degraded: list[str] = []
+    missing: list[str] = []
+    problems: list[Problem] = []
+    event_time_s = row.event_time_s
+    for view in plan.views:
+        for looked_up in view.features:
+            name = looked_up.feature.name
+            item = None if found is None else found.get(looked_up.column)
+            if item is not None and -CLOCK_SKEW_S <= event_time_s - item[1] <= looked_up.max_age_s:
+                value = looked_up.plain(item[0])
+                if value is not None:
+                    values[name] = value
+                    continue
+            value, wrong, usual = _value(view, looked_up, row, found)
+            values[name] = value
+            if wrong:
+                missing.append(name)
+                policy = looked_up.feature.missing
+                if policy == "reject":
+                    problems.append(Problem(looked_up.column.replace("__", ".", 1), wrong))
+                elif policy == "degrade" or not usual:
+                    degraded.append(name)
+    if problems:
+        views = sorted({p.path.split(".")[0] for p in problems})
+        raise LookedUpError(f"view {', '.join(views)}: {problems[0].path} {problems[0].message}", problems, missing)
+    return Encoded(row, values, (*row.degraded, *degraded), (*row.missing, *missing))
+
+
+def _value(view: ViewPlan, looked_up: LookedUp, row: Row, found: Found | None) -> tuple[float, str, bool]:
+    """(encoded value, what is wrong with it or '', whether that is the usual case of a missing or stale value)."""
+    if found is None:
+        return math.nan, "could not be looked up: the feature store did not answer", False
+    item = found.get(looked_up.column)
+    if item is None:
+        return math.nan, f"has no value for {view.join_key} {row.entity.get(view.join_key)!r}", True
+    raw, value_time_s = item
+    age_s = row.event_time_s - value_time_s
+    if age_s < -CLOCK_SKEW_S:
+        return math.nan, f"is from {-age_s:.0f} s after the event: a score must not know the future", True
+    if age_s > looked_up.max_age_s:
+        return math.nan, f"is {age_s:.0f} s old at the event's time, the contract allows {looked_up.max_age_s:.0f} s", True
+    try:
+        value = encode_value(looked_up.feature, raw, looked_up.column)
+    except FeatureError as e:
+        return math.nan, f"in the store is not usable: {e.problems[0].message}", False
+    return value, f"has no value for {view.join_key}" if math.isnan(value) else "", True
+
+
+def check_derived(plan: Plan, encoded: Encoded, inputs: npt.NDArray[np.float32]) -> Encoded:
+    """Policies of derived inputs that can't be computed (an input is missing, or x/0). `inputs` [n]: the row, assembled.
+
+    Raises LookedUpError or RowInvalidError, after where the cause lies.
+    """
+    degraded: list[str] = []
+    missing: list[str] = []
+    for column, feature in plan.derived_inputs:
+        if not math.isnan(inputs[column]):
+            continue
+        missing.append(feature.name)
+        if feature.missing == "degrade":
+            degraded.append(feature.name)
+        elif feature.missing == "reject":
+            problem = Problem(feature.name, f"can't be computed from this row; expected {expected_form(feature)}")
+            views = plan.looked_up_behind[feature.name]
+            if views:
+                raise LookedUpError(f"view {', '.join(views)}: {problem.path} {problem.message}", [problem], missing)
+            raise RowInvalidError([problem])
+    if not missing:
+        return encoded
+    return Encoded(encoded.row, encoded.values, (*encoded.degraded, *degraded), (*encoded.missing, *missing))
