@@ -159,3 +159,65 @@ def assemble(contract: ModelContract, values: Mapping[str, Floats], event_time: 
     for j, f in enumerate(contract.inputs):
         out[:, j] = columns[f.name]
     return out
+
+
+def row_assembler(contract: ModelContract) -> Callable[[Mapping[str, float], float], list[float]]:
+    """A function for one row: encoded values by name, event time → float64 values in contract order.
+
+    Cast to float32 they are `assemble`'s row, to the bit: Python's float arithmetic is numpy's, and log1p is numpy's own. For a
+    few rows it takes a tenth of the time.
+    """
+    derived = [(f.name, _scalar(f.source.derived)) for f in contract.features if isinstance(f.source, FromDerived)]
+    names = contract.input_names
+    if not derived:
+        return lambda values, event_time_s: [values[name] for name in names]
+
+    def row(values: Mapping[str, float], event_time_s: float) -> list[float]:
+        all_values = dict(values)
+        for name, compute in derived:
+            all_values[name] = compute(all_values, event_time_s)
+        return [all_values[name] for name in names]
+
+    return row
+
+
+def _scalar(operation: Derived) -> Callable[[Mapping[str, float], float], float]:
+    """`derive` for one row."""
+    inputs = operation.inputs
+    first, second = inputs[0], inputs[-1]
+
+    def log1p(values: Mapping[str, float], _: float) -> float:
+        value = values[first]
+        return float(np.log1p(value)) if value > -1.0 else math.nan  # false for NaN
+
+    def ratio(values: Mapping[str, float], _: float) -> float:
+        divisor = values[second]
+        return values[first] / divisor if divisor != 0.0 else math.nan
+
+    def total(values: Mapping[str, float], _: float) -> float:
+        result = values[first]
+        for name in inputs[1:]:
+            result += values[name]
+        return result
+
+    def product(values: Mapping[str, float], _: float) -> float:
+        result = values[first]
+        for name in inputs[1:]:
+            result *= values[name]
+        return result
+
+    match operation.operation:
+        case "hour_of_day":
+            return lambda _, event_time_s: math.floor(event_time_s / 3600.0) % 24.0
+        case "day_of_week":
+            return lambda _, event_time_s: (math.floor(event_time_s / 86400.0) + 3.0) % 7.0
+        case "log1p":
+            return log1p
+        case "ratio":
+            return ratio
+        case "difference":
+            return lambda values, _: values[first] - values[second]
+        case "sum":
+            return total
+        case _:
+            return product

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hafnium_contract.contract_file import parse_contract
-from hafnium_contract.encoding import UNKNOWN_CATEGORY, assemble, encode_column, encode_value
+from hafnium_contract.contract_file import load_contract, parse_contract
+from hafnium_contract.encoding import UNKNOWN_CATEGORY, assemble, encode_column, encode_value, plain_encoder, row_assembler
 from hafnium_contract.errors import FeatureError
-from hafnium_contract.model_contract import Feature
+from hafnium_contract.model_contract import Feature, FromDerived
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 AMOUNT = Feature(name="a", description="-", dtype="float", range=(0, 100))
 CLAMPED = Feature(name="a", description="-", dtype="float", range=(0, 100), out_of_range="clamp")
@@ -97,3 +100,44 @@ def test_derived_features_are_computed_in_contract_order() -> None:
     np.testing.assert_allclose(got[0], [3, 1.5, 1, 5, 18, math.log(4), 23, 0, 10], rtol=1e-6)
     np.testing.assert_allclose(got[1], [-2, np.nan, -2, -2, 0, np.nan, 0, 3, -4])
     assert got.dtype == np.float32
+
+
+def with_all_operations() -> dict[str, Any]:
+    plain = [{"name": n, "description": n, "dtype": "float", "range": [-1e9, 1e9]} for n in "abc"]
+    operations = {"ratio": "ab", "difference": "ab", "sum": "abc", "product": "abc", "log1p": "a"}
+    derived = [{"name": f"of_{o}", "description": o, "dtype": "float", "range": [-1e9, 1e9], "outOfRange": "clamp",
+                "source": {"derived": {"operation": o, "inputs": list(i)}}} for o, i in operations.items()]
+    derived += [{"name": o, "description": o, "dtype": "float", "range": [0, 24],
+                 "source": {"derived": {"operation": o, "inputs": ["event_time"]}}} for o in ("hour_of_day", "day_of_week")]
+    return {
+        "schemaVersion": 1, "name": "all", "version": "1", "owner": "o", "description": "d",
+        "data": {"eventTime": {"column": "t"}, "label": {"column": "y"}, "labelTime": {"delay": "1d"}},
+        "features": [*plain, *derived], "decision": {"threshold": 0.5},
+    }
+
+
+@given(st.data())
+def test_a_row_assembled_alone_has_the_bits_of_its_column(data: st.DataObject) -> None:
+    numbers = st.floats(-1e6, 1e6) | st.just(math.nan) | st.sampled_from([0.0, -0.0, -1.0, 1e-300])
+    contract = parse_contract(with_all_operations())
+    names = [f.name for f in contract.features if not isinstance(f.source, FromDerived)]
+    rows = data.draw(st.lists(st.fixed_dictionaries(dict.fromkeys(names, numbers)), min_size=1, max_size=5))
+    times = data.draw(st.lists(st.floats(0, 4e9), min_size=len(rows), max_size=len(rows)))
+    together = assemble(contract, {n: np.array([r[n] for r in rows]) for n in names}, np.array(times))
+    one_by_one = row_assembler(contract)
+    with np.errstate(over="ignore"):
+        alone = np.array([one_by_one(r, t) for r, t in zip(rows, times, strict=True)], np.float64).astype(np.float32)
+    assert np.array_equal(together, alone, equal_nan=True)
+
+
+@given(st.data())
+def test_plain_encoder_agrees_with_encode_value_or_leaves_it_to_it(data: st.DataObject) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    feature = data.draw(st.sampled_from([f for f in contract.features if not isinstance(f.source, FromDerived)]))
+    anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    likely = st.sampled_from(feature.categories or ("x",)) | st.floats(*(feature.range or (0, 1))) | st.integers(0, 3)
+    value = data.draw(anything | likely)
+    plain = plain_encoder(feature)(value)
+    if plain is not None:
+        assert plain == encode_value(feature, value, "p")
+        assert type(plain) is float

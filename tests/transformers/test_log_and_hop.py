@@ -17,7 +17,7 @@ from hafnium_contract.inference_log import log_files, read_files
 from hafnium_transformer.__main__ import main
 from hafnium_transformer.errors import DeadlineError, UnavailableError
 from hafnium_transformer.gate import arm_of
-from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogRow
+from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogBatch, LogRow
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.plan import Plan, make_plan
 from hafnium_transformer.predictor_client import Deadline, HopLimits, PredictorClient
@@ -29,9 +29,9 @@ def plan() -> Plan:
     return make_plan(load_contract(Path(__file__).parents[2] / "examples" / "unified-risk" / "contract.yaml"))
 
 
-def log_row(plan: Plan, number: int, version: str = "1", day: int = 1) -> LogRow:
-    return LogRow(plan, f"r{number}", datetime(2026, 1, day, tzinfo=UTC), version, "sha256:x", "stable", 0.5, 0.4, 0.6,
-                  "approve", (), 1.0, {"customer_id": "c"}, np.full(15, number, np.float32))
+def log_row(plan: Plan, number: int, version: str = "1", day: int = 1, rows: int = 1) -> LogBatch:
+    logged = [LogRow(f"r{number + i}", "stable", 0.5, 0.4, 0.6, "approve", (), 1.0, {"customer_id": "c"}) for i in range(rows)]
+    return LogBatch(plan, datetime(2026, 1, day, tzinfo=UTC), version, "sha256:x", logged, np.full((rows, 15), number, np.float32))
 
 
 def open_log(folder: Path, registry: CollectorRegistry, queue: int, flush_rows: int = 1000) -> InferenceLog:
@@ -52,6 +52,19 @@ def test_full_queue_drops_and_counts(plan: Plan, tmp_path: Path) -> None:
     text = generate_latest(registry).decode()
     assert 'inference_log_dropped_total{reason="queue_full"} 3.0' in text
     assert "inference_log_rows_total 3.0" in text
+
+
+def test_a_batch_is_cut_where_the_room_ends(plan: Plan, tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    log = open_log(tmp_path, registry, queue=1200)
+    log.append(log_row(plan, 0, rows=700))
+    log.append(log_row(plan, 700, rows=700))
+    log.close()
+    table = read_files(log_files(tmp_path))
+    assert table is not None
+    assert sorted(table["request_id"].to_pylist()) == sorted(f"r{i}" for i in range(1200))
+    assert set(table["time"].to_pylist()) == {datetime(2026, 1, 1, tzinfo=UTC)}
+    assert 'inference_log_dropped_total{reason="queue_full"} 200.0' in generate_latest(registry).decode()
 
 
 def test_files_are_parted_by_day_and_version_and_flushed_by_rows(plan: Plan, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ folder that went away, drops the rows of that file and counts them. What a SIGKI
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -15,13 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.records import EntityValue
@@ -30,19 +29,15 @@ from hafnium_transformer.plan import Plan
 log = logging.getLogger("hafnium.transformer")
 _HASH_BYTES = 16
 _CLOSE_TIMEOUT_S = 8.0
+_PART_ROWS = 500
 _COMPLAINT_PAUSE_S = 30.0
 """A disk that stays full is reported this often, not at every flush."""
 
 
-@dataclass(frozen=True)
-class LogRow:
-    """One answer, as it was given. `inputs`: the encoded row [n] in contract order."""
+class LogRow(NamedTuple):
+    """One answer, as it was given, but for what it shares with the others of its batch."""
 
-    plan: Plan
     request_id: str
-    time: datetime
-    model_version: str
-    model_digest: str
     arm: str
     score: float
     lower: float
@@ -51,6 +46,16 @@ class LogRow:
     degraded: tuple[str, ...]
     latency_ms: float
     entity: dict[str, EntityValue]
+
+
+class LogBatch(NamedTuple):
+    """Answers that were given together. `inputs`: their encoded rows [rows, n] in contract order."""
+
+    plan: Plan
+    time: datetime
+    model_version: str
+    model_digest: str
+    rows: list[LogRow]
     inputs: npt.NDArray[np.float32]
 
 
@@ -65,8 +70,8 @@ class EntityHash:
         """32 hex digits; None for a request without an entity."""
         if not entity:
             return None
-        text = json.dumps(entity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.blake2b(text.encode(), key=self._key, digest_size=_HASH_BYTES).hexdigest()
+        text = orjson.dumps(entity, option=orjson.OPT_SORT_KEYS)
+        return hashlib.blake2b(text, key=self._key, digest_size=_HASH_BYTES).hexdigest()
 
 
 class InferenceLog:
@@ -83,21 +88,29 @@ class InferenceLog:
         self._queue_rows_max = queue_rows_max
         self._entity_hash = entity_hash
         self._clock = clock
-        self._queue: deque[LogRow] = deque()
+        self._queue: deque[LogBatch] = deque()
+        self._rows_in = 0
+        """Rows that were queued, ever; only the event loop writes it."""
+        self._rows_out = 0
+        """Rows that were taken out, ever; only the thread writes it."""
         self._wake = threading.Event()
         self._closing = False
         self._complained = -_COMPLAINT_PAUSE_S
         self._thread = threading.Thread(target=self._run, name="inference-log", daemon=True)
         self._thread.start()
 
-    def append(self, row: LogRow) -> None:
-        """Queues a row, or drops and counts it when the queue is full. Never waits."""
-        waiting = len(self._queue)
-        if waiting >= self._queue_rows_max or self._closing:
-            self._metrics.log_dropped("queue_full")
-            return
-        self._queue.append(row)
-        if waiting + 1 >= self._flush_rows and not self._wake.is_set():
+    def append(self, batch: LogBatch) -> None:
+        """Queues answers, or drops and counts what there is no room for. Never waits."""
+        room = 0 if self._closing else self._queue_rows_max - (self._rows_in - self._rows_out)
+        count = len(batch.rows)
+        if count > room:
+            self._metrics.log_dropped("queue_full", count - max(room, 0))
+            if room <= 0:
+                return
+            batch, count = batch._replace(rows=batch.rows[:room], inputs=batch.inputs[:room]), room
+        self._rows_in += count
+        self._queue.append(batch)
+        if self._rows_in - self._rows_out >= self._flush_rows and not self._wake.is_set():
             self._wake.set()
 
     def close(self) -> None:
@@ -106,8 +119,9 @@ class InferenceLog:
         self._wake.set()
         self._thread.join(_CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
-            self._metrics.log_dropped("shutdown", len(self._queue))
-            log.error("inference log: not written in %.0f s, %d rows lost", _CLOSE_TIMEOUT_S, len(self._queue))
+            left = self._rows_in - self._rows_out
+            self._metrics.log_dropped("shutdown", left)
+            log.error("inference log: not written in %.0f s, %d rows lost", _CLOSE_TIMEOUT_S, left)
 
     def _run(self) -> None:
         while True:
@@ -115,47 +129,55 @@ class InferenceLog:
             self._wake.clear()
             closing = self._closing  # read before the queue is emptied: rows after it are refused by append
             while self._queue:
-                rows = [self._queue.popleft() for _ in range(min(len(self._queue), self._flush_rows))]
-                self._write(rows)
+                self._write(self._take())
             if closing:
                 return
 
-    def _write(self, rows: list[LogRow]) -> None:
-        groups: dict[tuple[Any, ...], list[LogRow]] = {}
-        for row in rows:
-            groups.setdefault((row.time.date(), row.model_version, row.model_digest, row.plan.digest), []).append(row)
+    def _take(self) -> list[LogBatch]:
+        """Batches of a file's rows, out of the queue."""
+        taken: list[LogBatch] = []
+        rows = 0
+        while self._queue and rows < self._flush_rows:
+            taken.append(self._queue.popleft())
+            rows += len(taken[-1].rows)
+        self._rows_out += rows
+        return taken
+
+    def _write(self, batches: list[LogBatch]) -> None:
+        groups: dict[tuple[Any, ...], list[LogBatch]] = {}
+        for batch in batches:
+            groups.setdefault((batch.time.date(), batch.model_version, batch.model_digest, batch.plan.digest), []).append(batch)
         for group in groups.values():
+            count = sum(len(b.rows) for b in group)
             try:
                 self._write_file(group)
             except Exception as e:  # noqa: BLE001 - pyarrow raises many kinds, and a thread that dies would lose all rows
-                self._metrics.log_dropped("write_failed", len(group))
+                self._metrics.log_dropped("write_failed", count)
                 if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
                     self._complained = time.monotonic()
-                    log.error("inference log: %d rows dropped: %s: %s", len(group), type(e).__name__, e)
+                    log.error("inference log: %d rows dropped: %s: %s", count, type(e).__name__, e)
             else:
-                self._metrics.log_written.inc(len(group))
+                self._metrics.log_written.inc(count)
 
-    def _write_file(self, rows: list[LogRow]) -> None:
-        """Rows of one date and one model → one file, complete or not there."""
+    def _write_file(self, group: list[LogBatch]) -> None:
+        """Batches of one date and one model → one file, complete or not there."""
         import pyarrow as pa  # 0.4 s to import, and only this thread needs it
         import pyarrow.parquet as pq
 
-        from hafnium_contract.inference_log import FEATURE_PREFIX, log_schema, partition
+        from hafnium_contract.inference_log import log_schema, partition
 
-        plan = rows[0].plan
-        matrix = np.stack([r.inputs for r in rows])
-        columns: dict[str, Any] = {
-            "request_id": [r.request_id for r in rows], "time": [r.time for r in rows],
-            "model_name": [plan.contract.name] * len(rows), "model_version": [r.model_version for r in rows],
-            "model_digest": [r.model_digest for r in rows], "arm": [r.arm for r in rows], "score": [r.score for r in rows],
-            "confidence_lower": [r.lower for r in rows], "confidence_upper": [r.upper for r in rows],
-            "decision": [r.decision for r in rows], "degraded": [list(r.degraded) for r in rows],
-            "latency_ms": [r.latency_ms for r in rows], "entity_hash": [self._entity_hash.of(r.entity) for r in rows],
-        }
-        for j in plan.logged_columns:
-            columns[FEATURE_PREFIX + plan.contract.inputs[j].name] = matrix[:, j]
-        table = pa.table(columns, schema=log_schema(plan.contract))
-        target = partition(self._folder, rows[0].time, rows[0].model_version)
+        schema = log_schema(group[0].plan.contract)
+        # In parts: each makes Python lists into columns while it holds the interpreter, and requests wait for that long
+        parts: list[Any] = []
+        begin, rows = 0, 0
+        for i, batch in enumerate(group):
+            rows += len(batch.rows)
+            if rows >= _PART_ROWS or i == len(group) - 1:
+                parts.append(pa.RecordBatch.from_pydict(self._columns(group[begin : i + 1]), schema=schema))
+                begin, rows = i + 1, 0
+                time.sleep(0)
+        table = pa.Table.from_batches(parts, schema=schema)
+        target = partition(self._folder, group[0].time, group[0].model_version)
         target.mkdir(parents=True, exist_ok=True)
         name = f"part-{self._clock():%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
         temporary = target / f".{name}.tmp"
@@ -167,3 +189,22 @@ class InferenceLog:
             temporary.rename(target / f"{name}.parquet")
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _columns(self, batches: list[LogBatch]) -> dict[str, Any]:
+        """Batches of one model → columns of the log."""
+        from hafnium_contract.inference_log import FEATURE_PREFIX
+
+        plan, rows = batches[0].plan, [row for batch in batches for row in batch.rows]
+        request_id, arm, score, lower, upper, decision, degraded, latency_ms, entity = zip(*rows, strict=True)
+        times = np.repeat(np.array([b.time.timestamp() * 1e6 for b in batches], np.int64), [len(b.rows) for b in batches])
+        hash_of = self._entity_hash.of
+        columns: dict[str, Any] = {
+            "request_id": request_id, "time": times.view("datetime64[us]"), "model_name": [plan.contract.name] * len(rows),
+            "model_version": [batches[0].model_version] * len(rows), "model_digest": [batches[0].model_digest] * len(rows),
+            "arm": arm, "score": score, "confidence_lower": lower, "confidence_upper": upper, "decision": decision,
+            "degraded": degraded, "latency_ms": latency_ms, "entity_hash": [hash_of(e) for e in entity],
+        }
+        matrix = np.concatenate([b.inputs for b in batches])
+        for j in plan.logged_columns:
+            columns[FEATURE_PREFIX + plan.contract.inputs[j].name] = np.ascontiguousarray(matrix[:, j])
+        return columns

@@ -5,11 +5,11 @@ A request must not search the contract; it walks the tuples below.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hafnium_contract.encoding import plain_encoder
+from hafnium_contract.encoding import plain_encoder, row_assembler
 from hafnium_contract.model_contract import Feature, FromDerived, FromView, ModelContract
 
 ENTITY_TEXT = "a string"
@@ -55,6 +55,8 @@ class Plan:
     declared_keys: frozenset[str]
     references: tuple[str, ...]
     """`view:field`, as Feast wants them."""
+    assemble_row: Callable[[Mapping[str, float], float], list[float]]
+    """hafnium_contract.encoding.row_assembler of the contract."""
     derived_inputs: tuple[tuple[int, Feature], ...]
     """(column, feature) of the inputs that are computed."""
     looked_up_behind: dict[str, tuple[str, ...]]
@@ -84,7 +86,7 @@ def make_plan(contract: ModelContract, entity_types: dict[str, str] | None = Non
         fields=frozenset(contract.request_fields), protected=frozenset(p.name for p in contract.protected),
         views=tuple(views), join_keys=tuple(dict.fromkeys(v.join_key for v in views)),
         declared_keys=frozenset(e.join_key for e in contract.entities), references=tuple(dict.fromkeys(references)),
-        derived_inputs=derived, looked_up_behind=_views_behind(contract),
+        assemble_row=row_assembler(contract), derived_inputs=derived, looked_up_behind=_views_behind(contract),
         logged_columns=tuple(j for j, f in enumerate(contract.inputs) if not f.personal),
         entity_types=dict(entity_types or {}),
     )

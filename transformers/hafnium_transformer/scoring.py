@@ -31,7 +31,7 @@ from hafnium_transformer.errors import (
     UnavailableError,
 )
 from hafnium_transformer.explanation import contributions, left_out
-from hafnium_transformer.log_writer import InferenceLog, LogRow
+from hafnium_transformer.log_writer import InferenceLog, LogBatch, LogRow
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.feast import Reader
 from hafnium_transformer.online_store.records import EntityValue, Found, OnlineStore
@@ -47,6 +47,8 @@ Floats = npt.NDArray[np.float64]
 Result = dict[str, Any] | ScoringError
 _YIELD_ROWS = 64
 """Rows that are parsed before other requests get their turn of the event loop: about 1 ms."""
+_ONE_BY_ONE_MAX = 16
+"""Rows up to which numpy's cost per column is more than Python's per value."""
 _WARM_READ_S = 30.0
 _PING_S = 1.0
 _COMPLAINT_PAUSE_S = 5.0
@@ -261,11 +263,7 @@ class Scorer:
         self, plan: Plan, encoded: Sequence[Encoded], places: Sequence[int], asked: Sequence[Asked], deadline: Deadline,
         passed_on: bytes, results: list[Result | None],
     ) -> None:
-        columns: dict[str, Floats] = {
-            name: np.array([e.values[name] for e in encoded]) for name in encoded[0].values
-        }
-        event_time = np.array([e.row.event_time_s for e in encoded])
-        matrix = assemble(plan.contract, columns, event_time)
+        matrix = assembled(plan, encoded)
         kept: list[tuple[int, Encoded]] = []
         lines: list[int] = []
         for k, e in enumerate(encoded):
@@ -294,6 +292,7 @@ class Scorer:
         intervals: list[list[float]] = prediction.interval[: len(rows)].tolist()
         now, ended = self.clock(), time.perf_counter()
         explained_from, width = len(rows), matrix.shape[1]
+        logged: list[LogRow] = []
         for k, (place, e) in enumerate(rows):
             score, (lower, upper) = scores[k], intervals[k]
             decision = rule.above if score >= rule.threshold else rule.below
@@ -312,10 +311,21 @@ class Scorer:
                 self._metrics.missing(feature)
             if self._log is not None:
                 context = asked[place].context
-                self._log.append(LogRow(
-                    plan, e.row.request_id, now, version, prediction.model_digest, context.arm, score, lower, upper, decision,
-                    e.degraded, (ended - context.started) * 1000.0, e.row.entity, matrix[k],
+                logged.append(LogRow(
+                    e.row.request_id, context.arm, score, lower, upper, decision, e.degraded, (ended - context.started) * 1000.0,
+                    e.row.entity,
                 ))
+        if self._log is not None:
+            self._log.append(LogBatch(plan, now, version, prediction.model_digest, logged, matrix))
+
+
+def assembled(plan: Plan, encoded: Sequence[Encoded]) -> Matrix:
+    """Encoded rows → float32 [rows, n]: few of them one by one, many column by column, to the same bits."""
+    if len(encoded) <= _ONE_BY_ONE_MAX:
+        with np.errstate(over="ignore"):
+            return np.array([plan.assemble_row(e.values, e.row.event_time_s) for e in encoded], np.float64).astype(np.float32)
+    columns: dict[str, Floats] = {name: np.array([e.values[name] for e in encoded]) for name in encoded[0].values}
+    return assemble(plan.contract, columns, np.array([e.row.event_time_s for e in encoded]))
 
 
 def _nobody(plan: Plan) -> dict[str, EntityValue]:
