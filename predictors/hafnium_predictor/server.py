@@ -19,6 +19,7 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
+from hafnium_contract.garbage import settle
 from hafnium_predictor.gate import Gate
 from hafnium_predictor.hot_path import HotPath
 from hafnium_predictor.metrics import PredictorMetrics
@@ -75,7 +76,7 @@ class PredictorServer(ModelServer):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
         loop = asyncio.get_running_loop()
-        loading = loop.run_in_executor(None, self._model.load)
+        loading = loop.run_in_executor(None, self._load)
         grpc_task = asyncio.create_task(self._serve_grpc(loading)) if self.enable_grpc else None
         await rest.start()
         self._model.ready = False
@@ -83,6 +84,11 @@ class PredictorServer(ModelServer):
             await self._stop_grpc(grpc_task)
         await loading
         log.info("stopped")
+
+    def _load(self) -> bool:
+        loaded = self._model.load()
+        settle()
+        return loaded
 
     async def _serve_grpc(self, loading: asyncio.Future[bool]) -> None:
         """gRPC opens when the model is ready: the SDK answers INTERNAL for a model that is not (it means UNAVAILABLE)."""

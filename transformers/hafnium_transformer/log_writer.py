@@ -128,7 +128,8 @@ class InferenceLog:
             self._wake.wait(self._flush_seconds)
             self._wake.clear()
             closing = self._closing  # read before the queue is emptied: rows after it are refused by append
-            while self._queue:
+            due = self._rows_in  # what comes while this is written waits for the next time: else each file would have a few rows
+            while self._rows_out < due:
                 self._write(self._take())
             if closing:
                 return

@@ -22,6 +22,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
+from hafnium_contract.garbage import settle
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer
 from hafnium_transformer.errors import ScoringError
@@ -140,6 +141,7 @@ class TransformerServer(ModelServer):
             if not scorer.active:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2.0, _RETRY_MAX_S)
+        settle()
         while repo is not None:
             await asyncio.sleep(self._settings.registry_refresh_s)
             try:
