@@ -77,7 +77,9 @@ def plain_encoder(feature: Feature) -> Callable[[Any], float | None]:
     low, high = feature.range if feature.out_of_range == "reject" else (-_INT_EXACT_MAX, _INT_EXACT_MAX)
     low, high = max(low, -_INT_EXACT_MAX), min(high, _INT_EXACT_MAX)
     if feature.dtype == "int":
-        return lambda value: float(value) if type(value) is int and low <= value <= high else None
+        return lambda value: float(value) if (
+            (type(value) is int or (type(value) is float and value.is_integer())) and low <= value <= high
+        ) else None
 
     def number(value: Any) -> float | None:
         kind = type(value)

@@ -160,10 +160,14 @@ def transformer(
     return Server(argv, port, folder / f"transformer-{port}.log", dict(env or {}))
 
 
-def make_feature_repo(path: Path, contract: ModelContract, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """A real Feast repository (SQLite) with the contract's views, holding `rows` per view. Returns its FeatureStore.
+def make_feature_repo(
+    path: Path, contract: ModelContract, rows: Mapping[str, Sequence[Mapping[str, Any]]], redis: str | None = None,
+    numbered: bool = False,
+) -> Any:
+    """A real Feast repository with the contract's views, holding `rows` per view. Returns its FeatureStore.
 
-    `rows`: as hafnium_testing.synthetic_views gives them.
+    `rows`: as hafnium_testing.synthetic_views gives them. `redis`: Feast's connection string; None is SQLite. `numbered`: entities are
+    whole numbers and not text.
     """
     hidden = "torch" not in sys.modules
     if hidden:
@@ -178,9 +182,10 @@ def make_feature_repo(path: Path, contract: ModelContract, rows: Mapping[str, Se
 
     path.mkdir(parents=True)
     project = contract.name.replace("-", "_")
+    online = "{type: sqlite, path: online.db}" if redis is None else f'{{type: redis, connection_string: "{redis}"}}'
     (path / "feature_store.yaml").write_text(
         f"project: {project}\nprovider: local\nregistry: registry.db\noffline_store: {{type: file}}\n"
-        "online_store: {type: sqlite, path: online.db}\nentity_key_serialization_version: 3\n"
+        f"online_store: {online}\nentity_key_serialization_version: 3\n"
     )
 
     def kind(feature: Feature) -> Any:
@@ -188,7 +193,7 @@ def make_feature_repo(path: Path, contract: ModelContract, rows: Mapping[str, Se
 
     store = feast.FeatureStore(repo_path=str(path))
     entities = {
-        e.name: feast.Entity(name=e.name, join_keys=[e.join_key], value_type=feast.ValueType.STRING)
+        e.name: feast.Entity(name=e.name, join_keys=[e.join_key], value_type=feast.ValueType.INT64 if numbered else feast.ValueType.STRING)
         for e in contract.entities
     }
     (path / "sources").mkdir()

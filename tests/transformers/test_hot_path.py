@@ -1,0 +1,260 @@
+"""The transformer's hot path answers as the plain one does; rows that share a batch keep their own answers, errors and deadlines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hafnium_raw_http import RawAnswer, answers, exchange
+from hafnium_servers import Server, predictor, transformer
+
+from hafnium_contract.bundle import Bundle
+from hafnium_contract.model_contract import ModelContract
+from hafnium_testing import make_bundle, synthetic_rows
+
+SCORE = b"/v1/score"
+PATIENT = ["--deadline_ms", "20000", "--lookup_timeout_ms", "10000"]
+
+
+@pytest.fixture(scope="module")
+def plain(chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("plain")
+    with transformer(
+        chain.predictor.port, folder, repo=chain.repo,
+        args=["--body_bytes_max", "300000", *PATIENT, "--hot_path", "false"],
+    ) as running:
+        running.wait()
+        yield running
+
+
+def post(body: bytes, headers: list[bytes] | None = None, path: bytes = SCORE) -> bytes:
+    own = headers or []
+    ids = [] if any(h.lower().startswith(b"x-request-id") for h in own) else [b"x-request-id: q"]
+    head = [b"POST %s HTTP/1.1" % path, b"host: h", b"content-length: %d" % len(body), *ids, *own]
+    return b"\r\n".join(head) + b"\r\n\r\n" + body
+
+
+def changed(row: dict[str, Any], **changes: Any) -> bytes:
+    return json.dumps({**row, **changes}).encode()
+
+
+def cases(contract: ModelContract) -> dict[str, bytes]:
+    row = synthetic_rows(contract, 1, seed=4)[0]
+    features = row["features"]
+    name = next(f for f in features if isinstance(features[f], float))
+    good = json.dumps(row).encode()
+    return {
+        "a row": post(good),
+        "an id of its own": post(changed(row, request_id="mine")),
+        "explained": post(changed(row, explain=True)),
+        "an unknown entity": post(changed(row, entity=dict.fromkeys(row["entity"], "nobody"))),
+        "no entity": post(changed(row, entity={})),
+        "an unknown field": post(changed(row, more=1)),
+        "a field of the wrong type": post(changed(row, features={**features, name: "x"})),
+        "a missing field": post(changed(row, features={k: v for k, v in features.items() if k != name})),
+        "a field that is null": post(changed(row, features={**features, name: None})),
+        "out of range": post(changed(row, features={**features, name: 1e30})),
+        "NaN": post(good.replace(b'"features": {', b'"features": {"x": NaN, ')),
+        "a list": post(b"[]"), "no JSON": post(good[:-5]), "nothing": post(b""), "bad UTF-8": post(b'{"\xff": 1}'),
+        "an old event": post(changed(row, event_time="2020-01-01T00:00:00Z")),
+        "a time without offset": post(changed(row, event_time="2026-01-15T12:00:00")),
+        "no time left": post(good, [b"x-hafnium-deadline-ms: 0"]),
+        "a deadline that is no number": post(good, [b"x-hafnium-deadline-ms: soon"]),
+        "a long id": post(good, [b"x-request-id: " + b"a" * 300]),
+        "an arm": post(good, [b"x-hafnium-arm: candidate"]),
+        "chunks": post(good, [b"transfer-encoding: chunked"]),
+        "a batch": post(json.dumps({"requests": [row, {}]}).encode(), path=b"/v1/score/batch"),
+        "V1": post(json.dumps({"instances": [row]}).encode(), path=b"/v1/models/m:predict"),
+        "GET": b"GET /v1/score HTTP/1.1\r\nhost: h\r\n\r\n",
+        "two at once": post(good) + post(good),
+    }
+
+
+CASES = [
+    "a row", "an id of its own", "explained", "an unknown entity", "no entity", "an unknown field", "a field of the wrong type",
+    "a missing field", "a field that is null", "out of range", "NaN", "a list", "no JSON", "nothing", "bad UTF-8", "an old event",
+    "a time without offset", "no time left", "a deadline that is no number", "a long id", "an arm", "chunks",
+    "a batch", "V1", "GET", "two at once",
+]
+
+
+def seen(port: int, sent: bytes) -> list[RawAnswer]:
+    def stable(a: RawAnswer) -> RawAnswer:
+        """Without what is drawn anew for each request."""
+        own = tuple(h for h in a.headers if not (h[0] == b"x-request-id" and len(h[1]) == 32) and h[0] != b"content-length")
+        body = a.body
+        try:
+            parsed = json.loads(body)
+            if isinstance(parsed, dict) and len(str(parsed.get("request_id", ""))) == 32:
+                parsed["request_id"] = "drawn"
+            body = json.dumps(parsed).encode()
+        except ValueError:
+            pass
+        return RawAnswer(a.status_line, own, body)
+
+    return [stable(a) for a in answers(exchange(port, [sent], silence_s=5.0))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_request_gets_the_same_answer_on_both_paths(chain: Any, plain: Server, name: str) -> None:
+    made = cases(chain.contract)
+    assert sorted(made) == sorted(CASES)
+    hot = seen(chain.transformer.port, made[name])
+    assert hot == seen(plain.port, made[name])
+    assert not any(a.status_line.startswith(b"HTTP/1.1 500") for a in hot)
+
+
+def test_rows_that_share_a_batch_keep_their_own_answers(chain: Any) -> None:
+    rows = synthetic_rows(chain.contract, 60, seed=11)
+    alone = [json.loads(answers(exchange(chain.transformer.port, [post(json.dumps(r).encode())]))[0].body) for r in rows]
+    with ThreadPoolExecutor(30) as pool:
+        together = list(pool.map(
+            lambda r: json.loads(answers(exchange(chain.transformer.port, [post(json.dumps(r).encode())]))[0].body), rows))
+    assert together == alone
+    assert len({a["request_id"] for a in together}) == 60
+
+
+def ask(port: int, body: bytes, headers: list[bytes] | None = None) -> tuple[bytes, float, RawAnswer]:
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+        s.sendall(post(body, headers))
+        raw = s.recv(2**20)
+    [answer] = answers(raw)
+    return answer.status_line.split()[1], time.monotonic() - began, answer
+
+
+@pytest.mark.slow
+def test_each_row_has_its_own_deadline_while_the_predictor_hangs(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    body = json.dumps(synthetic_rows(contract, 1, seed=0)[0]).encode()
+    args = ["--deadline_ms", "1500", "--breaker_pause_max_s", "0.5"]
+    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
+        behind.wait()
+        front.wait()
+        assert behind.process is not None
+        os.kill(behind.process.pid, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                given = [300, 600, 900, None] * 2
+                got = list(pool.map(
+                    lambda ms: ask(front.port, body, [] if ms is None else [b"x-hafnium-deadline-ms: %d" % ms]), given))
+            assert {status for status, _, _ in got} <= {b"504", b"503"}
+            for ms, (_, took, _) in zip(given, got, strict=True):
+                assert took < (ms or 1500) / 1000.0 + 0.5
+            for _ in range(6):  # by now it is known to hang: nobody waits for it, but for one in a while
+                ask(front.port, body, [b"x-hafnium-deadline-ms: 200"])
+            refused = [ask(front.port, body) for _ in range(5)]
+            assert any(s == b"503" and took < 0.2 and b"asked again in" in a.body for s, took, a in refused)
+            assert all(dict(a.headers).get(b"retry-after") for s, _, a in refused if s == b"503")
+        finally:
+            os.kill(behind.process.pid, signal.SIGCONT)
+        until = time.monotonic() + 15
+        while time.monotonic() < until and ask(front.port, body)[0] != b"200":
+            time.sleep(0.1)
+        assert ask(front.port, body)[0] == b"200"
+
+
+@pytest.mark.slow
+def test_a_new_contract_behind_the_same_address_is_taken_over_by_rows_in_a_batch(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    rows = synthetic_rows(contract, 20, seed=0)
+    data = contract.model_dump(mode="json")
+    data["version"] = "2"
+    newer = make_bundle(tmp_path / "b2", ModelContract.model_validate(data), version="8", bias=-1.5)
+    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=PATIENT) as front:
+        behind.wait()
+        front.wait()
+        behind.kill()
+        with predictor(newer.path, tmp_path, port=behind.port) as other:
+            other.wait()
+            with ThreadPoolExecutor(10) as pool:
+                got = list(pool.map(lambda r: ask(front.port, json.dumps(r).encode()), rows))
+            assert {json.loads(a.body)["model_version"] for _, _, a in got} == {"8"}
+
+
+@pytest.mark.slow
+def test_one_client_s_limit_is_not_another_s_and_says_when_to_come_again(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    row = synthetic_rows(contract, 1, seed=0)[0]
+    body = json.dumps(row).encode()
+    args = [*PATIENT, "--rate_limit_per_s", "0.5", "--rate_limit_burst", "3", "--score_decimals", "2"]
+    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
+        behind.wait()
+        front.wait()
+        mine = [ask(front.port, body, [b"x-api-key: mine"]) for _ in range(4)]
+        assert [s for s, _, _ in mine] == [b"200", b"200", b"200", b"429"]
+        assert 1 <= int(dict(mine[3][2].headers)[b"retry-after"]) <= 2
+        assert ask(front.port, body, [b"x-api-key: yours"])[0] == b"200"
+        answer = json.loads(mine[0][2].body)
+        assert answer["score"] == round(answer["score"], 2)
+        many = front.post("/v1/score/batch", {"requests": [row] * 3}, {"x-api-key": "theirs"})
+        assert many.status == 200
+        assert front.post("/v1/score/batch", {"requests": [row] * 3}, {"x-api-key": "theirs"}).status == 429
+        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 2.0' \
+            in front.get("/metrics").body.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["transformer", "predictor"])
+def test_sigterm_under_load_loses_nothing(part: str, bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path) -> None:
+    """The transformer finishes what it has; a predictor that is restarted behind it is waited for within the deadline."""
+    bodies = [json.dumps(r).encode() for r in synthetic_rows(contract, 50, seed=0)]
+    lost: list[bytes] = []
+    done = 0
+    ending = threading.Event()
+
+    def client(k: int) -> None:
+        nonlocal done
+        with socket.create_connection(("127.0.0.1", front.port), timeout=30) as s:
+            while not (part == "predictor" and ending.is_set()):
+                try:
+                    s.sendall(post(bodies[k % len(bodies)]))
+                    raw = s.recv(2**16)
+                except ConnectionError:
+                    raw = b""
+                if not raw:  # closed between two requests
+                    if not ending.is_set():
+                        lost.append(b"closed before the signal")
+                    return
+                if not raw.startswith(b"HTTP/1.1 200"):
+                    lost.append(raw[:400])
+                done += 1
+                k += 1
+                if b"connection: close" in raw:
+                    return
+
+    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=PATIENT) as front:
+        behind.wait()
+        front.wait()
+        threads = [threading.Thread(target=client, args=(k,)) for k in range(6)]
+        for t in threads:
+            t.start()
+        time.sleep(1.0)
+        if part == "transformer":
+            ending.set()
+            assert front.stop() == 0
+        else:  # as a rolling update does it: the new one is ready before the old one is told to stop
+            with predictor(bundle.path, tmp_path) as newer:
+                newer.wait()
+                assert behind.stop() == 0
+                time.sleep(0.2)
+            ending.set()
+        for t in threads:
+            t.join(30)
+    if part == "transformer":
+        assert not lost
+    else:  # its address is gone for good here, where a Service would lead to the new one: what was in flight is not lost
+        assert all(b"can't be reached" in answer or b"asked again" in answer for answer in lost)
+    assert done > 50
