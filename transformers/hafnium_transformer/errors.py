@@ -3,6 +3,7 @@
 HafniumError
 └── ScoringError                a request, or one row of a batch, ends here with a problem document
     ├── MalformedError          400  not JSON, not the form of a request
+    ├── NotSupportedError       501  KServe's SDK knows the request and does not do it (model versions)
     ├── RowInvalidError         422  fields break the contract; `errors` names each
     ├── OverloadedError         429  too many requests in flight
     ├── RateLimitedError        429  this client asked for too many rows
@@ -50,6 +51,12 @@ class MalformedError(ScoringError):
     status = 400
     title = "Bad request"
     kind = "bad_request"
+
+
+class NotSupportedError(ScoringError):
+    status = 501
+    title = "Not implemented"
+    kind = "not_implemented"
 
 
 class RowInvalidError(ScoringError):

@@ -35,8 +35,9 @@ from hafnium_contract.asgi import (
 )
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
 from hafnium_transformer.admission import Admission
-from hafnium_transformer.errors import DeadlineError, MalformedError, ScoringError
+from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError
 from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.rows import TEXT_MAX
 from hafnium_transformer.scoring import Context, Scorer
@@ -97,6 +98,8 @@ class Gate:
             await send_answer(send, Answer(200, (JSON_TYPE,), b'{"live":true}'))
         elif scope["method"] == "GET" and path == self._contract_path:
             await send_answer(send, self._contract())
+        elif scope["method"] == "GET" and path == "/openapi.json":
+            await send_answer(send, self._openapi())
         elif path.startswith("/v2/repository"):
             # The SDK lets anybody unload the model by a POST
             await send_answer(send, problem_answer(501, "Not implemented", "models are not loaded or unloaded over HTTP"))
@@ -203,6 +206,8 @@ class Gate:
         if answer.status in (400, 422) or binary:
             # The SDK decodes binary bodies without checks, and fails with 500 on those that are not well formed
             raise MalformedError(f"KServe could not read the request: {sdk_detail(answer.body)}")
+        if answer.status == 501:
+            raise NotSupportedError(sdk_detail(answer.body))
         raise ScoringError(f"KServe answered {answer.status}: {sdk_detail(answer.body)}")
 
     async def _ready(self) -> Answer:
@@ -225,6 +230,13 @@ class Gate:
             "model_name": contract.name, "model_version": served.model_version, "model_digest": served.model_digest,
             "contract_digest": contract.digest, "contract": contract.model_dump(mode="json"),
         }))
+
+    def _openapi(self) -> Answer:
+        served = self._scorer.served
+        if served is None:
+            return problem_answer(503, "Not ready", self._scorer.reason)
+        made = document(self._scorer.plan, self._settings.model_name, served.model_version, self._settings.batch_rows_max)
+        return Answer(200, (JSON_TYPE,), orjson.dumps(made))
 
 
 def arm_of(headers: Mapping[bytes, bytes]) -> str:
