@@ -19,6 +19,8 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    across: Literal["max", "mostrecent", "livesum"] = "max"
+    """Of a gauge: what several workers' values are together."""
 
 
 _MODEL = ("component", "model_name", "model_version")
@@ -34,10 +36,10 @@ PREDICTION_LATENCY = Metric(
 SCORE = Metric("model_score", "histogram", "Scores given", ("model_name", "model_version"), SCORE_BUCKETS)
 FEATURE_LOOKUP = Metric("feature_lookup_seconds", "histogram", "Time of a feature lookup", ("model_name",), LATENCY_BUCKETS_S)
 FEATURE_STALENESS = Metric(
-    "feature_staleness_seconds", "gauge", "Age of the values last read from a view, at the event's time", ("view",)
+    "feature_staleness_seconds", "gauge", "Age of the values last read from a view, at the event's time", ("view",), across="mostrecent",
 )
 FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
-CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute")
+CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute", across="livesum")
 CLIENT_ROWS_MAX = Metric("inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute")
 LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
 LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())

@@ -6,6 +6,7 @@ import logging
 import sys
 
 from hafnium_contract.errors import HafniumError
+from hafnium_contract.workers import is_worker, supervise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,6 +18,14 @@ def main(argv: list[str] | None = None) -> int:
     except HafniumError as e:
         sys.stderr.write(f"hafnium_predictor: {e}\n")
         return 2
+    if settings.workers > 1 and not is_worker():
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        arguments = sys.argv[1:] if argv is None else argv
+        try:
+            return supervise("hafnium_predictor", arguments, host=settings.host, port=settings.http_port, workers=settings.workers)
+        except OSError as e:
+            sys.stderr.write(f"hafnium_predictor: {settings.host}:{settings.http_port}: {e.strerror or e}\n")
+            return 2
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     sys.argv = [sys.argv[0], *settings.sdk_arguments]  # KServe reads sys.argv when it is imported
     from kserve import model_server

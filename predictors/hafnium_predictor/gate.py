@@ -32,8 +32,10 @@ from hafnium_contract.asgi import (
     read_body,
     send_answer,
 )
+from hafnium_contract.exposition import metrics_answer
 from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, decode_request, encode_answer
 from hafnium_contract.wire import CONTRACT_HEADER, DEADLINE_HEADER, MODEL_DIGEST_HEADER, MODEL_VERSION_HEADER
+from hafnium_contract.workers import others_missing
 from hafnium_predictor.engine import Engine
 from hafnium_predictor.errors import AnswerError, DeadlineError, RowsError
 from hafnium_predictor.metrics import PredictorMetrics
@@ -68,6 +70,7 @@ class Gate:
             ("GET", "/health/live"): lambda: Answer(200, (JSON_TYPE,), b'{"live":true}'),
             ("GET", "/health/ready"): self._ready,
             ("GET", "/v2/health/ready"): self._ready,
+            ("GET", "/metrics"): metrics_answer,
         }
         self._facts: tuple[Engine, tuple[Header, ...]] | None = None
 
@@ -175,6 +178,9 @@ class Gate:
         return Answer(200, (JSON_TYPE, *self._identity()), json.dumps(body).encode())
 
     def _ready(self) -> Answer:
+        missing = others_missing()
+        if self._model.ready and missing:
+            return problem_answer(503, "Model not ready", f"{missing} workers are not ready yet")
         if self._model.ready:
             return Answer(200, (JSON_TYPE, *self._identity()), b'{"ready":true}')
         return problem_answer(503, "Model not ready", self._model.reason or "stopping")

@@ -28,7 +28,7 @@ class PredictorMetrics:
         self._duration = _histogram(metric_names.DURATION, registry)
         self._latency = _histogram(metric_names.PREDICTION_LATENCY, registry)
         info = metric_names.MODEL_INFO
-        self._info = Gauge(info.name, info.help, info.labels, registry=registry)
+        self._info = Gauge(info.name, info.help, info.labels, registry=registry, multiprocess_mode=info.across)
         self._bind(served_name, "none")
 
     def _bind(self, model_name: str, model_version: str) -> None:

@@ -20,6 +20,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.garbage import settle
+from hafnium_contract.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_predictor.gate import Gate
 from hafnium_predictor.hot_path import HotPath
 from hafnium_predictor.metrics import PredictorMetrics
@@ -38,6 +39,12 @@ class _GatedRestServer(RESTServer):
         self._gate = Gate(cast(App, kserve_app), model, metrics, settings)
         if settings.hot_path:
             self.config.http = HotPath(model, metrics, settings).routes.protocol_class()
+
+    async def start(self) -> None:
+        """Serves until it is told to stop; a worker on the socket that it was given."""
+        self.create_application()
+        shared = worker_socket()
+        await self._server.serve(None if shared is None else [shared])
 
     def create_application(self) -> None:
         super().create_application()
@@ -78,6 +85,8 @@ class PredictorServer(ModelServer):
         loop = asyncio.get_running_loop()
         loading = loop.run_in_executor(None, self._load)
         grpc_task = asyncio.create_task(self._serve_grpc(loading)) if self.enable_grpc else None
+        if is_worker() and others_missing() == 0:
+            await loading  # started again beside others that answer: it must not take what it can't answer yet
         await rest.start()
         self._model.ready = False
         if grpc_task is not None:
@@ -88,6 +97,8 @@ class PredictorServer(ModelServer):
     def _load(self) -> bool:
         loaded = self._model.load()
         settle()
+        if loaded:
+            say_ready()
         return loaded
 
     async def _serve_grpc(self, loading: asyncio.Future[bool]) -> None:

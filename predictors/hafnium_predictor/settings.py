@@ -29,6 +29,8 @@ class Settings(BaseModel):
     """KServe's default."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
     """KServe's default."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes behind the port. One answers thousands of requests a second; more pods spread failures better than more workers."""
     enable_grpc: bool = True
     """Off saves seven threads and 3 MB (measured) where nobody speaks gRPC."""
     host: str = "0.0.0.0"  # noqa: S104 - a pod is reached by its address

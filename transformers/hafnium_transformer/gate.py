@@ -33,7 +33,9 @@ from hafnium_contract.asgi import (
     read_body,
     send_answer,
 )
+from hafnium_contract.exposition import metrics_answer
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
+from hafnium_contract.workers import others_missing
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError
 from hafnium_transformer.metrics import TransformerMetrics
@@ -98,6 +100,8 @@ class Gate:
             await send_answer(send, Answer(200, (JSON_TYPE,), b'{"live":true}'))
         elif scope["method"] == "GET" and path == self._contract_path:
             await send_answer(send, self._contract())
+        elif scope["method"] == "GET" and path == "/metrics":
+            await send_answer(send, metrics_answer())
         elif scope["method"] == "GET" and path == "/openapi.json":
             await send_answer(send, self._openapi())
         elif path.startswith("/v2/repository"):
@@ -215,7 +219,8 @@ class Gate:
             return problem_answer(503, "Not ready", "stopping")
         now = time.monotonic()
         if now >= self._ready_until:
-            self._ready_reason = await self._scorer.not_ready()
+            missing = others_missing()
+            self._ready_reason = await self._scorer.not_ready() or (f"{missing} workers are not ready yet" if missing else "")
             self._ready_until = time.monotonic() + _READY_KEPT_S
         if self._ready_reason:
             return problem_answer(503, "Not ready", self._ready_reason)

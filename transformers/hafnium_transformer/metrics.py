@@ -17,7 +17,7 @@ def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
 
 
 def _gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
-    return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+    return Gauge(metric.name, metric.help, metric.labels, registry=registry, multiprocess_mode=metric.across)
 
 
 def _histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:

@@ -23,6 +23,7 @@ from kserve.protocol.rest.server import RESTServer
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
 from hafnium_contract.garbage import settle
+from hafnium_contract.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer
 from hafnium_transformer.errors import ScoringError
@@ -42,6 +43,7 @@ GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
 """KServe's own limit."""
 _SWITCH_S = 0.0005
 """How long the log's thread may keep the interpreter while requests wait. Python's default of 5 ms showed in the p99."""
+_WAIT_S = 0.05
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 """Pause between tries to get the contract: short at first, since predictor and transformer start together."""
 
@@ -53,6 +55,12 @@ class _GatedRestServer(RESTServer):
         self._gate = gate
         if hot_path is not None:
             self.config.http = hot_path.routes.protocol_class()
+
+    async def start(self) -> None:
+        """Serves until it is told to stop; a worker on the socket that it was given."""
+        self.create_application()
+        shared = worker_socket()
+        await self._server.serve(None if shared is None else [shared])
 
     def create_application(self) -> None:
         super().create_application()
@@ -109,6 +117,8 @@ class TransformerServer(ModelServer):
         if self.enable_grpc:
             background.append(asyncio.create_task(self._serve_grpc()))
         try:
+            while is_worker() and others_missing() == 0 and not scorer.active:
+                await asyncio.sleep(_WAIT_S)  # started again beside others that answer: it must not take what it can't answer yet
             await rest.start()
         finally:
             if self._grpc is not None:
@@ -142,6 +152,7 @@ class TransformerServer(ModelServer):
                 await asyncio.sleep(pause)
                 pause = min(pause * 2.0, _RETRY_MAX_S)
         settle()
+        say_ready()
         while repo is not None:
             await asyncio.sleep(self._settings.registry_refresh_s)
             try:

@@ -32,6 +32,8 @@ class Settings(BaseModel):
     """KServe's default."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
     """KServe's default."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes behind the port. One answers thousands of requests a second; more pods spread failures better than more workers."""
     enable_grpc: bool = False
     """V2 over gRPC for callers. Off: scores are asked for by HTTP, and the server costs seven threads."""
     host: str = "0.0.0.0"  # noqa: S104 - a pod is reached by its address

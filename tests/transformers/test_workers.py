@@ -1,0 +1,141 @@
+"""More than one worker behind one port: one set of metrics, a crash that costs little, a stop that costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from hafnium_servers import Server, http, predictor, transformer
+
+from hafnium_contract.bundle import Bundle
+from hafnium_contract.inference_log import log_files, read_files
+from hafnium_contract.model_contract import ModelContract
+from hafnium_testing import synthetic_rows
+
+pytestmark = pytest.mark.slow
+PATIENT = ["--deadline_ms", "20000", "--lookup_timeout_ms", "10000", "--workers", "2"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    behind: Server
+    front: Server
+    bodies: list[bytes]
+    log: Path
+
+
+@pytest.fixture
+def pair(bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path) -> Iterator[Pair]:
+    bodies = [json.dumps(r).encode() for r in synthetic_rows(contract, 40, seed=0)]
+    log = tmp_path / "log"
+    with predictor(bundle.path, tmp_path, args=["--workers", "2"]) as behind, transformer(
+        behind.port, tmp_path, repo=repo, log_dir=log, args=PATIENT,
+    ) as front:
+        behind.wait()
+        front.wait()
+        yield Pair(behind, front, bodies, log)
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    assert server.process is not None
+    return [p for p in psutil.Process(server.process.pid).children() if "python" in p.name()]
+
+
+def counted(server: Server, name: str) -> float:
+    text = server.get("/metrics").body.decode()
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} ")))
+
+
+def test_every_request_is_in_the_metrics_whichever_worker_answers_and_whoever_dies(pair: Pair) -> None:
+    front = pair.front
+    assert len(workers(front)) == 2
+    asked = 0
+    for body in pair.bodies:  # a connection each: both workers get some
+        assert http("POST", f"{front.url}/v1/score", body).status == 200
+        asked += 1
+    for _ in range(6):
+        assert counted(front, "inference_requests_total") == asked
+        assert counted(front, "inference_duration_seconds_count") == asked
+        assert counted(front, "model_predictions_total") == asked
+    assert counted(pair.behind, "model_info") == 1.0
+    used = [p for p in workers(front) if p.cpu_times().user > 0]
+    assert len(used) == 2
+    victim = workers(front)[0]
+    victim.kill()
+    until = time.monotonic() + 60
+    while time.monotonic() < until and (len(workers(front)) < 2 or victim.pid in [p.pid for p in workers(front)]):
+        assert http("POST", f"{front.url}/v1/score", pair.bodies[0]).status == 200
+        asked += 1
+        time.sleep(0.2)
+    for body in pair.bodies:
+        assert http("POST", f"{front.url}/v1/score", body).status == 200
+        asked += 1
+    assert counted(front, "inference_requests_total") == asked
+    assert front.stop() == 0
+    table = read_files(log_files(pair.log))
+    assert table is not None
+    assert table.num_rows >= asked - 40  # what the killed one had not yet written is lost
+    per_entity = table.select(["entity_hash", "request_id"]).to_pylist()
+    hashes = {r["request_id"]: set() for r in per_entity}
+    for r in per_entity:
+        hashes[r["request_id"]].add(r["entity_hash"])
+    assert all(len(h) == 1 for h in hashes.values())  # one key for all workers
+
+
+def test_sigterm_under_load_loses_nothing(pair: Pair) -> None:
+    lost: list[bytes] = []
+    done = 0
+    stopping = threading.Event()
+
+    def client(k: int) -> None:
+        nonlocal done
+        with socket.create_connection(("127.0.0.1", pair.front.port), timeout=30) as s:
+            while True:
+                body = pair.bodies[k % len(pair.bodies)]
+                try:
+                    s.sendall(b"POST /v1/score HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+                    raw = s.recv(2**16)
+                except ConnectionError:
+                    raw = b""
+                if not raw:
+                    if not stopping.is_set():
+                        lost.append(b"closed before the signal")
+                    return
+                if not raw.startswith(b"HTTP/1.1 200"):
+                    lost.append(raw[:300])
+                done += 1
+                k += 1
+                if b"connection: close" in raw:
+                    return
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(8)]
+    for t in threads:
+        t.start()
+    time.sleep(1.0)
+    stopping.set()
+    assert pair.front.process is not None
+    os.kill(pair.front.process.pid, signal.SIGTERM)
+    assert pair.front.process.wait(30) == 0
+    for t in threads:
+        t.join(30)
+    assert not lost
+    assert done > 50
+
+
+def test_a_port_that_is_taken_is_said_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with predictor(bundle.path, tmp_path, port=s.getsockname()[1], args=["--workers", "2"]) as refused:
+            assert refused.process is not None
+            assert refused.process.wait(60) == 2
+            assert "Address already in use" in refused.log
