@@ -17,6 +17,7 @@ from hafnium_contract.inference_log import log_files, read_files
 from hafnium_transformer.__main__ import main
 from hafnium_transformer.errors import DeadlineError, UnavailableError
 from hafnium_transformer.gate import arm_of
+from hafnium_transformer.log_target import Folder
 from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogBatch, LogRow
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.plan import Plan, make_plan
@@ -35,7 +36,7 @@ def log_row(plan: Plan, number: int, version: str = "1", day: int = 1, rows: int
 
 
 def open_log(folder: Path, registry: CollectorRegistry, queue: int, flush_rows: int = 1000) -> InferenceLog:
-    return InferenceLog(folder, TransformerMetrics(registry), flush_seconds=3600.0, flush_rows=flush_rows,
+    return InferenceLog(Folder(folder), TransformerMetrics(registry), flush_seconds=3600.0, flush_rows=flush_rows,
                         queue_rows_max=queue, entity_hash=EntityHash("k"))
 
 
@@ -147,9 +148,9 @@ def test_arm_comes_from_the_gateways_header_and_a_mirrored_host(headers: dict[by
 
 def test_settings_come_from_flags_then_environment() -> None:
     env = {"HAFNIUM_PREDICTOR_HOST": "p:80", "HAFNIUM_ENTITY_HASH_KEY": "secret", "HAFNIUM_LOG_FLUSH_SECONDS": "2"}
-    settings = parse_settings(["--log_flush_seconds", "3", "--workers", "1"], env)
+    settings = parse_settings(["--log_flush_seconds", "3", "--max_threads", "4"], env)
     assert (settings.predictor_host, settings.log_flush_seconds) == ("p:80", 3.0)
-    assert settings.sdk_arguments == ("--workers", "1")
+    assert settings.sdk_arguments == ("--max_threads", "4")
     assert "secret" not in repr(settings)
     assert [n for n, f in Settings.model_fields.items() if not f.description] == []
     for argv, said in (([], "predictor_host"), (["--predictor_host", "a b"], "predictor_host"), (["--deadline_ms", "0"], "deadline_ms")):

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
+from hafnium_transformer.log_target import LogTarget, file_name
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.records import EntityValue
 from hafnium_transformer.plan import Plan
@@ -78,10 +77,10 @@ class InferenceLog:
     """Writer of one process. `append` is for the event loop, everything else happens in the thread."""
 
     def __init__(
-        self, folder: Path, metrics: TransformerMetrics, *, flush_seconds: float, flush_rows: int, queue_rows_max: int,
+        self, target: LogTarget, metrics: TransformerMetrics, *, flush_seconds: float, flush_rows: int, queue_rows_max: int,
         entity_hash: EntityHash, clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._folder = folder
+        self._target = target
         self._metrics = metrics
         self._flush_seconds = flush_seconds
         self._flush_rows = flush_rows
@@ -163,9 +162,8 @@ class InferenceLog:
     def _write_file(self, group: list[LogBatch]) -> None:
         """Batches of one date and one model → one file, complete or not there."""
         import pyarrow as pa  # 0.4 s to import, and only this thread needs it
-        import pyarrow.parquet as pq
 
-        from hafnium_contract.inference_log import log_schema, partition
+        from hafnium_contract.inference_log import log_schema
 
         schema = log_schema(group[0].plan.contract)
         # In parts: each makes Python lists into columns while it holds the interpreter, and requests wait for that long
@@ -178,18 +176,7 @@ class InferenceLog:
                 begin, rows = i + 1, 0
                 time.sleep(0)
         table = pa.Table.from_batches(parts, schema=schema)
-        target = partition(self._folder, group[0].time, group[0].model_version)
-        target.mkdir(parents=True, exist_ok=True)
-        name = f"part-{self._clock():%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
-        temporary = target / f".{name}.tmp"
-        try:
-            with temporary.open("wb") as f:
-                pq.write_table(table, f, compression="zstd")
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.rename(target / f"{name}.parquet")
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._target.write(table, group[0].time, group[0].model_version, file_name(self._clock()))
 
     def _columns(self, batches: list[LogBatch]) -> dict[str, Any]:
         """Batches of one model → columns of the log."""

@@ -29,6 +29,7 @@ from hafnium_transformer.coalescing import Coalescer
 from hafnium_transformer.errors import ScoringError
 from hafnium_transformer.gate import Gate
 from hafnium_transformer.hot_path import HotPath
+from hafnium_transformer.log_target import log_target
 from hafnium_transformer.log_writer import EntityHash, InferenceLog
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.model import RiskTransformer
@@ -92,8 +93,8 @@ class TransformerServer(ModelServer):
         s = self._settings
         metrics = TransformerMetrics()
         key = s.entity_hash_key.get_secret_value() if s.entity_hash_key else None
-        inference_log = None if s.inference_log is None else InferenceLog(
-            s.inference_log, metrics, flush_seconds=s.log_flush_seconds, flush_rows=s.log_flush_rows,
+        inference_log = None if not s.inference_log else InferenceLog(
+            log_target(s.inference_log), metrics, flush_seconds=s.log_flush_seconds, flush_rows=s.log_flush_rows,
             queue_rows_max=s.log_queue_rows_max, entity_hash=EntityHash(key),
         )
         client = PredictorClient(s.predictor_host, s.model_name, tls=s.predictor_use_ssl, limits=HopLimits(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from hafnium_contract.errors import InputError
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
+from hafnium_transformer.log_target import log_target
 
 ENVIRONMENT_PREFIX = "HAFNIUM_"
 _NOT_FLAGS = ("sdk_arguments", "entity_hash_key")
@@ -40,8 +41,8 @@ class Settings(BaseModel):
     """Address to listen on. The local runtime gives 127.0.0.1."""
     feature_repo: Path | None = None
     """Folder with Feast's feature_store.yaml. Needed only when the contract has views."""
-    inference_log: Path | None = None
-    """Folder for the inference log; without it nothing is logged."""
+    inference_log: str = ""
+    """Where the inference log goes: a folder, or s3://BUCKET/PREFIX. Empty: nothing is logged."""
     log_flush_seconds: float = Field(default=10.0, gt=0)
     """Longest time that a row waits in memory: what a SIGKILL can lose. Shorter makes many small files."""
     log_flush_rows: int = Field(default=5_000, ge=1)
@@ -134,4 +135,6 @@ def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> 
         raise InputError(f"--{name} (or {ENVIRONMENT_PREFIX}{name.upper()}): {first['msg']}, got {first['input']!r}") from e
     if not settings.predictor_host:
         raise InputError("--predictor_host (or HAFNIUM_PREDICTOR_HOST): missing; expected HOST:PORT of the predictor")
+    if settings.inference_log:
+        log_target(settings.inference_log)  # a wrong place is said now, not in the log's thread
     return settings

@@ -1,0 +1,64 @@
+"""A real S3 for tests: SeaweedFS on free ports of 127.0.0.1, with its data in a folder of the test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from hafnium_servers import free_port
+
+KEY, SECRET = "hafnium", "hafnium-secret"
+_CONFIG = '{"identities": [{"name": "t", "credentials": [{"accessKey": "%s", "secretKey": "%s"}], "actions": ["Admin", "Read", "Write"]}]}'
+
+
+class S3:
+    """`with` starts and stops it. `environment` holds the credentials, as AWS's variables."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "data").mkdir(parents=True)
+        (folder / "s3.json").write_text(_CONFIG % (KEY, SECRET))
+        self.port = free_port()
+        self.environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+        ports = {
+            "master.port": free_port(), "master.port.grpc": free_port(), "volume.port": free_port(), "volume.port.grpc": free_port(),
+            "filer.port": free_port(), "filer.port.grpc": free_port(), "s3.port": self.port, "s3.port.grpc": free_port(),
+        }
+        self._argv = [
+            str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=5", *(f"-{k}={v}" for k, v in ports.items()),
+        ]
+        self._log = folder / "weed.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def uri(self, path: str) -> str:
+        """As --inference_log takes it."""
+        return f"s3://{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+
+    def __enter__(self) -> Self:
+        with self._log.open("ab") as out:
+            self._process = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT)
+        until = time.monotonic() + 60.0
+        while time.monotonic() < until and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2).close()
+                return self
+            except urllib.error.HTTPError:  # it speaks, and wants credentials
+                return self
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(f"SeaweedFS did not start:\n{self._log.read_text()[-2000:]}")
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
