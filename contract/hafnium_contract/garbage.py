@@ -19,3 +19,8 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_MAX, MIDDLE_EVERY, OLD_EVERY)
+
+
+def release() -> None:
+    """Gives everything back to the collector. Call it before the process ends: libraries look then for what was left behind."""
+    gc.unfreeze()

@@ -19,7 +19,7 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
-from hafnium_contract.garbage import settle
+from hafnium_contract.garbage import release, settle
 from hafnium_contract.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_predictor.gate import Gate
 from hafnium_predictor.hot_path import HotPath
@@ -71,6 +71,7 @@ class PredictorServer(ModelServer):
         self.register_model(self._model)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
+        release()
 
     async def _run(self) -> None:
         rest = _GatedRestServer(

@@ -18,7 +18,7 @@ def test_flags_win_over_the_environment_and_the_environment_over_defaults() -> N
 
 
 def test_arguments_of_the_sdk_are_passed_on() -> None:
-    assert parse_settings(["--workers", "1", "--max_threads=2"], {}).sdk_arguments == ("--workers", "1", "--max_threads=2")
+    assert parse_settings(["--max_threads=2"], {}).sdk_arguments == ("--max_threads=2",)
 
 
 @pytest.mark.parametrize(("argv", "said"), [

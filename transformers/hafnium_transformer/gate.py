@@ -34,6 +34,7 @@ from hafnium_contract.asgi import (
     send_answer,
 )
 from hafnium_contract.exposition import metrics_answer
+from hafnium_contract.json_log import Sampled
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
 from hafnium_contract.workers import others_missing
 from hafnium_transformer.admission import Admission
@@ -50,6 +51,8 @@ _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
 _ARM = ARM_HEADER.encode()
 _TRACE = (b"traceparent", b"tracestate")
+FAILURES = Sampled(log, lines_per_s=10.0)
+"""One line for an answer of 5xx, so that an id from a caller's log is found in ours."""
 _READY_KEPT_S = 1.0
 """A readiness answer is kept this long, so that probes by many don't become load on predictor and store."""
 SHADOW_SUFFIX = "-shadow"
@@ -133,7 +136,7 @@ class Gate:
             kind = e.kind
             answer = _error_answer(e, echo)
         except Exception:  # whatever was not foreseen is our fault: a 500 with no inside showing, and a trace in the log
-            log.exception("request %s failed", request_id)
+            log.exception("request failed", extra={"request_id": request_id})
             kind = "internal"
             answer = problem_answer(500, "Internal error", "the request could not be answered", headers=[echo])
         finally:
@@ -141,6 +144,8 @@ class Gate:
                 self._admission.leave()
         await send_answer(send, answer)
         self._count(started, kind)
+        if answer.status >= 500:
+            FAILURES.warning(time.monotonic(), f"answered {answer.status}", request_id=request_id, kind=kind, status=answer.status)
 
     def _count(self, started: float, kind: str | None) -> None:
         served = self._scorer.served

@@ -20,7 +20,7 @@ from hafnium_contract.wire import DEADLINE_HEADER, REQUEST_ID_HEADER
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer, Waiting
 from hafnium_transformer.errors import OverloadedError, RateLimitedError, RowInvalidError, ScoringError
-from hafnium_transformer.gate import arm_of, retry_after
+from hafnium_transformer.gate import FAILURES, arm_of, retry_after
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.rows import TEXT_MAX, parse_row
@@ -98,6 +98,11 @@ class HotPath:
         if isinstance(result, ScoringError):
             retry = b"".join(b"%s: %s\r\n" % h for h in retry_after(result))
             series.error(result.kind)
+            if result.status >= 500:
+                FAILURES.warning(
+                    time.monotonic(), f"answered {result.status}: {result.detail}", request_id=context.request_id, kind=result.kind,
+                    status=result.status,
+                )
             request.respond(_PROBLEM_HEAD + echo + retry, orjson.dumps(result.document()), result.status)
         else:
             request.respond(b"content-type: application/json\r\n" + echo, orjson.dumps(result))

@@ -22,7 +22,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
-from hafnium_contract.garbage import settle
+from hafnium_contract.garbage import release, settle
 from hafnium_contract.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer
@@ -88,6 +88,7 @@ class TransformerServer(ModelServer):
         sys.setswitchinterval(_SWITCH_S)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
+        release()
 
     async def _run(self) -> None:
         s = self._settings

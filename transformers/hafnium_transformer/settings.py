@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.json_log import LogFormat
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
 from hafnium_transformer.log_target import log_target
 
@@ -33,6 +34,8 @@ class Settings(BaseModel):
     """KServe's default."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
     """KServe's default."""
+    log_format: LogFormat = "json"
+    """`json`: an object a line, with the request's id, for a log store. `text`: for a person."""
     workers: int = Field(default=1, ge=1, le=64)
     """Processes behind the port. One answers thousands of requests a second; more pods spread failures better than more workers."""
     enable_grpc: bool = False
