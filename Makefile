@@ -10,7 +10,7 @@ space := $(empty) $(empty)
 STAMP := $(VENV)/.installed
 PARTS := contract predictors transformers training monitoring rollouts local
 
-.PHONY: help install demo kills test check bench bench-training generate lock clean
+.PHONY: help install demo kills test check bench bench-serving bench-training generate lock clean
 
 help:                    ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -49,7 +49,10 @@ generate: $(STAMP)       ## rewrite what is generated from the code
 kills: $(STAMP)          ## the demo, with each of its processes killed once (six minutes)
 	$(BIN)/python benchmarks/kills.py $(ARGS)
 
-bench: bench-training    ## all figures, into build/bench
+bench: bench-serving bench-training  ## all figures, into build/bench
+
+bench-serving: $(STAMP)  ## servers against their peers (twelve minutes); needs wrk and redis-server, ARGS="--rounds 1"
+	$(BIN)/python benchmarks/serving $(ARGS)
 
 bench-training: $(STAMP) ## how good models are; HAFNIUM_ULB=creditcard.csv for the real data too
 	$(BIN)/python benchmarks/training.py

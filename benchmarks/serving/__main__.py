@@ -188,6 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3, help="of each run of wrk")
+    parser.add_argument("--model", choices=("small", "trained"), default="small", help="small: n-64-64-1; trained: Hafnium's network")
     parser.add_argument("--only", default="", help="contestants, or beginnings of their names, comma-separated")
     args = parser.parse_args()
     if wrk_or_none() is None:
@@ -196,7 +197,7 @@ def main() -> int:
     folder = (OUT / "serving").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "inference-log", ignore_errors=True)
-    setting = prepare(folder)
+    setting = prepare(folder, args.model)
     field = Field(setting, folder)
     script = folder / "wrk.lua"
     script.unlink(missing_ok=True)
@@ -232,7 +233,7 @@ def main() -> int:
     results = Results(seen)
     text = table(results, memory)
     print("\r" + text + "\n")
-    (OUT / "serving.txt").write_text(f"{git_describe()}\n{text}\n")
+    (OUT / "serving.txt").write_text(f"{git_describe()}, {args.model} model, {args.rounds} rounds of {args.seconds} s\n{text}\n")
     (OUT / "serving-runs.json").write_text(json.dumps([asdict(s) for s in seen], indent=1))
     plot(results, OUT / "serving.svg")
     store = "redis" if setting.redis is not None else "sqlite"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import Process, free_port
+from small_model import small_bundle
 
 from hafnium_contract.bundle import Bundle, open_bundle
 from hafnium_contract.contract_file import load_contract
@@ -49,8 +50,8 @@ def redis_or_none(folder: Path) -> Process | None:
     return Process("redis", argv, port, folder / "redis.log", ready=None)
 
 
-def prepare(folder: Path) -> Setting:
-    """Makes it all. Data, model and SQLite store are kept for the next time; Redis is filled anew."""
+def prepare(folder: Path, model: str) -> Setting:
+    """Makes it all. Data, models and SQLite store are kept for the next time; Redis is filled anew. `model`: small or trained."""
     contract = load_contract(CONTRACT)
     data, table, made = folder / "data", folder / "table.parquet", folder / "bundle"
     repos = {"sqlite": folder / "repo-sqlite"}
@@ -71,7 +72,11 @@ def prepare(folder: Path) -> Setting:
         shutil.rmtree(repos["redis"], ignore_errors=True)
         write_repo(contract, data, repos["redis"], redis=f"127.0.0.1:{redis.port}")
         materialise(contract, repos["redis"], until=UNTIL)
-    return Setting(open_bundle(made), repos, _bodies(contract, data, folder / "bodies"), json.dumps(_spec(contract)), redis)
+    bundle = open_bundle(made)
+    if model == "small":
+        small = folder / "small-bundle"
+        bundle = open_bundle(small) if small.exists() else small_bundle(bundle, small)
+    return Setting(bundle, repos, _bodies(contract, data, folder / "bodies"), json.dumps(_spec(contract)), redis)
 
 
 def _spec(contract: ModelContract) -> dict[str, Any]:

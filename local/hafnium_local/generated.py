@@ -46,6 +46,36 @@ def metrics_page(_: Path) -> str:
     return NOTE + "# Metrics\n\n| name | kind | labels | what |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
+def settings_page(_: Path) -> str:
+    """Every setting of predictor and transformer: flag, environment variable, default, limits, and why."""
+    from hafnium_predictor.settings import Settings as Predictor
+    from hafnium_transformer.settings import Settings as Transformer
+
+    pages: list[str] = []
+    for title, settings in (("Predictor", Predictor), ("Transformer", Transformer)):
+        lines = [f"## {title}", "", "| flag | default | limits | what, and why this default |", "|---|---|---|---|"]
+        schema: dict[str, Any] = settings.model_json_schema()["properties"]
+        for name, field in settings.model_fields.items():
+            if name == "sdk_arguments":
+                continue
+            flag = "environment only" if name == "entity_hash_key" else f"`--{name}`"
+            default = "none" if field.default in (None, "") else f"`{field.default}`"
+            text = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| {flag}<br>`HAFNIUM_{name.upper()}` | {default} | {_limits(schema[name])} | {text} |")
+        pages.append("\n".join(lines) + "\n")
+    intro = "The command line comes first, then the environment, then the default. KServe's own flags are taken as well.\n\n"
+    return NOTE + "# Settings of the servers\n\n" + intro + "\n".join(pages)
+
+
+def _limits(schema: dict[str, Any]) -> str:
+    """A field's limits, in words."""
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
+    found = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    if "enum" in schema:
+        found.append(" or ".join(f"`{v}`" for v in schema["enum"]))
+    return ", ".join(found)
+
+
 def command_page(_: Path) -> str:
     """Reference of the command line: the help of every command."""
     from hafnium_local.__main__ import app  # the command line imports this module's neighbours, not the other way round
@@ -81,6 +111,7 @@ TARGETS: dict[str, Callable[[Path], str]] = {
     "docs/reference/unified-risk.md": feature_page("unified-risk"),
     "docs/reference/creditcard.md": feature_page("creditcard"),
     "docs/reference/metrics.md": metrics_page,
+    "docs/reference/settings.md": settings_page,
     "docs/reference/commands.md": command_page,
 }
 
