@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from hafnium_contract.errors import HafniumError
-from hafnium_contract.json_log import set_up
-from hafnium_contract.workers import is_worker, supervise
+from hafnium_contract.serving.json_log import set_up
+from hafnium_contract.serving.workers import is_worker, supervise
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import orjson
 
 from hafnium_contract.bundle import INPUT_NAME, INTERVAL_OUTPUT, SCORE_OUTPUT
-from hafnium_contract.hot_protocol import HotRequest, HotRoutes
+from hafnium_contract.serving.hot_protocol import HotRequest, HotRoutes
 from hafnium_contract.v2_binary import LENGTH_HEADER, BinaryRequest, TensorError, decode_request, encode_answer
 from hafnium_contract.wire import CONTRACT_HEADER, DEADLINE_HEADER, MODEL_DIGEST_HEADER, MODEL_VERSION_HEADER
 from hafnium_predictor.engine import Engine

@@ -19,8 +19,8 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
-from hafnium_contract.garbage import release, settle
-from hafnium_contract.workers import is_worker, others_missing, say_ready, worker_socket
+from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_predictor.gate import Gate
 from hafnium_predictor.hot_path import HotPath
 from hafnium_predictor.metrics import PredictorMetrics

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hafnium_contract.errors import InputError
-from hafnium_contract.json_log import LogFormat
+from hafnium_contract.serving.json_log import LogFormat
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
 
 ENVIRONMENT_PREFIX = "HAFNIUM_"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hafnium_contract.hot_protocol import HotRequest
+from hafnium_contract.serving.hot_protocol import HotRequest
 from hafnium_transformer.errors import ContractChangedError, DeadlineError, RefusedError, RowInvalidError, ScoringError
 from hafnium_transformer.plan import Plan
 from hafnium_transformer.predictor_client import Deadline

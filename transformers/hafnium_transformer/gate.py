@@ -33,10 +33,10 @@ from hafnium_contract.asgi import (
     read_body,
     send_answer,
 )
-from hafnium_contract.exposition import metrics_answer
-from hafnium_contract.json_log import Sampled
+from hafnium_contract.serving.exposition import metrics_answer
+from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
-from hafnium_contract.workers import others_missing
+from hafnium_contract.serving.workers import others_missing
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError
 from hafnium_transformer.metrics import TransformerMetrics

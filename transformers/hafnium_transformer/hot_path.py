@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from hafnium_contract.asgi import PROBLEM_TYPE
-from hafnium_contract.hot_protocol import HotRequest, HotRoutes
+from hafnium_contract.serving.hot_protocol import HotRequest, HotRoutes
 from hafnium_contract.wire import DEADLINE_HEADER, REQUEST_ID_HEADER
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer, Waiting

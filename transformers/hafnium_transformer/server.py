@@ -22,8 +22,8 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
-from hafnium_contract.garbage import release, settle
-from hafnium_contract.workers import is_worker, others_missing, say_ready, worker_socket
+from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer
 from hafnium_transformer.errors import ScoringError

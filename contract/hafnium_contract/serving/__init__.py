@@ -1,0 +1,1 @@
+"""What predictor and transformer have in common beside the contract. Needs what their extras bring: uvicorn, prometheus-client."""
