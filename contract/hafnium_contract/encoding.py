@@ -95,7 +95,10 @@ def _unit(feature: Feature) -> str:
 
 
 def _problem(path: str, expected: str, value: Any) -> FeatureError:
-    shown = repr(value)
+    if isinstance(value, dict | list):  # never shown: it may be large, and deep
+        shown = "an object" if isinstance(value, dict) else "a list"
+    else:
+        shown = repr(value)
     return FeatureError([Problem(path, f"expected {expected}, got {shown if len(shown) <= 60 else shown[:57] + '...'}")])
 
 

@@ -99,7 +99,7 @@ def _to_float32(tensor: npt.NDArray[Any]) -> Matrix:
 def _from_lists(found: InputHeader, columns: int) -> Matrix:
     try:
         flat = np.array(found.data, np.float64).reshape(-1)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError, RecursionError) as e:
         raise TensorError(f"inputs[0].data: expected numbers: {e}") from e
     if flat.size != found.rows * columns:
         raise TensorError(f"inputs[0].data: expected {found.rows * columns} numbers, got {flat.size}")

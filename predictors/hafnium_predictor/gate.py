@@ -33,9 +33,9 @@ from hafnium_contract.asgi import (
     send_answer,
 )
 from hafnium_contract.serving.exposition import metrics_answer
+from hafnium_contract.serving.workers import others_missing
 from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, decode_request, encode_answer
 from hafnium_contract.wire import CONTRACT_HEADER, DEADLINE_HEADER, MODEL_DIGEST_HEADER, MODEL_VERSION_HEADER
-from hafnium_contract.serving.workers import others_missing
 from hafnium_predictor.engine import Engine
 from hafnium_predictor.errors import AnswerError, DeadlineError, RowsError
 from hafnium_predictor.metrics import PredictorMetrics

@@ -8,6 +8,7 @@ a wrong row or a graph that failed, goes back to the gate, one request at a time
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from hafnium_predictor.metrics import PredictorMetrics
 from hafnium_predictor.model import RiskModel
 from hafnium_predictor.settings import Settings
 
+log = logging.getLogger("hafnium.predictor")
 Matrix = npt.NDArray[np.float32]
 _CONTRACT, _DEADLINE, _LENGTH = CONTRACT_HEADER.encode(), DEADLINE_HEADER.encode(), LENGTH_HEADER.encode()
 _NUMBERS = frozenset({int, float, bool, type(None)})
@@ -77,7 +79,7 @@ class HotPath:
         if digest is not None and digest != self._digest:
             return None
         deadline = headers.get(_DEADLINE)
-        if deadline is not None and not (deadline.isdigit() and deadline.strip(b"0")):
+        if deadline is not None and not (len(deadline) < 10 and deadline.isdigit() and deadline.strip(b"0")):
             return None
         return engine
 
@@ -192,7 +194,11 @@ class HotPath:
         answered = self._metrics.answered
         for rows in group:
             end = at + len(rows.matrix)
-            self._answer(engine, rows, score[at:end], interval[at:end])
+            try:
+                self._answer(engine, rows, score[at:end], interval[at:end])
+            except Exception:  # one answer that can't be written must not cost the others theirs
+                log.exception("an answer could not be written")
+                rows.request.abort()
             at = end
             answered(time.perf_counter() - rows.request.arrived, None)
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hafnium_contract.bundle import Bundle
-from hafnium_contract.serving.hot_protocol import HeadReader
 from hafnium_contract.model_contract import ModelContract
+from hafnium_contract.serving.hot_protocol import HeadReader
 from hafnium_contract.v2_binary import LENGTH_HEADER, request_header
 from hafnium_testing import synthetic_matrix
 

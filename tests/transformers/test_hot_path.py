@@ -258,3 +258,84 @@ def test_sigterm_under_load_loses_nothing(part: str, bundle: Bundle, contract: M
     else:  # its address is gone for good here, where a Service would lead to the new one: what was in flight is not lost
         assert all(b"can't be reached" in answer or b"asked again" in answer for answer in lost)
     assert done > 50
+
+
+def test_what_one_client_sends_behind_a_request_is_none_of_the_others_business(chain: Any) -> None:
+    """While a row is due its client sends what no handler expects; the rows that share the batch get their answers all the same."""
+    body = json.dumps(synthetic_rows(chain.contract, 1, seed=2)[0]).encode()
+    deep = b'{"features": {"transaction_amount": ' + b"[" * 1010 + b"]" * 1010 + b"}}"
+    nasty = [post(body, [b"x-hafnium-deadline-ms: " + b"9" * 400]), post(deep), post(body, [b"x-hafnium-deadline-ms: " + b"9" * 5000])]
+    port = chain.transformer.port
+    stop = threading.Event()
+
+    def attacker(k: int) -> None:
+        while not stop.is_set():
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+                s.sendall(post(body))
+                s.sendall(nasty[k % len(nasty)])
+                s.settimeout(0.2)
+                try:
+                    while s.recv(2**16):
+                        pass
+                except TimeoutError:
+                    pass
+
+    attackers = [threading.Thread(target=attacker, args=(k,)) for k in range(3)]
+    for t in attackers:
+        t.start()
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            got = list(pool.map(lambda _: ask(port, body)[0], range(120)))
+    finally:
+        stop.set()
+        for t in attackers:
+            t.join(20)
+    assert set(got) == {b"200"}
+
+
+def test_pipelined_rows_whose_time_is_over_do_not_stop_the_clock(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    body = json.dumps(synthetic_rows(contract, 1, seed=0)[0]).encode()
+    args = ["--deadline_ms", "1000", "--breaker_failures_max", "1000"]
+    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
+        behind.wait()
+        front.wait()
+        assert behind.process is not None
+        os.kill(behind.process.pid, signal.SIGSTOP)
+        try:
+            sockets = [socket.create_connection(("127.0.0.1", front.port), timeout=10) for _ in range(12)]
+            for s in sockets:
+                s.sendall(post(body, [b"x-hafnium-deadline-ms: 150"]))
+                s.sendall(post(body, [b"x-hafnium-deadline-ms: 150"]))
+            for s in sockets:
+                raw = b""
+                while raw.count(b"HTTP/1.1 504") < 2:
+                    part = s.recv(2**16)
+                    assert part
+                    raw += part
+                s.close()
+            status, took, _ = ask(front.port, body, [b"x-hafnium-deadline-ms: 150"])
+            assert status == b"504"
+            assert took < 0.6
+        finally:
+            os.kill(behind.process.pid, signal.SIGCONT)
+
+
+def test_a_body_that_never_comes_is_given_up_and_holds_nobody_up(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    body = json.dumps(synthetic_rows(contract, 1, seed=0)[0]).encode()
+    args = ["--deadline_ms", "1000", "--in_flight_max", "4", "--lookup_timeout_ms", "900"]
+    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
+        behind.wait()
+        front.wait()
+        sockets = [socket.create_connection(("127.0.0.1", front.port), timeout=10) for _ in range(4)]
+        for s in sockets:
+            s.sendall(b"POST /v1/score/batch HTTP/1.1\r\nhost: h\r\ncontent-length: 1000\r\n\r\n{")
+        time.sleep(0.2)
+        assert ask(front.port, body)[0] == b"429"
+        for s in sockets:
+            assert s.recv(2**16).startswith(b"HTTP/1.1 408")
+            s.close()
+        assert ask(front.port, body)[0] == b"200"

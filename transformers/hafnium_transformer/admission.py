@@ -5,6 +5,7 @@ Pure but for counting: time is an argument. Both limits are of one process.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.settings import Settings
 
 _WINDOW_S = 60.0
+_KEY_BYTES_MAX = 64
+"""Longer keys are kept as their hash."""
 
 
 @dataclass(slots=True)
@@ -92,7 +95,9 @@ class Admission:
     def client(self, headers: Mapping[bytes, bytes], peer: str) -> str:
         """The client's key: its header, or else the address that it comes from."""
         given = headers.get(self._header)
-        return peer if given is None else given.decode("latin-1")
+        if given is None:
+            return peer
+        return given.decode("latin-1") if len(given) <= _KEY_BYTES_MAX else hashlib.blake2b(given, digest_size=32).hexdigest()
 
     def enter(self) -> None:
         """A request comes. Raises OverloadedError; otherwise `leave` must follow."""

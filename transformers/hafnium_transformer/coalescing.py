@@ -43,9 +43,14 @@ class Waiting:
 
     def answer(self, result: Result) -> None:
         """Hands the result over, unless the row was answered before."""
-        if not self.answered:
-            self.answered = True
+        if self.answered:
+            return
+        self.answered = True
+        try:
             self.done(self, result)
+        except Exception:  # one row's answer that can't be written must not cost the others of its batch theirs
+            log.exception("an answer could not be written", extra={"request_id": self.context.request_id})
+            self.request.abort()
 
 
 class Coalescer:
@@ -107,7 +112,7 @@ class Coalescer:
         except ContractChangedError as e:
             log.info("predictor refused contract %s: %s", plan.digest, e)
             try:
-                await self._scorer.refresh(plan)
+                await self._scorer.refreshed(plan, Deadline(max(w.context.deadline.at for w in batch)))
                 await self._score_anew(self._scorer.plan, batch)
             except ScoringError as again:
                 _all(batch, again)
@@ -147,17 +152,13 @@ class Coalescer:
     def _sweep(self) -> None:
         """Answers rows whose time is over, and comes again while any is on its way."""
         now = time.monotonic()
-        left = False
-        for group in (self._waiting, *self._batches.values()):
-            for waiting in group:
-                if not waiting.answered:
-                    if waiting.context.deadline.at <= now:
-                        waiting.answer(DeadlineError("the time given for the answer is over"))
-                    else:
-                        left = True
-        self._sweeping = left
-        if left:
+        on_their_way = [w for group in (self._waiting, *self._batches.values()) for w in group if not w.answered]
+        self._sweeping = bool(on_their_way)
+        if on_their_way:
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+        for waiting in on_their_way:
+            if waiting.context.deadline.at <= now:
+                waiting.answer(DeadlineError("the time given for the answer is over"))
 
     async def drain(self) -> None:
         """Waits until every row is answered."""

@@ -3,6 +3,7 @@
 HafniumError
 └── ScoringError                a request, or one row of a batch, ends here with a problem document
     ├── MalformedError          400  not JSON, not the form of a request
+    ├── SlowBodyError           408  the body did not come in time
     ├── NotSupportedError       501  KServe's SDK knows the request and does not do it (model versions)
     ├── RowInvalidError         422  fields break the contract; `errors` names each
     ├── OverloadedError         429  too many requests in flight
@@ -51,6 +52,12 @@ class MalformedError(ScoringError):
     status = 400
     title = "Bad request"
     kind = "bad_request"
+
+
+class SlowBodyError(ScoringError):
+    status = 408
+    title = "Request timeout"
+    kind = "slow_body"
 
 
 class NotSupportedError(ScoringError):

@@ -6,6 +6,7 @@ scorer; since the SDK keeps no status of ours, the error travels beside it in a 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -35,10 +36,10 @@ from hafnium_contract.asgi import (
 )
 from hafnium_contract.serving.exposition import metrics_answer
 from hafnium_contract.serving.json_log import Sampled
-from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
 from hafnium_contract.serving.workers import others_missing
+from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
 from hafnium_transformer.admission import Admission
-from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError
+from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError, SlowBodyError
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
@@ -124,8 +125,13 @@ class Gate:
         try:
             self._admission.enter()
             entered = True
-            body = await read_body(headers, receive, self._settings.body_bytes_max)
-            answer = await self._score(scope, headers, body, self._context(headers, request_id, started), echo)
+            context = self._context(headers, request_id, started)
+            try:
+                async with asyncio.timeout(context.deadline.left_s()):
+                    body = await read_body(headers, receive, self._settings.body_bytes_max)
+            except TimeoutError as e:
+                raise SlowBodyError("the body did not come within the time given for the answer") from e
+            answer = await self._score(scope, headers, body, context, echo)
         except ClientGoneError:
             self._count(started, "client_gone")
             return

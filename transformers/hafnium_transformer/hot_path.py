@@ -56,7 +56,7 @@ class HotPath:
         deadline_s = self._deadline_s
         given_deadline = headers.get(_DEADLINE)
         if given_deadline is not None:
-            if not given_deadline.isdigit() or not given_deadline.strip(b"0"):
+            if len(given_deadline) > 9 or not given_deadline.isdigit() or not given_deadline.strip(b"0"):
                 return False
             deadline_s = min(deadline_s, int(given_deadline) / 1000.0)
         given_id = headers.get(_REQUEST_ID, b"")
@@ -100,7 +100,7 @@ class HotPath:
             series.error(result.kind)
             if result.status >= 500:
                 FAILURES.warning(
-                    time.monotonic(), f"answered {result.status}: {result.detail}", request_id=context.request_id, kind=result.kind,
+                    time.monotonic(), f"answered {result.status}", request_id=context.request_id, kind=result.kind,
                     status=result.status,
                 )
             request.respond(_PROBLEM_HEAD + echo + retry, orjson.dumps(result.document()), result.status)

@@ -76,6 +76,10 @@ class _Connection(asyncio.Protocol):
 
     # llhttp
 
+    def on_message_begin(self) -> None:
+        if self._future is None:
+            raise ValueError("another answer follows")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
@@ -96,6 +100,7 @@ class _Connection(asyncio.Protocol):
         if future is not None and not future.done():
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             future.set_result(HttpAnswer(status, self._headers, body))
+        self._headers = {}
 
     # the client
 

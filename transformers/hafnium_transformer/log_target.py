@@ -66,15 +66,18 @@ class Bucket:
         self._opened: tuple[Any, str] | None = None
 
     def write(self, table: Any, when: datetime, model_version: str, name: str) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         from hafnium_contract.inference_log import partition
 
+        whole = pa.BufferOutputStream()  # made first: an upload that breaks off in the middle might end as an object
+        pq.write_table(table, whole, compression="zstd")
         filesystem, prefix = self._open()
         path = partition(Path(prefix), when, model_version) / f"{name}.parquet"
         try:
             with filesystem.open_output_stream(path.as_posix(), compression=None) as f:
-                pq.write_table(table, f, compression="zstd")
+                f.write(whole.getvalue())
         except BaseException:
             self._opened = None  # a connection that failed is opened anew
             raise

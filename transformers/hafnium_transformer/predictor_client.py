@@ -167,10 +167,9 @@ class PredictorClient:
         attempts = 0
         while True:
             attempts += 1
-            now = time.monotonic()
+            now, left = time.monotonic(), deadline.left_s()
             if not self.breaker.may_ask(now):
                 raise UnavailableError(f"the predictor failed repeatedly and is asked again in {self.breaker.wait_s(now):.1f} s")
-            left = deadline.left_s()
             headers = b"%s%s: %d\r\n" % (lines, _DEADLINE, max(int(left * 1000.0), 1))
             try:
                 answer = await self._client.request("POST", self._infer_path, headers, body, timeout_s=left)

@@ -51,6 +51,8 @@ _ONE_BY_ONE_MAX = 16
 """Rows up to which numpy's cost per column is more than Python's per value."""
 _WARM_READ_S = 30.0
 _PING_S = 1.0
+_FAIR_S = 0.1
+"""A store that did not answer within less than this has not failed: callers in a hurry must not close it for the others."""
 _COMPLAINT_PAUSE_S = 5.0
 """A store that stays away is reported this often, not at every row."""
 
@@ -93,9 +95,11 @@ class Scorer:
         self._store_breaker = Breaker(
             settings.breaker_failures_max, settings.breaker_pause_first_s, settings.breaker_pause_max_s
         )
+        self._fair_s = min(_FAIR_S, settings.lookup_timeout_ms / 1000.0)
         self._complained = -_COMPLAINT_PAUSE_S
         self._plan: Plan | None = None
         self._refreshing = asyncio.Lock()
+        self._refreshes: set[asyncio.Task[None]] = set()
         self.served: Served | None = None
         self.reason = "the contract was not fetched yet"
 
@@ -144,6 +148,22 @@ class Scorer:
         await self._store.read(plan, [_nobody(plan)], _WARM_READ_S)  # the first read opens connections
         return plan
 
+    async def refreshed(self, replaced: Plan, deadline: Deadline) -> None:
+        """`refresh`, waited for until the deadline only; it goes on for those who come later. Raises DeadlineError."""
+        task = asyncio.get_running_loop().create_task(self.refresh(replaced))
+        self._refreshes.add(task)
+        task.add_done_callback(self._refresh_ended)
+        try:
+            async with asyncio.timeout(deadline.left_s()):
+                await asyncio.shield(task)
+        except TimeoutError as e:
+            raise DeadlineError("the predictor's new contract was not there in time") from e
+
+    def _refresh_ended(self, task: asyncio.Task[None]) -> None:
+        self._refreshes.discard(task)
+        if not task.cancelled():
+            task.exception()  # who waited has it
+
     async def refresh_registry(self) -> None:
         """Takes over what changed in the feature store's registry."""
         if self._reader is not None:
@@ -179,7 +199,7 @@ class Scorer:
             return await self._score(plan, items, context, paths)
         except ContractChangedError as e:
             log.info("predictor refused contract %s: %s", plan.digest, e)
-            await self.refresh(plan)
+            await self.refreshed(plan, context.deadline)
             return await self._score(self.plan, items, context, paths)
 
     async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[Result]:
@@ -233,13 +253,13 @@ class Scorer:
         if not plan.views:
             return [{}] * len(rows)
         start = time.perf_counter()
+        timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s())
         if self._store is None or not self._store_breaker.may_ask(time.monotonic()):
             return [None] * len(rows)
-        timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s())
         try:
             found = await self._store.read(plan, [row.entity for row in rows], timeout_s)
         except (OverloadedError, DeadlineError, UnavailableError) as e:
-            if not isinstance(e, OverloadedError):
+            if isinstance(e, UnavailableError) or (isinstance(e, DeadlineError) and timeout_s >= self._fair_s):
                 self._store_breaker.failed(time.monotonic())
             if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
                 self._complained = time.monotonic()

@@ -67,6 +67,10 @@ class _GatedRestServer(RESTServer):
         super().create_application()
         self.config.app = cast(Any, self._gate)
 
+    @property
+    def told_to_stop(self) -> bool:
+        return self._server.should_exit
+
     def request_exit(self) -> None:
         self._gate.stopping = True
         self._server.should_exit = True
@@ -119,7 +123,7 @@ class TransformerServer(ModelServer):
         if self.enable_grpc:
             background.append(asyncio.create_task(self._serve_grpc()))
         try:
-            while is_worker() and others_missing() == 0 and not scorer.active:
+            while is_worker() and others_missing() == 0 and not scorer.active and not rest.told_to_stop:
                 await asyncio.sleep(_WAIT_S)  # started again beside others that answer: it must not take what it can't answer yet
             await rest.start()
         finally:

@@ -11,6 +11,7 @@ expectation, and nothing behind the body. A differential fuzz test holds it agai
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +21,14 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+log = logging.getLogger("hafnium.serving")
 Headers = Mapping[bytes, bytes]
 Handler = Callable[["HotRequest"], bool]
 """Takes a request and answers it now or later (True), or leaves it to uvicorn (False)."""
 
 HEAD_BYTES_MAX = 16 * 1024
-HOT_BODY_BYTES_MAX = 1024 * 1024
-"""A larger body is rare, and its parsing dwarfs what this path saves."""
+HOT_BODY_BYTES_MAX = 128 * 1024
+"""A larger body is rare, its parsing dwarfs what this path saves, and it may wait here, unseen by other limits."""
 HELD_BYTES_MAX = 64 * 1024
 """Bytes of a next request that are kept while an answer is due; then the client has to wait."""
 _LINES_KEPT_MAX = 1024
@@ -103,6 +105,10 @@ class HotRequest:
     def respond(self, head: bytes, body: bytes, status: int = 200) -> None:
         """Answers. `head`: header lines, each ending in CRLF, without date, server and content-length."""
         self._protocol.answer(STATUS_LINE[status], head, body)
+
+    def abort(self) -> None:
+        """Closes the connection: there is no answer."""
+        self._protocol.transport.abort()
 
     def to_plain(self) -> None:
         """Leaves the request to uvicorn after all."""
@@ -215,6 +221,9 @@ class HotProtocol(HttpToolsProtocol):
 
     def _take(self, data: bytes) -> None:
         """Bytes at the beginning of a message, with no answer due."""
+        if self.flow.write_paused:  # a client that does not read its answers: uvicorn waits until it does
+            super().data_received(data)
+            return
         line_end = data.find(b"\r\n", 0, 512)
         handler = self.routes.handlers.get(data[:line_end]) if line_end > 0 else None
         if handler is None:
@@ -238,7 +247,12 @@ class HotProtocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._due = True
-        if not handler(HotRequest(self, data, headers, data[begin:])):
+        try:
+            taken = handler(HotRequest(self, data, headers, data[begin:]))
+        except Exception:  # what a handler did not foresee is for the plain way to answer, and no reason to drop the connection
+            log.exception("the hot path failed; the request takes the plain way")
+            taken = False
+        if not taken:
             self._due = False
             super().data_received(data)
 
@@ -251,9 +265,9 @@ class HotProtocol(HttpToolsProtocol):
 
     def answer(self, status_line: bytes, head: bytes, body: bytes) -> None:
         """Writes an answer and goes on with what came meanwhile."""
-        self._due = False
         transport = self.transport
         if transport.is_closing():
+            self._due = False
             return
         state = self.server_state
         state.total_requests += 1
@@ -263,11 +277,13 @@ class HotProtocol(HttpToolsProtocol):
             b"%s%s%scontent-length: %d\r\n\r\n%s" % (status_line, _SERVER_HEADERS.get(state), head, len(body), body)
         )
         if self._closing:
+            self._due = False
             transport.close()
-            return
-        if self._held:
-            self._go_on()
+        elif self._held:
+            # Not at once: whoever answers is in a loop over the rows of others, and the next request is none of their business
+            self.loop.call_soon(self._go_on)
         else:
+            self._due = False
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def leave(self, raw: bytes) -> None:
@@ -283,10 +299,17 @@ class HotProtocol(HttpToolsProtocol):
             super().shutdown()
 
     def _go_on(self) -> None:
+        self._due = False
         held, self._held = self._held, b""
         self._needed = 0
+        if self.transport.is_closing():
+            return
         self._resume()
-        self._take(held)
+        if self._closing:  # the server was told to stop meanwhile
+            super().data_received(held)
+            super().shutdown()
+        else:
+            self._take(held)
 
     def _resume(self) -> None:
         if self._paused:

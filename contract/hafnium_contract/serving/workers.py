@@ -27,6 +27,8 @@ log = logging.getLogger("hafnium.workers")
 _SOCKET, _FOLDER, _NUMBER, _COUNT = "HAFNIUM_WORKER_SOCKET", "PROMETHEUS_MULTIPROC_DIR", "HAFNIUM_WORKER", "HAFNIUM_WORKERS_ALL"
 _HASH_KEY = "HAFNIUM_ENTITY_HASH_KEY"
 BACKLOG = 2048
+STOP_S = 28.0
+"""Workers have their own grace period before this; Kubernetes kills after 30 s."""
 _LOOK_S = 0.1
 _PAUSE_FIRST_S, _PAUSE_MAX_S = 0.2, 10.0
 """Before a crashed worker is started again; twice as long each time that it did not live for a minute."""
@@ -128,6 +130,13 @@ def supervise(module: str, argv: Sequence[str], *, host: str, port: int, workers
         for worker in running:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + STOP_S
+        for worker in running:
+            try:
+                worker.process.wait(max(until - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                log.error("worker %d did not stop within %.0f s and is killed", worker.number, STOP_S)
+                worker.process.kill()
         ended = [worker.process.wait() for worker in running]
         return max(0 if status == -signal.SIGTERM else abs(status) for status in ended)  # one that was still starting dies of it
     finally:

@@ -95,6 +95,8 @@ class FeastReader:
             keys = {c.name: str(c.dtype) for c in found.entity_columns}
             if set(keys) != {view.join_key}:
                 raise InputError(f"view {view.name}: Feast joins by {sorted(keys)}, the contract by {view.join_key!r}")
+            if "Int32" in keys[view.join_key]:
+                raise InputError(f"view {view.name}: join key {view.join_key!r} is {keys[view.join_key]}; use String or Int64")
             types[view.join_key] = ENTITY_NUMBER if "Int" in keys[view.join_key] else ENTITY_TEXT
         return types
 

@@ -59,6 +59,8 @@ def value_reader() -> Callable[[bytes], Any]:
 
     Importing Feast's messages imports Feast, which takes seconds: not at import time. Doubles, the most frequent, are read here.
     """
+    from google.protobuf.message import DecodeError
+
     from hafnium_contract.lean_imports import without
 
     with without("torch"):
@@ -69,7 +71,10 @@ def value_reader() -> Callable[[bytes], Any]:
     def read(data: bytes) -> Any:
         if len(data) == _DOUBLE_BYTES and data[0] == _DOUBLE_TAG:
             return _read_double(data, 1)[0]
-        value = parse(data)
+        try:
+            value = parse(data)
+        except DecodeError:  # one corrupt value: as if it were not there, and not the end of a whole batch
+            return None
         kind = value.WhichOneof("val")
         return None if kind is None else getattr(value, kind)
 

@@ -27,6 +27,7 @@ from hafnium_transformer.plan import Plan
 
 log = logging.getLogger("hafnium.transformer")
 _CONNECT_S = 1.0
+_HANGS_S = 0.1
 _ATTEMPTS = 2
 _READ_BYTES_MAX = 64 * 1024 * 1024
 """An answer that is larger comes from something else than Feast's Redis."""
@@ -107,6 +108,9 @@ class _Connection(asyncio.Protocol):
         self._asked.clear()
 
     def data_received(self, data: bytes) -> None:
+        if not self._asked:
+            self.abort("Redis spoke without being asked")
+            return
         self._reader.feed(data)
         try:
             while self._asked:
@@ -190,13 +194,16 @@ class RedisStore:
 
     async def _ask(self, commands: bytes, count: int, until: float) -> list[Any]:
         connection: _Connection | None = None
+        began = time.monotonic()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
                     connection = await self._usable()
                     return await connection.ask(commands, count)
             except TimeoutError as e:
-                if connection is not None:  # what comes later would have to be read for nobody, behind a Redis that hangs
+                # An answer that comes after all is read for nobody. Only who waited for long enough may say that Redis hangs: others use
+                # this connection too
+                if connection is not None and time.monotonic() - began >= _HANGS_S:
                     connection.abort("Redis did not answer in time")
                 raise DeadlineError("the feature store did not answer in time") from e
             except (OSError, hiredis.HiredisError) as e:
@@ -221,14 +228,21 @@ class RedisStore:
         tls = ssl.create_default_context() if a.tls else None
         async with asyncio.timeout(_CONNECT_S):
             _, connection = await asyncio.get_running_loop().create_connection(_Connection, a.host, a.port, ssl=tls)
-            greeting = _command(b"AUTH", *((a.username.encode(),) if a.username else ()), a.password.encode()) if a.password else b""
-            greeting += _command(b"SELECT", str(a.database).encode())
-            for reply in await connection.ask(greeting, 2 if a.password else 1):
-                if isinstance(reply, Exception):
-                    connection.abort(str(reply))
-                    raise ConnectionError(f"Redis refused: {reply}")
+            try:
+                await self._greet(connection)
+            except BaseException:  # also when its time is over: nobody else would close it
+                connection.abort("Redis did not let us in")
+                raise
         self._connection = connection
         return connection
+
+    async def _greet(self, connection: _Connection) -> None:
+        a = self._address
+        greeting = _command(b"AUTH", *((a.username.encode(),) if a.username else ()), a.password.encode()) if a.password else b""
+        greeting += _command(b"SELECT", str(a.database).encode())
+        for reply in await connection.ask(greeting, 2 if a.password else 1):
+            if isinstance(reply, Exception):
+                raise ConnectionError(f"Redis refused: {reply}")
 
     def _found(self, groups: Sequence[_Group], rows: int, replies: list[Any]) -> list[Found]:
         found: list[Found] = [{} for _ in range(rows)]
@@ -298,7 +312,11 @@ def _event_time_s(data: bytes | None) -> float:
     """A protobuf Timestamp → seconds since 1970; 0: there is none."""
     if not data:
         return 0.0
+    from google.protobuf.message import DecodeError
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    when = Timestamp.FromString(data)
+    try:
+        when = Timestamp.FromString(data)
+    except DecodeError:
+        return 0.0
     return when.seconds + when.nanos * 1e-9
