@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -232,17 +233,22 @@ def _matrix(instances: Any, columns: int, rows_max: int) -> Matrix | None:
     """Rows of numbers → [rows, columns]; None: they are not plainly so."""
     if type(instances) is not list or not 1 <= len(cast(list[Any], instances)) <= rows_max:
         return None
-    rows = cast(list[Any], instances)
-    for row in rows:
-        if type(row) is not list or len(cast(list[Any], row)) != columns or not _NUMBERS.issuperset(map(type, cast(list[Any], row))):
-            return None
-    return _float32(rows)
+    rows = cast(list[list[Any]], instances)
+    if {list} != set(map(type, rows)) or {columns} != set(map(len, rows)):
+        return None
+    types = set(map(type, chain.from_iterable(rows)))
+    if not types <= _NUMBERS:
+        return None
+    if type(None) in types:
+        return _float32(rows)
+    try:
+        return np.fromiter(chain.from_iterable(rows), np.float32, len(rows) * columns).reshape(len(rows), columns)
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def _float32(numbers: list[Any]) -> Matrix | None:
     try:
-        wide = np.array(numbers, np.float64)
+        return np.array(numbers, np.float32)  # too large becomes inf, which run() refuses
     except (ValueError, TypeError, OverflowError):
         return None
-    with np.errstate(over="ignore"):  # too large becomes inf, which run() refuses
-        return wide.astype(np.float32)

@@ -12,6 +12,7 @@ import logging
 import signal
 from typing import Any, cast
 
+import numpy as np
 import uvloop
 from kserve import ModelServer
 from kserve.model_server import app as kserve_app
@@ -74,6 +75,7 @@ class PredictorServer(ModelServer):
         release()
 
     async def _run(self) -> None:
+        np.seterr(over="ignore")  # a number too large for float32 becomes inf, which the engine refuses by name: no warning beside it
         rest = _GatedRestServer(
             "kserve.model_server:app", self.dataplane, self.model_repository_extension, self.http_port,
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,

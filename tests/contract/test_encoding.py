@@ -127,7 +127,7 @@ def test_a_row_assembled_alone_has_the_bits_of_its_column(data: st.DataObject) -
     together = assemble(contract, {n: np.array([r[n] for r in rows]) for n in names}, np.array(times))
     one_by_one = row_assembler(contract)
     with np.errstate(over="ignore"):
-        alone = np.array([one_by_one(r, t) for r, t in zip(rows, times, strict=True)], np.float64).astype(np.float32)
+        alone = np.array([one_by_one(r, t) for r, t in zip(rows, times, strict=True)], np.float32)
     assert np.array_equal(together, alone, equal_nan=True)
 
 

@@ -342,8 +342,7 @@ class Scorer:
 def assembled(plan: Plan, encoded: Sequence[Encoded]) -> Matrix:
     """Encoded rows → float32 [rows, n]: few of them one by one, many column by column, to the same bits."""
     if len(encoded) <= _ONE_BY_ONE_MAX:
-        with np.errstate(over="ignore"):
-            return np.array([plan.assemble_row(e.values, e.row.event_time_s) for e in encoded], np.float64).astype(np.float32)
+        return np.array([plan.assemble_row(e.values, e.row.event_time_s) for e in encoded], np.float32)
     columns: dict[str, Floats] = {name: np.array([e.values[name] for e in encoded]) for name in encoded[0].values}
     return assemble(plan.contract, columns, np.array([e.row.event_time_s for e in encoded]))
 

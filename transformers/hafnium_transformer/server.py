@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import uvloop
 from kserve import ModelServer
 from kserve.model_server import app as kserve_app
@@ -96,6 +97,7 @@ class TransformerServer(ModelServer):
 
     async def _run(self) -> None:
         s = self._settings
+        np.seterr(over="ignore")  # a derived value too large for float32 becomes inf, which the predictor refuses: no warning beside it
         metrics = TransformerMetrics()
         key = s.entity_hash_key.get_secret_value() if s.entity_hash_key else None
         inference_log = None if not s.inference_log else InferenceLog(
