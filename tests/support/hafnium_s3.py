@@ -28,6 +28,7 @@ class S3:
         ports = {
             "master.port": free_port(), "master.port.grpc": free_port(), "volume.port": free_port(), "volume.port.grpc": free_port(),
             "filer.port": free_port(), "filer.port.grpc": free_port(), "s3.port": self.port, "s3.port.grpc": free_port(),
+            "s3.port.iceberg": 0, "s3.port.lance": 0,  # else at fixed ports, which others may have
         }
         self._argv = [
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -48,13 +49,17 @@ class ModelSeries:
             child = self._errors[kind] = self._metrics.errors.labels(COMPONENT, *self._model, kind)
         child.inc()
 
-    def predicted(self, score: float, decision: str) -> None:
-        """One row was scored."""
-        child = self._predictions.get(decision)
-        if child is None:
-            child = self._predictions[decision] = self._metrics.predictions.labels(*self._model, decision)
-        child.inc()
-        self.score.observe(score)
+    def predicted(self, scores: Iterable[float], decided: Mapping[str, int]) -> None:
+        """Rows were scored: their scores, and how many got which decision."""
+        for decision, count in decided.items():
+            if count:
+                child = self._predictions.get(decision)
+                if child is None:
+                    child = self._predictions[decision] = self._metrics.predictions.labels(*self._model, decision)
+                child.inc(count)
+        observe = self.score.observe
+        for score in scores:
+            observe(score)
 
 
 class TransformerMetrics:

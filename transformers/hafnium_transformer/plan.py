@@ -52,6 +52,8 @@ class Plan:
     views: tuple[ViewPlan, ...]
     join_keys: tuple[str, ...]
     """Needed for the lookup."""
+    needed_keys: frozenset[str]
+    """The same, as a set."""
     declared_keys: frozenset[str]
     references: tuple[str, ...]
     """`view:field`, as Feast wants them."""
@@ -85,6 +87,7 @@ def make_plan(contract: ModelContract, entity_types: dict[str, str] | None = Non
         plain_fields=tuple((field, f.name, plain_encoder(f)) for field, f in contract.request_fields.items()),
         fields=frozenset(contract.request_fields), protected=frozenset(p.name for p in contract.protected),
         views=tuple(views), join_keys=tuple(dict.fromkeys(v.join_key for v in views)),
+        needed_keys=frozenset(v.join_key for v in views),
         declared_keys=frozenset(e.join_key for e in contract.entities), references=tuple(dict.fromkeys(references)),
         assemble_row=row_assembler(contract), derived_inputs=derived, looked_up_behind=_views_behind(contract),
         logged_columns=tuple(j for j, f in enumerate(contract.inputs) if not f.personal),

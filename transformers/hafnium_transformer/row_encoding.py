@@ -7,7 +7,7 @@ A value that should be there but could not be read at all (the store is gone) al
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,7 @@ CLOCK_SKEW_S = 300.0
 """A value this much younger than the event is from the future; less is two clocks that differ."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A row that can be scored."""
 
     row: Row

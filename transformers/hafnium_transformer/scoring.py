@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,8 +70,7 @@ class Context:
     """Header lines that the predictor gets too: request id and trace."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A row and the request it came with."""
 
     row: Row
@@ -312,30 +311,34 @@ class Scorer:
         intervals: list[list[float]] = prediction.interval[: len(rows)].tolist()
         now, ended = self.clock(), time.perf_counter()
         explained_from, width = len(rows), matrix.shape[1]
-        logged: list[LogRow] = []
+        logged: list[LogRow] | None = [] if self._log is not None else None
+        decided = {rule.above: 0, rule.below: 0}
+        above, below, threshold = rule.above, rule.below, rule.threshold
         for k, (place, e) in enumerate(rows):
-            score, (lower, upper) = scores[k], intervals[k]
-            decision = rule.above if score >= rule.threshold else rule.below
+            row, score = e.row, scores[k]
+            lower, upper = intervals[k]
+            decision = above if score >= threshold else below
+            decided[decision] += 1
             shown = (round(score, digits), round(lower, digits), round(upper, digits)) if digits else (score, lower, upper)
             result: dict[str, Any] = {
-                "request_id": e.row.request_id, "score": shown[0], "confidence_lower": shown[1], "confidence_upper": shown[2],
+                "request_id": row.request_id, "score": shown[0], "confidence_lower": shown[1], "confidence_upper": shown[2],
                 "decision": decision, "model_name": name, "model_version": version, "degraded": list(e.degraded),
             }
-            if e.row.explain:
+            if row.explain:
                 without = prediction.score[explained_from : explained_from + width]
                 explained_from += width
                 result["explanation"] = contributions(plan.contract, matrix[k], score, without, self._settings.explain_top_k)
             results[place] = result
-            series.predicted(score, decision)
             for feature in e.missing:
                 self._metrics.missing(feature)
-            if self._log is not None:
+            if logged is not None:
                 context = asked[place].context
                 logged.append(LogRow(
-                    e.row.request_id, context.arm, score, lower, upper, decision, e.degraded, (ended - context.started) * 1000.0,
-                    e.row.entity,
+                    row.request_id, context.arm, score, lower, upper, decision, e.degraded, (ended - context.started) * 1000.0,
+                    row.entity,
                 ))
-        if self._log is not None:
+        series.predicted(scores, decided)
+        if self._log is not None and logged is not None:
             self._log.append(LogBatch(plan, now, version, prediction.model_digest, logged, matrix))
 
 

@@ -21,6 +21,8 @@ KEY_VERSION = 3
 """`entity_key_serialization_version` of feature_store.yaml that this module knows."""
 _STRING, _INT64 = 2, 4
 _DOUBLE_TAG, _DOUBLE_BYTES = 0x29, 9
+_INT64_TAG, _INT64_BYTES_MAX = 0x20, 9
+"""Whole numbers from 0 to 2^56 - 1: tag and up to eight bytes of seven bits. Larger and negative ones are protobuf's business."""
 _read_double = struct.Struct("<d").unpack_from
 
 
@@ -57,7 +59,8 @@ def key_coder(join_key: str, entity_type: str | None) -> Callable[[EntityValue],
 def value_reader() -> Callable[[bytes], Any]:
     """A function from the bytes of Feast's Value message to a Python value; None: there is none.
 
-    Importing Feast's messages imports Feast, which takes seconds: not at import time. Doubles, the most frequent, are read here.
+    Importing Feast's messages imports Feast, which takes seconds: not at import time. Doubles and whole numbers, the most frequent,
+    are read here: protobuf takes a microsecond for each.
     """
     from google.protobuf.message import DecodeError
 
@@ -71,6 +74,14 @@ def value_reader() -> Callable[[bytes], Any]:
     def read(data: bytes) -> Any:
         if len(data) == _DOUBLE_BYTES and data[0] == _DOUBLE_TAG:
             return _read_double(data, 1)[0]
+        if 2 <= len(data) <= _INT64_BYTES_MAX and data[0] == _INT64_TAG and data[-1] < 0x80:
+            number = data[-1]
+            for byte in data[-2:0:-1]:
+                if byte < 0x80:  # not one number: another field follows
+                    break
+                number = number << 7 | byte & 0x7F
+            else:
+                return number
         try:
             value = parse(data)
         except DecodeError:  # one corrupt value: as if it were not there, and not the end of a whole batch

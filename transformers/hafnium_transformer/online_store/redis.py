@@ -15,10 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import hiredis
 import mmh3
+from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from hafnium_contract.errors import InputError
 from hafnium_transformer.errors import DeadlineError, OverloadedError, UnavailableError
@@ -308,13 +311,11 @@ def _command(*arguments: bytes) -> bytes:
     return b"*%d\r\n" % len(arguments) + b"".join(b"$%d\r\n%s\r\n" % (len(a), a) for a in arguments)
 
 
+@lru_cache(maxsize=4096)  # the same entities come again and again
 def _event_time_s(data: bytes | None) -> float:
     """A protobuf Timestamp → seconds since 1970; 0: there is none."""
     if not data:
         return 0.0
-    from google.protobuf.message import DecodeError
-    from google.protobuf.timestamp_pb2 import Timestamp
-
     try:
         when = Timestamp.FromString(data)
     except DecodeError:

@@ -11,7 +11,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -35,16 +35,26 @@ class _Query:
     join_keys: tuple[str, ...]
     """One for each view."""
     coders: tuple[Callable[[EntityValue], bytes], ...]
-    columns: dict[tuple[int, str], str]
-    """(view, feature name) → column."""
+    columns: tuple[dict[str, str], ...]
+    """For each view: feature name → column."""
     tables: tuple[str, ...]
 
+    made: dict[int, str] = field(default_factory=dict[int, str])
+    """Statements by their number of entities."""
+
     def statement(self, rows: int) -> str:
-        """For `rows` entities; repeated keys cost nothing."""
-        marks = ",".join("?" * rows)
+        """For `rows` entities, whose places come back with their values."""
+        found = self.made.get(rows)
+        if found is None:
+            found = self.made[rows] = self._statement(rows)
+        return found
+
+    def _statement(self, rows: int) -> str:
+        places = ",".join(f"({i},?)" for i in range(rows))
         return " UNION ALL ".join(
-            f"SELECT {i}, entity_key, feature_name, value, event_ts FROM {table} WHERE entity_key IN ({marks})"  # noqa: S608 - quoted
-            for i, table in enumerate(self.tables)
+            f"SELECT {view}, place, feature_name, value, event_ts FROM "  # noqa: S608 - tables are quoted
+            f"(SELECT column1 AS place, column2 AS wanted FROM (VALUES {places})) CROSS JOIN {table} ON entity_key = wanted"
+            for view, table in enumerate(self.tables)
         )
 
 
@@ -87,28 +97,21 @@ class SqliteStore:
                 raise UnavailableError(f"the feature store failed: {self._path}: {e}") from e
 
     def _select(self, query: _Query, entities: Sequence[dict[str, EntityValue]]) -> list[Found]:
-        views = len(query.tables)
-        rows = 1 if len(entities) == 1 else 1 << (len(entities) - 1).bit_length()  # few statements, which SQLite keeps compiled
-        parameters: list[bytes] = []
-        places: list[dict[bytes, list[int]]] = []
-        for view in range(views):
-            coder, join_key = query.coders[view], query.join_keys[view]
-            keys = [coder(entity[join_key]) for entity in entities]
-            at: dict[bytes, list[int]] = {}
-            for i, key in enumerate(keys):
-                at.setdefault(key, []).append(i)
-            places.append(at)
-            parameters += keys
-            parameters += keys[-1:] * (rows - len(keys))
+        parameters = [
+            coder(entity[join_key]) for coder, join_key in zip(query.coders, query.join_keys, strict=True) for entity in entities
+        ]
         found: list[Found] = [{} for _ in entities]
         columns, read_value = query.columns, self._read_value
-        for view, key, name, data, event_ts in self._open().execute(query.statement(rows), parameters):
-            column = columns.get((view, name))
+        times: dict[Any, float] = {}
+        for view, place, name, data, event_ts in self._open().execute(query.statement(len(entities)), parameters):
+            column = columns[view].get(name)
             value = None if column is None or data is None else read_value(data)
-            if value is not None and column is not None:
-                item = (value, _event_time_s(event_ts))
-                for i in places[view][key]:
-                    found[i][column] = item
+            if value is None or column is None:
+                continue
+            when = times.get(event_ts)
+            if when is None:
+                when = times[event_ts] = _event_time_s(event_ts)
+            found[place][column] = (value, when)
         return found
 
     def _open(self) -> sqlite3.Connection:
@@ -121,7 +124,7 @@ class SqliteStore:
         if self._connection is None or inode != self._inode:
             self.close()
             uri = f"file:{quote(str(self._path))}?mode=ro"
-            self._connection = sqlite3.connect(uri, uri=True, timeout=0.0, isolation_level=None)
+            self._connection = sqlite3.connect(uri, uri=True, timeout=0.0, isolation_level=None, cached_statements=ROWS_MAX)
             self._inode = inode
         return self._connection
 
@@ -129,10 +132,7 @@ class SqliteStore:
         kept = self._queries.get(id(plan))
         if kept is None:
             self._queries.clear()  # one plan is in force
-            columns = {
-                (i, looked_up.column.removeprefix(f"{view.name}__")): looked_up.column
-                for i, view in enumerate(plan.views) for looked_up in view.features
-            }
+            columns = tuple({f.column.removeprefix(f"{v.name}__"): f.column for f in v.features} for v in plan.views)
             kept = self._queries[id(plan)] = (plan, _Query(
                 tuple(v.join_key for v in plan.views),
                 tuple(key_coder(v.join_key, plan.entity_types.get(v.join_key)) for v in plan.views), columns,
