@@ -63,8 +63,10 @@ class Field:
         self._predictors(folder)
         self._chains(folder)
 
-    def _process(self, name: str, argv: list[str], port: int, env: dict[str, str] | None = None, **more: str) -> Process:
-        made = Process(name, argv, port, self._logs / f"{name}.log", {**(env or {}), "BENCH_PORT": str(port)}, **more)  # type: ignore[arg-type]
+    def _process(
+        self, name: str, argv: list[str], port: int, env: dict[str, str] | None = None, *, ready: str = "/", cwd: str = "/",
+    ) -> Process:
+        made = Process(name, argv, port, self._logs / f"{name}.log", {**(env or {}), "BENCH_PORT": str(port)}, ready, cwd)
         self.processes.append(made)
         return made
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import orjson
-
-sys.path.insert(0, os.path.dirname(__file__))  # noqa: PTH120
 from onnx_session import open_session, score
 
 SESSION = open_session()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 from fastapi import FastAPI
-from pydantic import BaseModel
-
-sys.path.insert(0, os.path.dirname(__file__))  # noqa: PTH120
 from onnx_session import open_session, score
+from pydantic import BaseModel
 
 SESSION = open_session()
 app = FastAPI()

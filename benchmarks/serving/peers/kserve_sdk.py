@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 
 import numpy as np
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
-
-sys.path.insert(0, os.path.dirname(__file__))  # noqa: PTH120
 from onnx_session import open_session, score
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import litserve as ls
-
-sys.path.insert(0, os.path.dirname(__file__))  # noqa: PTH120
 from onnx_session import open_session, score
 
 
