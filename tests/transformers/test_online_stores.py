@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
@@ -255,3 +257,27 @@ def test_scores_go_on_by_the_policy_while_redis_is_gone_and_recover_with_it(
                     break
                 time.sleep(0.1)
             assert after == before
+
+
+def test_opens_without_the_offline_store_that_only_training_needs(
+    repo: Path, contract: ModelContract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = tmp_path / "repo"
+    shutil.copytree(repo, trained)
+    config = trained / "feature_store.yaml"
+    config.write_text(config.read_text().replace("offline_store: {type: file}", "offline_store: {type: duckdb}"))
+    assert "duckdb" in config.read_text()
+    monkeypatch.setitem(sys.modules, "feast.infra.offline_stores.duckdb", None)  # as in the transformer's image: not to be had
+    reader = FeastReader(trained)
+    plan = make_plan(contract, reader.entity_types(make_plan(contract)))
+    found = reader.read(plan, [{key: f"{key}-1" for key in plan.join_keys}])
+    assert found[0]
+
+
+@pytest.mark.parametrize("text", [
+    "a: [", "just text", "project: p", "online_store: {type: nobodys}\nproject: p\nregistry: r\nprovider: local",
+])
+def test_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "feature_store.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"feature_store\.yaml: not a Feast configuration"):
+        FeastReader(tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import yaml
 
 from hafnium_contract.errors import InputError
 from hafnium_contract.lean_imports import without
@@ -52,8 +55,14 @@ class FeastReader:
         config_file = repo / "feature_store.yaml"
         if not config_file.is_file():
             raise InputError(f"{config_file}: missing; --feature_repo is a folder that `hafnium features` made")
-        feature_store, load_repo_config = _import_feast()
-        config = load_repo_config(repo.resolve(), config_file.resolve())
+        feature_store, repo_config, feast_error = _import_feast()
+        try:
+            written: dict[str, Any] = yaml.safe_load(os.path.expandvars(config_file.read_text(encoding="utf-8")))  # as Feast reads it
+            # Training's store, and what it needs to be imported, are not in the transformer's image
+            config = repo_config(**{key: value for key, value in written.items() if key not in ("offline_store", "batch_engine")})
+        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, feast_error) as e:
+            raise InputError(f"{config_file}: not a Feast configuration: {e}") from e
+        config.repo_path = repo.resolve()
         config.registry.cache_ttl_seconds = 0  # never expires: it would be read again inside a request
         registry = str(config.registry.path)
         if config.registry.registry_type == "file" and "://" not in registry and not (repo / registry).is_file():
@@ -118,12 +127,13 @@ class FeastReader:
             self._store.refresh_registry()
 
 
-def _import_feast() -> tuple[Any, Any]:
-    """Feast's store and configuration reader, without PyTorch."""
+def _import_feast() -> tuple[Any, Any, type[Exception]]:
+    """Feast's store, configuration and error, without PyTorch."""
     with without("torch"):
         from feast import FeatureStore
-        from feast.repo_config import load_repo_config
-    return FeatureStore, load_repo_config
+        from feast.errors import FeastError
+        from feast.repo_config import RepoConfig
+    return FeatureStore, RepoConfig, FeastError
 
 
 @dataclass(frozen=True)
