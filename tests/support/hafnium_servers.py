@@ -77,9 +77,11 @@ class Server:
 
     def start(self) -> Self:
         """Starts the process without waiting for it."""
+        # Feast, which tests import, tells prometheus_client by the environment that this is one of many processes
+        own = {k: v for k, v in os.environ.items() if not k.startswith("PROMETHEUS_MULTIPROC")}
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
-                self.argv, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **self.env}, cwd="/",
+                self.argv, stdout=out, stderr=subprocess.STDOUT, env={**own, **self.env}, cwd="/",
             )
         return self
 
@@ -135,14 +137,21 @@ class Server:
         return http("GET", self.url + path)
 
 
-def predictor(bundle: Path, folder: Path, name: str = "m", port: int | None = None, args: Sequence[str] = ()) -> Server:
+def lines_of(server: Server) -> list[dict[str, Any]]:
+    """Its log, read as the JSON that it is; libraries written in C++ have a log of their own on the same pipe."""
+    return [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+
+
+def predictor(
+    bundle: Path, folder: Path, name: str = "m", port: int | None = None, args: Sequence[str] = (), env: Mapping[str, str] | None = None,
+) -> Server:
     """A predictor over the bundle; not started yet."""
     port = port or free_port()
     argv = [sys.executable, "-m", "hafnium_predictor", "--model_name", name, "--model_dir", str(bundle),
             "--host", "127.0.0.1", "--http_port", str(port), *args]
     if "--grpc_port" not in args:
         argv += ["--enable_grpc", "false"]
-    return Server(argv, port, folder / f"predictor-{port}.log")
+    return Server(argv, port, folder / f"predictor-{port}.log", dict(env or {}))
 
 
 def transformer(
