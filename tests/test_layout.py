@@ -91,7 +91,7 @@ def test_a_part_imports_with_its_own_extra_alone(package: str) -> None:
     folder = next(f for f, p in PARTS.items() if p == package)
     modules = [package] + [
         m.name for m in pkgutil.walk_packages([str(ROOT / folder / package)], prefix=f"{package}.")
-        if not m.name.endswith("__main__") and not m.name.startswith("hafnium_contract.serving")
+        if not m.name.endswith("__main__") and not m.name.startswith(("hafnium_contract.serving", "hafnium_contract.telemetry"))
     ]
     if package in ("hafnium_predictor", "hafnium_transformer"):  # what the two servers share stands on their extras
         shared = ROOT / "contract" / "hafnium_contract" / "serving"
@@ -101,6 +101,19 @@ def test_a_part_imports_with_its_own_extra_alone(package: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     if package in ("hafnium_contract", "hafnium_predictor", "hafnium_transformer", "hafnium_rollout", "hafnium_monitoring"):
         assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("part", ["predictor", "transformer"])
+def test_tracing_imports_with_its_own_extra_beside_the_part_s(part: str) -> None:
+    brought = closure(part) | closure("telemetry")
+    assert not closure("predictor") & {"opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"}, "who does not trace has none of it"
+    allowed = {top for top, names in metadata.packages_distributions().items() if any(_normal(n) in brought for n in names)}
+    folder = ROOT / "contract" / "hafnium_contract" / "telemetry"
+    modules = [m.name for m in pkgutil.walk_packages([str(folder)], prefix="hafnium_contract.telemetry.")]
+    assert len(modules) >= 3
+    asked = json.dumps([sorted(allowed | {"hafnium_contract"}), modules])
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], input=asked, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -43,11 +43,12 @@ CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last w
 CLIENT_ROWS_MAX = Metric("inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute")
 LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
 LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())
+SPANS_DROPPED = Metric("trace_spans_dropped_total", "counter", "Spans that did not reach the collector", ("reason",))
 MODEL_INFO = Metric(
     "model_info", "gauge", "1 for the model that is loaded", ("model_name", "model_version", "model_digest", "contract_digest")
 )
 
 ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_STALENESS,
-    FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, MODEL_INFO,
+    FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
 )

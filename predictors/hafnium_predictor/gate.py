@@ -12,7 +12,8 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -33,16 +34,24 @@ from hafnium_contract.asgi import (
     send_answer,
 )
 from hafnium_contract.serving.exposition import metrics_answer
+from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.serving.workers import others_missing
+from hafnium_contract.trace_context import REQUEST_ID, request_id_of, request_ids_of, without_repeated
 from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, decode_request, encode_answer
 from hafnium_contract.wire import CONTRACT_HEADER, DEADLINE_HEADER, MODEL_DIGEST_HEADER, MODEL_VERSION_HEADER
 from hafnium_predictor.engine import Engine
 from hafnium_predictor.errors import AnswerError, DeadlineError, RowsError
 from hafnium_predictor.metrics import PredictorMetrics
-from hafnium_predictor.model import RiskModel, check_contract
+from hafnium_predictor.model import SPAN, RiskModel, check_contract
+from hafnium_predictor.request_spans import model_facts, request_facts
 from hafnium_predictor.settings import Settings
 
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import LiveSpan, Tracing
+
 log = logging.getLogger("hafnium.predictor")
+FAILURES = Sampled(log, lines_per_s=10.0)
+"""One line for an answer of 5xx or 409, so that an id, or one of those of a batch, is found in ours."""
 _CONTRACT = CONTRACT_HEADER.encode()
 _LENGTH = LENGTH_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
@@ -57,10 +66,13 @@ Handler = Callable[[Scope, Receive], Awaitable[Answer]]
 class Gate:
     """ASGI app around KServe's."""
 
-    def __init__(self, inner: App, model: RiskModel, metrics: PredictorMetrics, settings: Settings) -> None:
+    def __init__(
+        self, inner: App, model: RiskModel, metrics: PredictorMetrics, settings: Settings, tracing: Tracing | None = None,
+    ) -> None:
         self._inner = inner
         self._model = model
         self._metrics = metrics
+        self._tracing = tracing
         self._bytes_max = settings.body_bytes_max
         name = settings.model_name
         self._infer_path = f"/v2/models/{name}/infer"
@@ -91,11 +103,18 @@ class Gate:
 
     async def _answer_inference(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
+        headers = without_repeated(scope["headers"], headers_of(scope))
         kind: str | None = None
+        span: LiveSpan | None = None
+        if self._tracing is not None:
+            span = self._tracing.request(headers, f"POST {scope['path']}", start)
+            SPAN.set(span)
         try:
-            answer = await self._infer(scope, receive)
+            answer = await self._infer(scope, headers, receive)
         except ClientGoneError:
             self._metrics.answered(time.perf_counter() - start, "client_gone")
+            if span is not None:
+                span.end("client_gone")
             return
         except BodyTooLargeError as e:
             answer = problem_answer(413, "Content too large", str(e), headers=self._identity())
@@ -104,11 +123,21 @@ class Gate:
             kind = e.kind
         if answer.status >= 400 and kind is None:
             kind = _KINDS.get(answer.status, "internal")
+        if answer.status >= 400 and (request_id := request_id_of(headers.get(REQUEST_ID))):
+            answer = replace(answer, headers=(*answer.headers, (REQUEST_ID, request_id.encode("ascii"))))
         await send_answer(send, answer)
         self._metrics.answered(time.perf_counter() - start, kind)
+        if answer.status >= 500 or answer.status == 409:
+            FAILURES.warning(
+                time.monotonic(), f"answered {answer.status}", request_id=request_ids_of(headers.get(REQUEST_ID)) or None, kind=kind,
+                status=answer.status, trace_id=span and span.trace_id,
+            )
+        if span is not None:
+            engine = self._model.engine_or_none
+            span.add({**request_facts(scope["path"], headers), **({} if engine is None else model_facts(engine))})
+            span.answered(answer.status, kind)
 
-    async def _infer(self, scope: Scope, receive: Receive) -> Answer:
-        headers = headers_of(scope)
+    async def _infer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> Answer:
         body = await read_body(headers, receive, self._bytes_max)
         engine = self._model.loaded
         digest = headers.get(_CONTRACT)
@@ -129,6 +158,8 @@ class Gate:
         except TensorError as e:
             raise RowsError(str(e)) from e
         score, interval = engine.run(request.matrix)
+        if self._tracing is not None and (span := SPAN.get()) is not None:
+            span.add({"hafnium.rows": len(score)})
         manifest = engine.bundle.manifest
         header_length, out = encode_answer(score, interval, manifest.model_name, manifest.model_version, request)
         if header_length is None:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,11 @@ from hafnium_predictor.engine import Engine
 from hafnium_predictor.errors import AnswerError
 from hafnium_predictor.metrics import PredictorMetrics
 from hafnium_predictor.model import RiskModel
+from hafnium_predictor.request_spans import model_facts, request_facts
 from hafnium_predictor.settings import Settings
+
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import Tracing
 
 log = logging.getLogger("hafnium.predictor")
 Matrix = npt.NDArray[np.float32]
@@ -56,17 +60,19 @@ _V1, _V2_JSON, _V2_BINARY = range(3)
 class HotPath:
     """Handlers of the hot routes over one model."""
 
-    def __init__(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings) -> None:
+    def __init__(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings, tracing: Tracing | None = None) -> None:
         self._model = model
         self._metrics = metrics
+        self._tracing = tracing
         self._bytes_max = settings.body_bytes_max
         self._waiting: list[_Rows] = []
         self._engine: Engine | None = None
         self._digest = b""
         self._heads: tuple[bytes, bytes] = (b"", b"")
         self.routes = HotRoutes()
-        self.routes.add(f"/v1/models/{settings.model_name}:predict", self._v1)
-        self.routes.add(f"/v2/models/{settings.model_name}/infer", self._v2)
+        self._v1_path, self._v2_path = f"/v1/models/{settings.model_name}:predict", f"/v2/models/{settings.model_name}/infer"
+        self.routes.add(self._v1_path, self._v1)
+        self.routes.add(self._v2_path, self._v2)
 
     def _usual(self, request: HotRequest) -> Engine | None:
         """The engine, when nothing about the request but its body has to be looked at."""
@@ -202,6 +208,24 @@ class HotPath:
                 rows.request.abort()
             at = end
             answered(time.perf_counter() - rows.request.arrived, None)
+        if self._tracing is not None:
+            try:
+                self._record(self._tracing, engine, group)
+            except Exception:  # these are answered; a span that can't be written must not cost the next group its run
+                log.exception("a span could not be written")
+
+    def _record(self, tracing: Tracing, engine: Engine, group: list[_Rows]) -> None:
+        """Spans of requests that were answered. Made behind their answers, since nothing below them has to know of them."""
+        for rows in group:
+            headers = rows.request.headers
+            path = self._v1_path if rows.route == _V1 else self._v2_path
+            span = tracing.request(headers, f"POST {path}", rows.request.arrived)
+            if span is not None:
+                span.add({
+                    **request_facts(path, headers), **model_facts(engine), "hafnium.rows": len(rows.matrix),
+                    "hafnium.run_rows": sum(len(r.matrix) for r in group),
+                })
+                span.answered(200, None)
 
     def _answer(self, engine: Engine, rows: _Rows, score: Matrix, interval: Matrix) -> None:
         json_head, binary_head = self._heads

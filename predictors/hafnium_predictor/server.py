@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import uvloop
@@ -21,12 +21,16 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_predictor.gate import Gate
 from hafnium_predictor.hot_path import HotPath
 from hafnium_predictor.metrics import PredictorMetrics
 from hafnium_predictor.model import RiskModel
 from hafnium_predictor.settings import Settings
+
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import Tracing
 
 log = logging.getLogger("hafnium.predictor")
 GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
@@ -36,10 +40,10 @@ GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
 class _GatedRestServer(RESTServer):
     """Creates KServe's app as ever and puts the gate before it, and the hot path before both."""
 
-    def gate(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings) -> None:
-        self._gate = Gate(cast(App, kserve_app), model, metrics, settings)
+    def gate(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings, tracing: Tracing | None) -> None:
+        self._gate = Gate(cast(App, kserve_app), model, metrics, settings, tracing)
         if settings.hot_path:
-            self.config.http = HotPath(model, metrics, settings).routes.protocol_class()
+            self.config.http = HotPath(model, metrics, settings, tracing).routes.protocol_class()
 
     async def start(self) -> None:
         """Serves until it is told to stop; a worker on the socket that it was given."""
@@ -58,14 +62,15 @@ class _GatedRestServer(RESTServer):
 class PredictorServer(ModelServer):
     """Serves one RiskModel until SIGTERM, then finishes what is in flight."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracing: Tracing | None = None) -> None:
         super().__init__(
             http_port=settings.http_port, grpc_port=settings.grpc_port, workers=1, enable_grpc=settings.enable_grpc,
             enable_latency_logging=False, grace_period=settings.grace_period_s, timeout_keep_alive=settings.keep_alive_s,
         )
         self._settings = settings
         self._metrics = PredictorMetrics(settings.model_name)
-        self._model = RiskModel(settings, self._metrics)
+        self._tracing = tracing
+        self._model = RiskModel(settings, self._metrics, tracing)
 
     def run(self) -> None:
         """Blocks until the server has stopped."""
@@ -81,7 +86,7 @@ class PredictorServer(ModelServer):
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = self._settings.host
-        rest.gate(self._model, self._metrics, self._settings)
+        rest.gate(self._model, self._metrics, self._settings, self._tracing)
         # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
@@ -95,6 +100,8 @@ class PredictorServer(ModelServer):
         if grpc_task is not None:
             await self._stop_grpc(grpc_task)
         await loading
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close, FLUSH_S)
         log.info("stopped")
 
     def _load(self) -> bool:

@@ -85,7 +85,7 @@ async def scorer(server: Server, request: pytest.FixtureRequest) -> AsyncIterato
 
 
 def context() -> Context:
-    return Context("id", "stable", Deadline.after_ms(20_000), time.perf_counter(), b"x-request-id: id\r\n")
+    return Context("id", "stable", Deadline.after_ms(20_000), time.perf_counter(), b"")
 
 
 def asked(card: str = "fresh", **features: Any) -> dict[str, Any]:

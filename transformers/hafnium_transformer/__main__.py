@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.argv = [sys.argv[0], *settings.sdk_arguments]  # KServe reads sys.argv when it is imported
     from kserve import model_server
 
+    from hafnium_contract.serving.tracing import open_tracing
     from hafnium_transformer.server import TransformerServer
 
     unknown = model_server.parser.parse_known_args(list(settings.sdk_arguments))[1]
@@ -37,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     set_up(settings.log_format)  # after KServe's import, which sets its own
-    TransformerServer(settings).run()
+    try:
+        tracing = open_tracing(settings.tracing, "hafnium-transformer")
+    except HafniumError as e:
+        sys.stderr.write(f"hafnium_transformer: {e}\n")
+        return 2
+    TransformerServer(settings, tracing).run()
     return 0
 
 

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hafnium_contract.serving.hot_protocol import HotRequest
+from hafnium_contract.serving.json_log import Sampled
+from hafnium_contract.trace_context import id_line
 from hafnium_transformer.errors import ContractChangedError, DeadlineError, RefusedError, RowInvalidError, ScoringError
+from hafnium_transformer.hop_spans import HopSpans
 from hafnium_transformer.plan import Plan
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.rows import Row, parse_row
@@ -24,9 +27,8 @@ from hafnium_transformer.scoring import Asked, Context, Result, Scorer
 log = logging.getLogger("hafnium.transformer")
 _SWEEP_S = 0.02
 """How late a row may learn that its time is over."""
-_IDS_MAX = 8
-"""Request ids that a batch carries; the predictor's own log has them."""
-_ID_LINE = b"x-request-id: "
+FAILED = Sampled(log, lines_per_s=10.0)
+"""One line for a batch that failed as a whole, with all its ids: the rows' own lines are too many to be let through."""
 
 
 @dataclass(slots=True)
@@ -56,10 +58,11 @@ class Waiting:
 class Coalescer:
     """Used from the event loop only."""
 
-    def __init__(self, scorer: Scorer, *, batches_max: int, rows_max: int) -> None:
+    def __init__(self, scorer: Scorer, *, batches_max: int, rows_max: int, traced: bool = False) -> None:
         self._scorer = scorer
         self._batches_max = batches_max
         self._rows_max = rows_max
+        self._traced = traced
         self._waiting: deque[Waiting] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._batches: dict[asyncio.Task[None], list[Waiting]] = {}
@@ -130,7 +133,8 @@ class Coalescer:
     async def _score(self, plan: Plan, batch: list[Waiting]) -> None:
         deadline = batch[0].context.deadline if len(batch) == 1 else Deadline(max(w.context.deadline.at for w in batch))
         asked = [Asked(w.row, w.context) for w in batch]
-        results = await self._scorer.score_rows(plan, asked, deadline, passed_on(batch))
+        spans = [w.context.span for w in batch if w.context.span is not None] if self._traced else None
+        results = await self._scorer.score_rows(plan, asked, deadline, passed_on(batch), HopSpans(spans) if spans else None)
         for waiting, result in zip(batch, results, strict=True):
             waiting.answer(result)
 
@@ -168,17 +172,21 @@ class Coalescer:
 
 
 def _all(batch: list[Waiting], error: ScoringError) -> None:
+    if len(batch) > 1 and error.status >= 500:
+        FAILED.warning(
+            time.monotonic(), f"a batch of {len(batch)} rows failed", kind=error.kind, status=error.status,
+            request_ids=[w.context.request_id for w in batch],
+        )
     for waiting in batch:
         waiting.answer(error)
 
 
 def passed_on(batch: list[Waiting]) -> bytes:
-    """Header lines of a batch: one row's own; of several the ids together, and the first one's trace."""
-    first = batch[0].context.passed_on
-    if len(batch) == 1:
-        return first
-    ids = ",".join(w.context.request_id for w in batch[:_IDS_MAX])
-    if len(batch) > _IDS_MAX:
-        ids += f",+{len(batch) - _IDS_MAX}"
-    lines = [line for line in first.split(b"\r\n") if line and not line.startswith(_ID_LINE)]
-    return b"".join(line + b"\r\n" for line in [_ID_LINE + ids.encode("latin-1", "replace"), *lines])
+    """Header lines of a batch: the ids of its rows, and the trace of the first row that has one.
+
+    A batch that is recorded has a span of its own, and its line in the place of these.
+    """
+    ids = id_line([w.context.request_id for w in batch], len(batch))
+    if any(w.context.span is not None for w in batch):
+        return ids
+    return ids + next((w.context.trace_lines for w in batch if w.context.trace_lines), b"")

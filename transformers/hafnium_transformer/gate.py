@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
@@ -37,21 +37,23 @@ from hafnium_contract.asgi import (
 from hafnium_contract.serving.exposition import metrics_answer
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.serving.workers import others_missing
-from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER, REQUEST_ID_HEADER
+from hafnium_contract.trace_context import REQUEST_ID, request_id_of, trace_lines, without_repeated
+from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError, SlowBodyError
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
-from hafnium_transformer.rows import TEXT_MAX
+from hafnium_transformer.request_spans import SPAN_NAMES, batch_facts, model_facts, request_facts
 from hafnium_transformer.scoring import Context, Scorer
 from hafnium_transformer.settings import Settings
 
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import LiveSpan, Tracing
+
 log = logging.getLogger("hafnium.transformer")
-_REQUEST_ID = REQUEST_ID_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
 _ARM = ARM_HEADER.encode()
-_TRACE = (b"traceparent", b"tracestate")
 FAILURES = Sampled(log, lines_per_s=10.0)
 """One line for an answer of 5xx, so that an id from a caller's log is found in ours."""
 _READY_KEPT_S = 1.0
@@ -75,12 +77,14 @@ class Gate:
 
     def __init__(
         self, inner: App, scorer: Scorer, admission: Admission, metrics: TransformerMetrics, settings: Settings,
+        tracing: Tracing | None = None,
     ) -> None:
         self._inner = inner
         self._scorer = scorer
         self._admission = admission
         self._metrics = metrics
         self._settings = settings
+        self._tracing = tracing
         self.stopping = False
         name = settings.model_name
         self._sdk_paths = {f"/v1/models/{name}:predict", f"/v2/models/{name}/infer"}
@@ -116,16 +120,28 @@ class Gate:
 
     async def _answer_scoring(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        headers = headers_of(scope)
-        given = headers.get(_REQUEST_ID, b"").decode("latin-1")
-        request_id = given if 0 < len(given) <= TEXT_MAX and given.isprintable() else uuid.uuid4().hex
-        echo: Header = (_REQUEST_ID, request_id.encode("latin-1"))
+        headers = without_repeated(scope["headers"], headers_of(scope))
+        request_id = request_id_of(headers.get(REQUEST_ID)) or uuid.uuid4().hex
+        echo: Header = (REQUEST_ID, request_id.encode("ascii"))
+        span: LiveSpan | None = None
+        if self._tracing is None:
+            lines = trace_lines(headers)
+        else:
+            path: str = scope["path"]
+            found = self._tracing.accept(headers, SPAN_NAMES.get(path, f"POST {path}"), started)
+            lines = b""
+            if isinstance(found, bytes):
+                lines = found
+            else:
+                span = found
+                span.add(request_facts(path, request_id, arm_of(headers)))
         kind: str | None = None
         entered = False
         try:
             self._admission.enter()
             entered = True
-            context = self._context(headers, request_id, started)
+            deadline = self._deadline(headers)
+            context = Context(request_id, arm_of(headers), deadline, started, lines, span)
             try:
                 async with asyncio.timeout(context.deadline.left_s()):
                     body = await read_body(headers, receive, self._settings.body_bytes_max)
@@ -134,6 +150,8 @@ class Gate:
             answer = await self._score(scope, headers, body, context, echo)
         except ClientGoneError:
             self._count(started, "client_gone")
+            if span is not None:
+                span.end("client_gone")
             return
         except BodyTooLargeError as e:
             kind = "too_large"
@@ -151,7 +169,13 @@ class Gate:
         await send_answer(send, answer)
         self._count(started, kind)
         if answer.status >= 500:
-            FAILURES.warning(time.monotonic(), f"answered {answer.status}", request_id=request_id, kind=kind, status=answer.status)
+            FAILURES.warning(
+                time.monotonic(), f"answered {answer.status}", request_id=request_id, kind=kind, status=answer.status,
+                trace_id=span and span.trace_id,
+            )
+        if span is not None:
+            span.add(model_facts(self._scorer))
+            span.answered(answer.status, kind)
 
     def _count(self, started: float, kind: str | None) -> None:
         served = self._scorer.served
@@ -162,12 +186,7 @@ class Gate:
         if kind is not None:
             series.error(kind)
 
-    def _context(self, headers: dict[bytes, bytes], request_id: str, started: float) -> Context:
-        passed_on = b"%s: %s\r\n" % (_REQUEST_ID, request_id.encode("latin-1"))
-        for name in _TRACE:
-            value = headers.get(name)
-            if value is not None:
-                passed_on += b"%s: %s\r\n" % (name, value)
+    def _deadline(self, headers: dict[bytes, bytes]) -> Deadline:
         deadline_ms = self._settings.deadline_ms
         given = headers.get(_DEADLINE)
         if given is not None:
@@ -177,7 +196,7 @@ class Gate:
                 raise MalformedError(f"{DEADLINE_HEADER}: expected milliseconds, got {given[:20]!r}") from e
             if not deadline_ms > 0.0:
                 raise DeadlineError(f"{DEADLINE_HEADER}: {given.decode('latin-1')[:20]} ms are left")
-        return Context(request_id, arm_of(headers), Deadline.after_ms(deadline_ms), started, passed_on)
+        return Deadline.after_ms(deadline_ms)
 
     async def _score(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, context: Context, echo: Header) -> Answer:
         if scope["path"] == "/v1/score":
@@ -186,11 +205,15 @@ class Gate:
             result = (await self._scorer.score([item], context))[0]
             if isinstance(result, ScoringError):
                 raise result
+            if context.span is not None:
+                context.span.add(batch_facts([result]))
             return Answer(200, (JSON_TYPE, echo), orjson.dumps(result))
         if scope["path"] == "/v1/score/batch":
             items = batch_items(_json(body), "requests", self._settings.batch_rows_max)
             self._ask(scope, headers, len(items))
             results = await self._scorer.score(items, context, [f"requests[{i}]" for i in range(len(items))])
+            if context.span is not None:
+                context.span.add(batch_facts(results))
             shown = [r.document() if isinstance(r, ScoringError) else r for r in results]
             return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown}))
         self._ask(scope, headers, 1)  # how many rows it has, only the SDK finds out

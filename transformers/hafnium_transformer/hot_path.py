@@ -6,29 +6,34 @@ that can't be read. What becomes of a good row later (store or predictor gone, t
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Mapping
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from hafnium_contract.asgi import PROBLEM_TYPE
 from hafnium_contract.serving.hot_protocol import HotRequest, HotRoutes
-from hafnium_contract.wire import DEADLINE_HEADER, REQUEST_ID_HEADER
+from hafnium_contract.trace_context import REQUEST_ID, REQUEST_ID_CHARS_MAX, trace_lines
+from hafnium_contract.wire import DEADLINE_HEADER
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer, Waiting
 from hafnium_transformer.errors import OverloadedError, RateLimitedError, RowInvalidError, ScoringError
 from hafnium_transformer.gate import FAILURES, arm_of, retry_after
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.predictor_client import Deadline
-from hafnium_transformer.rows import TEXT_MAX, parse_row
+from hafnium_transformer.request_spans import SPAN_NAMES, model_facts, request_facts
+from hafnium_transformer.rows import parse_row
 from hafnium_transformer.scoring import Context, Result, Scorer
 from hafnium_transformer.settings import Settings
 
-_REQUEST_ID, _DEADLINE = REQUEST_ID_HEADER.encode(), DEADLINE_HEADER.encode()
-_TRACE = (b"traceparent", b"tracestate")
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import Tracing
+
+log = logging.getLogger("hafnium.transformer")
+_DEADLINE = DEADLINE_HEADER.encode()
 _PROBLEM_HEAD = b"%s: %s\r\n" % PROBLEM_TYPE
 
 
@@ -37,11 +42,13 @@ class HotPath:
 
     def __init__(
         self, scorer: Scorer, coalescer: Coalescer, admission: Admission, metrics: TransformerMetrics, settings: Settings,
+        tracing: Tracing | None = None,
     ) -> None:
         self._scorer = scorer
         self._coalescer = coalescer
         self._admission = admission
         self._metrics = metrics
+        self._tracing = tracing
         self._settings = settings
         self._random = Random(secrets.randbits(256))  # noqa: S311 - ids have to differ, nobody has to fail to guess them
         self._deadline_s = settings.deadline_ms / 1000.0
@@ -59,27 +66,33 @@ class HotPath:
             if len(given_deadline) > 9 or not given_deadline.isdigit() or not given_deadline.strip(b"0"):
                 return False
             deadline_s = min(deadline_s, int(given_deadline) / 1000.0)
-        given_id = headers.get(_REQUEST_ID, b"")
-        if len(given_id) > TEXT_MAX:
+        given_id = headers.get(REQUEST_ID, b"")
+        if len(given_id) > REQUEST_ID_CHARS_MAX or b"\t" in given_id:
             return False
-        request_id = given_id.decode("latin-1") or f"{self._random.getrandbits(128):032x}"
+        request_id = given_id.decode("ascii") or f"{self._random.getrandbits(128):032x}"
         try:
             item: Any = orjson.loads(request.body)
             plan = scorer.plan
             row = parse_row(plan, item, request_id=request_id, now_s=scorer.clock().timestamp())
         except (orjson.JSONDecodeError, RowInvalidError):
             return False
-        context = Context(request_id, arm_of(headers), Deadline(now + deadline_s), request.arrived, _passed_on(headers, request_id))
-        waiting = Waiting(plan, item, row, context, request, self._done)
+        if self._tracing is None:
+            context = Context(request_id, arm_of(headers), Deadline(now + deadline_s), request.arrived, trace_lines(headers))
+            waiting = Waiting(plan, item, row, context, request, self._done)
+        else:
+            context = _traced(self._tracing, request, request_id, Deadline(now + deadline_s))
+            waiting = Waiting(plan, item, row, context, request, self._done if context.span is None else self._done_traced)
         try:
             self._admission.enter()
         except OverloadedError as e:
             self._respond(waiting, e)
+            if context.span is not None:
+                context.span.answered(e.status, e.kind)
             return True
         try:
             self._admission.ask(self._admission.client(headers, request.client), 1, now)
         except RateLimitedError as e:
-            self._done(waiting, e)
+            waiting.answer(e)
             return True
         self._coalescer.submit(waiting)
         return True
@@ -88,9 +101,25 @@ class HotPath:
         self._admission.leave()
         self._respond(waiting, result)
 
+    def _done_traced(self, waiting: Waiting, result: Result) -> None:
+        """`_done` of a request that is recorded. Its span ends behind the answer: nobody waits for it."""
+        self._done(waiting, result)
+        span = waiting.context.span
+        if span is None:
+            return
+        try:
+            span.add(model_facts(self._scorer))
+            if isinstance(result, ScoringError):
+                span.answered(result.status, result.kind)
+            else:
+                span.add({"hafnium.model.version": result["model_version"], "hafnium.degraded": result["degraded"], "hafnium.rows": 1})
+                span.answered(200, None)
+        except Exception:  # the answer is out; a span that can't be written must not cost the connection
+            log.exception("a span could not be written")
+
     def _respond(self, waiting: Waiting, result: Result) -> None:
         context, request = waiting.context, waiting.request
-        echo = b"x-request-id: %s\r\n" % context.request_id.encode("latin-1")
+        echo = b"x-request-id: %s\r\n" % context.request_id.encode("ascii")
         contract = waiting.plan.contract
         served = self._scorer.served
         series = self._metrics.model(contract.name, served.model_version if served else "none")
@@ -101,7 +130,7 @@ class HotPath:
             if result.status >= 500:
                 FAILURES.warning(
                     time.monotonic(), f"answered {result.status}", request_id=context.request_id, kind=result.kind,
-                    status=result.status,
+                    status=result.status, trace_id=context.span and context.span.trace_id,
                 )
             request.respond(_PROBLEM_HEAD + echo + retry, orjson.dumps(result.document()), result.status)
         else:
@@ -109,10 +138,11 @@ class HotPath:
         series.duration.observe(time.perf_counter() - context.started)
 
 
-def _passed_on(headers: Mapping[bytes, bytes], request_id: str) -> bytes:
-    lines = b"%s: %s\r\n" % (_REQUEST_ID, request_id.encode("latin-1"))
-    for name in _TRACE:
-        value = headers.get(name)
-        if value is not None:
-            lines += b"%s: %s\r\n" % (name, value)
-    return lines
+def _traced(tracing: Tracing, request: HotRequest, request_id: str, deadline: Deadline) -> Context:
+    headers = request.headers
+    arm = arm_of(headers)
+    span = tracing.accept(headers, SPAN_NAMES["/v1/score"], request.arrived)
+    if isinstance(span, bytes):
+        return Context(request_id, arm, deadline, request.arrived, span)
+    span.add(request_facts("/v1/score", request_id, arm))
+    return Context(request_id, arm, deadline, request.arrived, b"", span)

@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
 from kserve.errors import InvalidInput
 
 from hafnium_contract.bundle import INTERVAL_OUTPUT, SCORE_OUTPUT
-from hafnium_contract.wire import REQUEST_ID_HEADER
+from hafnium_contract.trace_context import REQUEST_ID, TRACEPARENT, TRACESTATE, request_id_of, trace_lines
 from hafnium_transformer.errors import MalformedError, ScoringError
 from hafnium_transformer.gate import EXCHANGE, Exchange, batch_items
 from hafnium_transformer.plan import Plan
 from hafnium_transformer.predictor_client import Deadline
+from hafnium_transformer.request_spans import batch_facts, model_facts
 from hafnium_transformer.scoring import Context, Scorer
 from hafnium_transformer.settings import Settings
 
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import Tracing
+
 _TOP = ("event_time", "request_id")
+_FROM_METADATA = (REQUEST_ID, TRACEPARENT, TRACESTATE)
+_GRPC = "inference.GRPCInferenceService/ModelInfer"
 
 
 class RiskTransformer(Model):
@@ -29,10 +35,11 @@ class RiskTransformer(Model):
     Neither protocol has errors per row: one bad row is the whole request's error, with its path.
     """
 
-    def __init__(self, settings: Settings, scorer: Scorer) -> None:
+    def __init__(self, settings: Settings, scorer: Scorer, tracing: Tracing | None = None) -> None:
         super().__init__(settings.model_name)
         self._settings = settings
         self._scorer = scorer
+        self._tracing = tracing
         self.ready = True
 
     def start(self) -> None:
@@ -61,7 +68,27 @@ class RiskTransformer(Model):
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None,
     ) -> dict[str, Any] | InferResponse:
         """Scores all rows. Raises InvalidInput; over HTTP the gate puts the real error in its place."""
-        exchange = EXCHANGE.get() or Exchange(self._grpc_context(headers or {}))
+        exchange = EXCHANGE.get()
+        if exchange is None:
+            return await self._by_grpc(payload, headers or {})
+        return await self._predict(payload, exchange)
+
+    async def _by_grpc(self, payload: Any, metadata: dict[str, str]) -> dict[str, Any] | InferResponse:
+        exchange = Exchange(self._grpc_context(metadata))
+        span = exchange.context.span
+        if span is None:
+            return await self._predict(payload, exchange)
+        kind: str | None = "internal"
+        try:
+            answer = await self._predict(payload, exchange)
+            kind = None
+        finally:
+            span.add(model_facts(self._scorer))
+            error = exchange.error
+            span.answered(200 if kind is None else error.status if error else 500, error.kind if error else kind)
+        return answer
+
+    async def _predict(self, payload: Any, exchange: Exchange) -> dict[str, Any] | InferResponse:
         try:
             if isinstance(payload, InferRequest):
                 items = rows_of_v2(payload, self._scorer.plan, self._settings.batch_rows_max)
@@ -74,17 +101,24 @@ class RiskTransformer(Model):
 
     async def _all(self, items: list[Any], name: str, context: Context) -> list[dict[str, Any]]:
         results = await self._scorer.score(items, context, [f"{name}[{i}]" for i in range(len(items))])
+        if context.span is not None:
+            context.span.add(batch_facts(results))
         for result in results:
             if isinstance(result, ScoringError):
                 raise result
         return [r for r in results if not isinstance(r, ScoringError)]
 
     def _grpc_context(self, metadata: dict[str, str]) -> Context:
-        request_id = metadata.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
-        return Context(
-            request_id, "stable", Deadline.after_ms(self._settings.deadline_ms), time.perf_counter(),
-            f"{REQUEST_ID_HEADER}: {request_id}\r\n".encode("latin-1", "replace") if request_id.isprintable() else b"",
-        )
+        headers = {name: metadata[name.decode()].encode("utf-8") for name in _FROM_METADATA if name.decode() in metadata}
+        request_id = request_id_of(headers.get(REQUEST_ID)) or uuid.uuid4().hex
+        deadline, started = Deadline.after_ms(self._settings.deadline_ms), time.perf_counter()
+        if self._tracing is None:
+            return Context(request_id, "stable", deadline, started, trace_lines(headers))
+        span = self._tracing.accept(headers, _GRPC, started)
+        if isinstance(span, bytes):
+            return Context(request_id, "stable", deadline, started, span)
+        span.add({"rpc.system": "grpc", "rpc.method": "ModelInfer", "hafnium.request_id": request_id})
+        return Context(request_id, "stable", deadline, started, b"", span)
 
 
 def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[str, Any]]:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hafnium_contract.encoding import assemble
 from hafnium_contract.errors import InputError, Problem
+from hafnium_contract.trace_context import id_line
 from hafnium_transformer.breaker import Breaker
 from hafnium_transformer.errors import (
     ContractChangedError,
@@ -31,6 +32,7 @@ from hafnium_transformer.errors import (
     UnavailableError,
 )
 from hafnium_transformer.explanation import contributions, left_out
+from hafnium_transformer.hop_spans import HopSpans
 from hafnium_transformer.log_writer import InferenceLog, LogBatch, LogRow
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.feast import Reader
@@ -40,6 +42,9 @@ from hafnium_transformer.predictor_client import Deadline, Prediction, Predictor
 from hafnium_transformer.row_encoding import Encoded, check_derived, encode_row
 from hafnium_transformer.rows import Row, parse_row
 from hafnium_transformer.settings import Settings
+
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import LiveSpan
 
 log = logging.getLogger("hafnium.transformer")
 Matrix = npt.NDArray[np.float32]
@@ -66,8 +71,10 @@ class Context:
     deadline: Deadline
     started: float
     """time.perf_counter() at arrival."""
-    passed_on: bytes
-    """Header lines that the predictor gets too: request id and trace."""
+    trace_lines: bytes
+    """Header lines that hand the caller's trace on to the predictor; empty when there is none."""
+    span: LiveSpan | None = None
+    """Of a request that is recorded: then its own children are what the predictor hears of."""
 
 
 class Asked(NamedTuple):
@@ -222,20 +229,31 @@ class Scorer:
             except RowInvalidError as e:
                 results[i] = e
         if asked:
-            for i, result in zip(places, await self.score_rows(plan, asked, context.deadline, context.passed_on), strict=True):
+            spans = None if context.span is None else HopSpans([context.span])
+            lines = id_line([context.request_id], 1) + context.trace_lines
+            for i, result in zip(places, await self.score_rows(plan, asked, context.deadline, lines, spans), strict=True):
                 results[i] = result
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
-    async def score_rows(self, plan: Plan, asked: Sequence[Asked], deadline: Deadline, passed_on: bytes) -> list[Result]:
+    async def score_rows(
+        self, plan: Plan, asked: Sequence[Asked], deadline: Deadline, passed_on: bytes, spans: HopSpans | None = None,
+    ) -> list[Result]:
         """Valid rows, perhaps of several requests → for each its answer or its error. `deadline` is for all of them.
 
+        `passed_on`: header lines for the predictor: ids, and the trace when there are no `spans` whose trace it is.
         Raises ScoringError when no row can be answered; ContractChangedError when the predictor has another contract.
         """
         results: list[Result | None] = [None] * len(asked)
         encoded: list[Encoded] = []
         places: list[int] = []
         rows = [a.row for a in asked]
-        for i, (row, found) in enumerate(zip(rows, await self._look_up(plan, rows, deadline), strict=True)):
+        if spans is None or not plan.views:
+            looked_up = await self._look_up(plan, rows, deadline)
+        else:
+            with spans.lookup(plan, len(rows)) as lookup:
+                looked_up = await self._look_up(plan, rows, deadline)
+                lookup.found(looked_up)
+        for i, (row, found) in enumerate(zip(rows, looked_up, strict=True)):
             try:
                 encoded.append(encode_row(plan, row, found))
                 places.append(i)
@@ -244,7 +262,7 @@ class Scorer:
                 for feature in e.features:
                     self._metrics.missing(feature)
         if encoded:
-            await self._predict(plan, encoded, places, asked, deadline, passed_on, results)
+            await self._predict(plan, encoded, places, asked, deadline, passed_on, spans, results)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
     async def _look_up(self, plan: Plan, rows: Sequence[Row], deadline: Deadline) -> Sequence[Found | None]:
@@ -280,7 +298,7 @@ class Scorer:
 
     async def _predict(
         self, plan: Plan, encoded: Sequence[Encoded], places: Sequence[int], asked: Sequence[Asked], deadline: Deadline,
-        passed_on: bytes, results: list[Result | None],
+        passed_on: bytes, spans: HopSpans | None, results: list[Result | None],
     ) -> None:
         matrix = assembled(plan, encoded)
         kept: list[tuple[int, Encoded]] = []
@@ -297,7 +315,12 @@ class Scorer:
             matrix = matrix[lines]
         explained = [k for k, (_, e) in enumerate(kept) if e.row.explain]
         sent = np.concatenate([matrix, *(left_out(matrix[k]) for k in explained)]) if explained else matrix
-        prediction = await self._client.predict(sent, plan.digest, deadline, passed_on)
+        if spans is None:
+            prediction = await self._client.predict(sent, plan.digest, deadline, passed_on)
+        else:
+            with spans.predict(plan, len(sent)) as hop:
+                prediction = await self._client.predict(sent, plan.digest, deadline, passed_on + hop.lines)
+                hop.answered(prediction)
         self._answer(plan, kept, asked, matrix, prediction, results)
 
     def _answer(

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import uvloop
@@ -24,6 +24,7 @@ from kserve.protocol.rest.server import RESTServer
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
 from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer
@@ -39,6 +40,9 @@ from hafnium_transformer.online_store.records import OnlineStore
 from hafnium_transformer.predictor_client import HopLimits, PredictorClient
 from hafnium_transformer.scoring import Scorer
 from hafnium_transformer.settings import Settings
+
+if TYPE_CHECKING:
+    from hafnium_contract.telemetry.spans import Tracing
 
 log = logging.getLogger("hafnium.transformer")
 GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
@@ -80,12 +84,13 @@ class _GatedRestServer(RESTServer):
 class TransformerServer(ModelServer):
     """Serves until SIGTERM, then finishes what is in flight and writes the rest of the inference log."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracing: Tracing | None = None) -> None:
         super().__init__(
             http_port=settings.http_port, grpc_port=settings.grpc_port, workers=1, enable_grpc=settings.enable_grpc,
             enable_latency_logging=False, grace_period=settings.grace_period_s, timeout_keep_alive=settings.keep_alive_s,
         )
         self._settings = settings
+        self._tracing = tracing
         self._grpc: GRPCServer | None = None
 
     def run(self) -> None:
@@ -108,16 +113,17 @@ class TransformerServer(ModelServer):
             s.connection_age_s, s.retry_share, s.retry_spare, s.breaker_failures_max, s.breaker_pause_first_s, s.breaker_pause_max_s,
         ))
         scorer = Scorer(s, client, metrics, inference_log)
-        self.register_model(RiskTransformer(s, scorer))
+        self.register_model(RiskTransformer(s, scorer, self._tracing))
         rest = _GatedRestServer(
             "kserve.model_server:app", self.dataplane, self.model_repository_extension, self.http_port,
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = s.host
         admission = Admission(s, metrics)
-        coalescer = Coalescer(scorer, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max)
-        hot_path = HotPath(scorer, coalescer, admission, metrics, s) if s.hot_path else None
-        rest.put_before(Gate(cast(App, kserve_app), scorer, admission, metrics, s), hot_path)
+        traced = self._tracing is not None
+        coalescer = Coalescer(scorer, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max, traced=traced)
+        hot_path = HotPath(scorer, coalescer, admission, metrics, s, self._tracing) if s.hot_path else None
+        rest.put_before(Gate(cast(App, kserve_app), scorer, admission, metrics, s, self._tracing), hot_path)
         # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
@@ -138,6 +144,8 @@ class TransformerServer(ModelServer):
             scorer.close()
             if inference_log is not None:
                 await asyncio.to_thread(inference_log.close)
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close, FLUSH_S)
             log.info("stopped")
 
     async def _become_ready(self, scorer: Scorer) -> None:

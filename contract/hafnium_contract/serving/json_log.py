@@ -10,13 +10,14 @@ from typing import Literal
 
 LogFormat = Literal["json", "text"]
 _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-_EXTRAS = ("request_id", "kind", "status")
+_EXTRAS = ("request_id", "request_ids", "trace_id", "kind", "status")
 _QUIET = ("kserve", "kserve.trace", "uvicorn.access")
 """Four lines per request of the SDK cost a fifth to a third of the throughput."""
 
 
 class JsonLines(logging.Formatter):
-    """time, level, logger, message; request_id, kind and status when the caller gave them; the traceback as `error`."""
+    """time, level, logger, message; what the caller gave of request_id (of a batch request_ids), trace_id, kind and status; the
+    traceback as `error`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
