@@ -274,7 +274,7 @@ def test_a_third_contract_over_a_file_of_its_own(tmp_path: Path) -> None:
     assert "no protected attribute" in (result.bundle.path / "model_card.md").read_text()
 
 
-def test_a_helper_process_passes_errors_on_and_its_death_is_noticed(folder: Path) -> None:
+def test_another_process_exports_the_same_bytes_and_passes_errors_on(folder: Path) -> None:
     model, _, _ = random_model(lender())
     with HelperProcess("hafnium_training.export") as helper:
         assert helper.call("export_onnx", model, 6) == export_onnx(model, 6)

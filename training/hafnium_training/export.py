@@ -1,21 +1,12 @@
-"""torch → ONNX bytes that are the same in every process and hold nothing of this machine, and the proof that they agree.
-
-torch's exporter writes stack traces, and with them paths, into the nodes' metadata, and names values after its own counters.
-All of that is taken out or renamed by position, so the model's digest depends on the model alone.
-"""
+"""The exported model as it is served, and the proof that it agrees with what was trained."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 import torch
 
@@ -24,25 +15,25 @@ from hafnium_contract.encoding import Matrix
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.model_contract import ModelContract
 from hafnium_training.graph import RiskModel
+from hafnium_training.onnx_graph import model_proto
 
-OPSET = 20
 PARITY_LIMIT = 1e-5
 """Largest difference between a score in torch and in ONNX Runtime."""
 BATCHES = (1, 2, 64)
-_TRACE_ROWS = 3
-"""More than one row: torch would otherwise specialise the batch dimension to 1."""
 
 Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences found. `batch`: the same row scored alone and among others."""
+    """Largest differences found. `batch`: the same row scored alone and among others. `against`: what the scores were compared with;
+    a model that something else trained can only be compared with itself."""
 
     score: float
     interval: float
     batch: float
     rows: int
+    against: Literal["torch", "itself"] = "torch"
 
     @property
     def worst(self) -> float:
@@ -74,56 +65,7 @@ class Scorer:
 
 def export_onnx(model: RiskModel, inputs: int) -> bytes:
     """The model's graph as ONNX bytes: `features` float32 [batch, inputs] → `score` [batch], `interval` [batch, 2]."""
-    example = torch.zeros(_TRACE_ROWS, inputs, dtype=torch.float32)
-    batch = torch.export.Dim("batch", min=1)
-    with _quiet():
-        program = torch.onnx.export(
-            model, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=[INPUT_NAME],
-            output_names=[SCORE_OUTPUT, INTERVAL_OUTPUT], opset_version=OPSET, external_data=False, optimize=True, verbose=False,
-        )
-    if program is None:
-        raise HafniumError("torch.onnx.export gave no program; this torch version can't export the network")
-    return canonical(program.model_proto)
-
-
-def canonical(proto: onnx.ModelProto) -> bytes:
-    """Serialised without metadata, comments and internal names; checked. The same graph gives the same bytes."""
-    proto = onnx.ModelProto.FromString(proto.SerializeToString())
-    for message in (proto, proto.graph):
-        message.doc_string = ""
-        del message.metadata_props[:]
-    # torch leaves its own helper functions and shape notes behind, which no node refers to
-    called = {node.op_type for node in proto.graph.node}
-    unused = [f for f in proto.functions if f.name not in called]
-    for function in unused:
-        proto.functions.remove(function)
-    del proto.graph.value_info[:]
-    interface = {v.name for v in (*proto.graph.input, *proto.graph.output)}
-    names: dict[str, str] = {name: name for name in interface}
-    names[""] = ""
-    for i, tensor in enumerate(proto.graph.initializer):
-        names.setdefault(tensor.name, f"w{i}")
-        tensor.name = names[tensor.name]
-        tensor.doc_string = ""
-        del tensor.metadata_props[:]
-    count = 0
-    for i, node in enumerate(proto.graph.node):
-        node.name, node.doc_string = f"n{i}", ""
-        del node.metadata_props[:]
-        for k, name in enumerate(node.input):
-            node.input[k] = names[name]
-        for k, name in enumerate(node.output):
-            if name not in names:
-                names[name] = f"v{count}"
-                count += 1
-            node.output[k] = names[name]
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.doc_string = ""
-        del value.metadata_props[:]
-    proto.graph.name = "hafnium"
-    proto.producer_name, proto.producer_version = "hafnium", ""
-    onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString(deterministic=True)
+    return model_proto(model, inputs).SerializeToString(deterministic=True)
 
 
 def difficult_rows(contract: ModelContract, X: Matrix, seed: int, count: int = 64) -> Matrix:
@@ -145,17 +87,18 @@ def difficult_rows(contract: ModelContract, X: Matrix, seed: int, count: int = 6
     return np.concatenate([sample, bad, whole, bounds, one_off]).astype(np.float32)
 
 
-def measure_parity(model: RiskModel, scorer: Scorer, rows: Matrix) -> Parity:
-    """Scores `rows` in torch and in ONNX Runtime, in batches of 1, 2 and 64, and compares them all.
+def measure_parity(model: RiskModel | None, scorer: Scorer, rows: Matrix) -> Parity:
+    """Scores `rows` in torch (when there is a model) and in ONNX Runtime, in batches of 1, 2 and 64, and compares them all.
 
     Raises HafniumError when a score is not finite or outside [0, 1], or an interval does not contain its score.
     """
-    with torch.no_grad():
-        expected = [t.numpy() for t in model(torch.tensor(rows))]
-    reference = scorer.both(rows)
-    score, interval = reference
+    score, interval = scorer.both(rows)
+    expected = [score, interval]
+    if model is not None:
+        with torch.no_grad():
+            expected = [t.numpy() for t in model(torch.tensor(rows))]
     if not bool(np.isfinite(score).all() and np.isfinite(interval).all()):
-        raise HafniumError("the exported model gives a score that is not finite for a row of extremes")
+        raise HafniumError("the exported model gives a score or an interval that is not finite for a row of extremes")
     inside = (interval[:, 0] <= score) & (score <= interval[:, 1]) & (interval[:, 0] >= 0) & (interval[:, 1] <= 1)
     if not bool(inside.all()):
         raise HafniumError(f"the exported model's interval does not contain the score for {int((~inside).sum())} rows")
@@ -167,29 +110,6 @@ def measure_parity(model: RiskModel, scorer: Scorer, rows: Matrix) -> Parity:
                 batch, float(np.abs(part - score[i:i + size]).max()), float(np.abs(band - interval[i:i + size]).max())
             )
     return Parity(
-        float(np.abs(expected[0] - score).max()), float(np.abs(expected[1] - interval).max()), batch, len(rows)
+        float(np.abs(expected[0] - score).max()), float(np.abs(expected[1] - interval).max()), batch, len(rows),
+        "itself" if model is None else "torch",
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """The exporter prints its progress and warns of its own internals; neither is for the user."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def warm_up() -> None:
-    """Loads the exporter by exporting a trivial model: most of an export's time is imports."""
-    class Double(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + x
-    with _quiet():
-        torch.onnx.export(Double(), (torch.zeros(2, 2),), dynamo=True, opset_version=OPSET, external_data=False, verbose=False)

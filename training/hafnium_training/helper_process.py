@@ -1,6 +1,6 @@
 """A second Python process that loads a slow library while this one trains.
 
-The ONNX exporter takes ten seconds to import and MLflow seven, both holding the interpreter lock, so a thread would only slow the
+MLflow takes seven seconds to import and Ray as long to start, both holding the interpreter lock, so a thread would only slow the
 training down. A process of its own uses the second core, and a library that ends its process (Ray does when its raylet is gone) ends
 that one only. It serves one module's functions over a pipe, and ends with the process that started it. One that dies is started
 again, and what it was asked is asked again, so the functions must bear that. The pickles on the pipe are this package's own.

@@ -1,4 +1,5 @@
-"""The monotone network, as it is trained: raw features → logit. `graph.py` folds it, with calibration, into what is served.
+"""The monotone network, as it is trained: raw features → logit. `graph.py` adds the calibration,
+`onnx_graph.py` folds all of it into what is served.
 
     features float32 [batch, n]
       └ Preprocessing     missing → median, clamp to the contract's range, scale, tame heavy tails, category → row of a table

@@ -34,7 +34,7 @@ from hafnium_training import report
 from hafnium_training.calibration import calibrate
 from hafnium_training.dataset import Dataset, Split, dataset_of, split_by_time
 from hafnium_training.evaluation import Comparison, compare, evaluate
-from hafnium_training.export import OPSET, Scorer, difficult_rows, measure_parity
+from hafnium_training.export import Scorer, difficult_rows, export_onnx, measure_parity
 from hafnium_training.fairness import Group, fairness_of, groups_of
 from hafnium_training.fit import Fitted, Prepare, fit, prepare, score_rows
 from hafnium_training.gates import Findings, Gate, GatesFailed, judge, require
@@ -43,6 +43,7 @@ from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparameters
 from hafnium_training.latency import Latency, measure_latency
 from hafnium_training.model_card import markdown
+from hafnium_training.onnx_graph import OPSET
 from hafnium_training.robustness import measure_robustness
 from hafnium_training.search import Searched, Trial, search, search_key, searching
 from hafnium_training.tables import read_table
@@ -139,10 +140,9 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
     needs_search = given is None and options.trials > 1
     watch = _Watch(progress)
     with ExitStack() as stack:
-        # the slow starters first, each on the second core
+        # the slow starters first, on the second core
         ray = stack.enter_context(searching()) if needs_search else None
         production = None if options.production is None else open_bundle(options.production)
-        exporter = stack.enter_context(HelperProcess("hafnium_training.export"))
         tracker = None
         if options.tracking is not None:
             tracker = stack.enter_context(HelperProcess("hafnium_training.tracking", options.tracking))
@@ -171,7 +171,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
                 prepared, searched.best, epochs=options.epochs, seed=options.seed, on_epoch=lambda _: progress.advance(),
             )
             progress.event(f"best epoch {fitted.best.number}: validation PR-AUC {fitted.best.validation_pr_auc:.4f}")
-        trained = _measure(options, contract, data, split, prepared, fitted, searched.best, digest, exporter, watch)
+        trained = _measure(options, contract, data, split, prepared, fitted, searched.best, digest, watch)
         comparison = latency = None
         if production is not None and rivals is not None:
             with watch.stage("compare"):
@@ -209,7 +209,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
 
 def _measure(
     options: TrainOptions, contract: ModelContract, data: Dataset, split: Split, prepared: Prepare, fitted: Fitted,
-    hyper: Hyperparameters, digest: str, exporter: HelperProcess, watch: _Watch,
+    hyper: Hyperparameters, digest: str, watch: _Watch,
 ) -> _Trained:
     """Calibrates, exports, and measures the exported model."""
     seed = options.seed
@@ -217,7 +217,7 @@ def _measure(
         logit = score_rows(split.validation, prepared.preprocessing, fitted.network)
         calibration = calibrate(logit, split.validation.y, fitted.prior_correction)
         model = RiskModel(prepared.preprocessing, fitted.network, calibration)
-        onnx_bytes: bytes = exporter.call("export_onnx", model, len(contract.inputs))
+        onnx_bytes = export_onnx(model, len(contract.inputs))
         scorer = Scorer(onnx_bytes)
         parity = measure_parity(model, scorer, difficult_rows(contract, split.test.X, seed))
     with watch.stage("evaluate"):
