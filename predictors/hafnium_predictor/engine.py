@@ -1,7 +1,8 @@
 """A bundle in memory: opened, checked against its contract, warmed up, and then only asked for scores.
 
 One thread per session and no spinning: `session.run` takes 10-20 µs for a row, and neither a second thread nor spinning
-gained anything (measured), while a spinning one takes the CPU from the server beside it.
+gained anything (measured), while a spinning one takes the CPU from the server beside it. Graph optimisation, arena and memory pattern
+stay at their defaults: the trained graph is folded before it is written, and switching any of them off gained nothing or lost 15 %.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,11 @@ import onnxruntime as ort
 
 from hafnium_contract.bundle import INPUT_NAME, INTERVAL_OUTPUT, SCORE_OUTPUT, Bundle, open_bundle
 from hafnium_contract.errors import BundleError
+from hafnium_contract.graph import check_graph
 from hafnium_predictor.errors import ModelFailureError, RowsError
 from hafnium_predictor.metrics import PredictorMetrics
 
 Matrix = npt.NDArray[np.float32]
-_FLOAT = "tensor(float)"
 
 
 class Engine:
@@ -34,6 +35,7 @@ class Engine:
         self._session = session
         self._metrics = metrics
         self._outputs = [SCORE_OUTPUT, INTERVAL_OUTPUT]
+        self._run_options = ort.RunOptions()  # kept: making one per run costs 1 µs of 20
 
     def run(self, matrix: Matrix) -> tuple[Matrix, Matrix]:
         """Encoded rows [rows, n] (NaN = missing) → score [rows] in [0, 1] and interval [rows, 2].
@@ -51,7 +53,7 @@ class Engine:
             raise RowsError(f"features[{row}][{column}] ({name}): expected a finite float32 or NaN, got infinity")
         start = time.perf_counter()
         try:
-            outputs = cast(list[Matrix], self._session.run(self._outputs, {INPUT_NAME: matrix}))
+            outputs = cast(list[Matrix], self._session.run(self._outputs, {INPUT_NAME: matrix}, self._run_options))
         except Exception as e:  # ONNX Runtime's errors share no base but Exception
             raise ModelFailureError(f"ONNX Runtime: {str(e)[:300]}") from e
         self._metrics.latency.observe(time.perf_counter() - start)
@@ -81,31 +83,10 @@ def load_engine(path: Path, metrics: PredictorMetrics, *, rows_max: int, warmup_
         session = ort.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime's errors share no base but Exception
         raise BundleError(f"{bundle.model_path}: ONNX Runtime can't load it: {str(e)[:300]}") from e
-    _check_graph(bundle, session)
+    check_graph(bundle.model_path, bundle.contract, session)
     engine = Engine(bundle, session, metrics, rows_max)
     _warm_up(engine, min(warmup_rows, rows_max))
     return engine
-
-
-def _check_graph(bundle: Bundle, session: ort.InferenceSession) -> None:
-    where, columns = bundle.model_path, len(bundle.contract.inputs)
-    inputs: list[Any] = list(session.get_inputs())
-    found = [i.name for i in inputs]
-    if found != [INPUT_NAME]:
-        raise BundleError(f"{where}: expected one input {INPUT_NAME!r}, the graph has {found}")
-    shape = list(inputs[0].shape)
-    if inputs[0].type != _FLOAT or len(shape) != 2 or isinstance(shape[0], int) or shape[1] != columns:
-        raise BundleError(
-            f"{where}: input {INPUT_NAME!r} is {inputs[0].type} {shape}; the contract's {columns} inputs need "
-            f"{_FLOAT} [batch, {columns}]"
-        )
-    outputs: dict[str, Any] = {o.name: o for o in session.get_outputs()}
-    for name, tail in ((SCORE_OUTPUT, []), (INTERVAL_OUTPUT, [2])):
-        if name not in outputs:
-            raise BundleError(f"{where}: output {name!r} is missing; the graph has {sorted(outputs)}")
-        got = outputs[name]
-        if got.type != _FLOAT or len(got.shape) != 1 + len(tail) or list(got.shape)[1:] != tail:
-            raise BundleError(f"{where}: output {name!r} is {got.type} {got.shape}, expected {_FLOAT} {['batch', *tail]}")
 
 
 def _warm_up(engine: Engine, rows: int) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +31,7 @@ from hafnium_training.hyperparameters import Hyperparameters
 from hafnium_training.model_card import ModelCard, card_features, card_gates, card_metrics, make_card
 
 PACKAGES = (
-    "hafnium-serving", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "ray", "optuna", "mlflow", "pandas", "pyarrow", "pydantic",
+    "hafnium-serving", "torch", "numpy", "onnx", "onnxruntime", "ray", "optuna", "mlflow", "pandas", "pyarrow", "pydantic",
 )
 DIGITS = 7
 
@@ -72,18 +73,28 @@ def _plain(value: object) -> Any:
 
 def evaluation(facts: Facts, split: Split, found: Findings, groups: dict[str, tuple[Group, ...]], gates: tuple[Gate, ...]) -> bytes:
     """evaluation.json."""
+    return _evaluation(
+        facts.contract, facts.model_version, facts.data_digest, split.parts(), interval_facts(facts.fit, facts.contract), found, groups,
+        gates,
+    )
+
+
+def _evaluation(
+    contract: ModelContract, version: str, data_digest: str, parts: Sequence[tuple[str, Dataset]], calibration: dict[str, object],
+    found: Findings, groups: dict[str, tuple[Group, ...]], gates: tuple[Gate, ...],
+) -> bytes:
     comparison = found.comparison
     return to_json({
         "schemaVersion": 1,
-        "model": {"name": facts.contract.name, "version": facts.model_version},
-        "data": {"digest": facts.data_digest, "parts": {name: _part(part) for name, part in split.parts()}},
+        "model": {"name": contract.name, "version": version},
+        "data": {"digest": data_digest, "parts": {name: _part(part) for name, part in parts}},
         "metrics": found.quality.metrics,
         "slices": found.quality.slices,
         "fairness": {
-            "threshold": facts.contract.decision.threshold, "groups": groups, "measures": found.fairness,
+            "threshold": contract.decision.threshold, "groups": groups, "measures": found.fairness,
         },
         "calibration": {
-            **interval_facts(facts.fit, facts.contract), "curve": found.quality.curve,
+            **calibration, "curve": found.quality.curve,
             "intervalBins": found.quality.interval_bins, "intervalCovered": found.quality.interval_covered,
         },
         "robustness": found.robustness,
@@ -109,17 +120,31 @@ def _moment(micros: int) -> str:
 
 def card(facts: Facts, split: Split, found: Findings, gates: tuple[Gate, ...]) -> ModelCard:
     """The model card, from the findings."""
-    c = facts.contract
+    return _card(
+        facts.contract, found, gates, version=facts.model_version, data_digest=facts.data_digest, git_commit=facts.git_commit,
+        seed=facts.seed, kind=f"Smooth min-max monotone network, {facts.parameters} parameters, ONNX",
+        training_data=_sentence(split.train), evaluation_data=f"{_sentence(split.test)} Newer than every row of the training data.",
+        calibration=(
+            f"Temperature {facts.fit.temperature:.3g}, offset {facts.fit.offset:.3g}, fitted on {split.validation.rows} "
+            "validation rows."
+        ),
+        interval=METHOD,
+        limitations=("The interval describes how well similar scores were supported by validation rows. It does not cover drift.",),
+    )
+
+
+def _card(
+    c: ModelContract, found: Findings, gates: tuple[Gate, ...], *, version: str, data_digest: str, git_commit: str, seed: int, kind: str,
+    training_data: str, evaluation_data: str, calibration: str, interval: str, limitations: tuple[str, ...],
+) -> ModelCard:
     metrics, mono = found.quality.metrics, found.robustness.monotonicity
     personal = [f.name for f in c.features if f.personal]
     attributes = list(dict.fromkeys(s.attribute for s in found.quality.slices))
     directed = [f.name for f in c.inputs if f.monotone != "none"]
     return make_card(
         details={
-            "name": c.name, "version": facts.model_version, "owner": c.owner,
-            "kind": f"Smooth min-max monotone network, {facts.parameters} parameters, ONNX",
-            "contract_version": c.version, "contract_digest": c.digest, "data_digest": facts.data_digest,
-            "git_commit": facts.git_commit, "seed": facts.seed,
+            "name": c.name, "version": version, "owner": c.owner, "kind": kind, "contract_version": c.version,
+            "contract_digest": c.digest, "data_digest": data_digest, "git_commit": git_commit, "seed": seed,
         },
         description=c.description,
         intended_use=(
@@ -131,14 +156,13 @@ def card(facts: Facts, split: Split, found: Findings, gates: tuple[Gate, ...]) -
             "data that the contract does not describe, or another population than the training data's",
             "a reading of the score's explanation as a cause",
         ),
-        training_data=_sentence(split.train), evaluation_data=f"{_sentence(split.test)} Newer than every row of the training data.",
+        training_data=training_data, evaluation_data=evaluation_data,
         features=card_features(c), metrics=card_metrics(metrics),
         slices=_slices_text(found, attributes),
         fairness=_fairness_text(found, gates),
         calibration=(
-            f"Temperature {facts.fit.temperature:.3g}, offset {facts.fit.offset:.3g}, fitted on {split.validation.rows} "
-            f"validation rows. Expected calibration error {_number(metrics['ece'])} (bins of equal mass), Brier score "
-            f"{_number(metrics['brier'])}. Interval: {METHOD}; "
+            f"{calibration} Expected calibration error {_number(metrics['ece'])} (bins of equal mass), Brier score "
+            f"{_number(metrics['brier'])}. Interval: {interval}; "
             f"{found.quality.interval_covered:.0%} of {found.quality.interval_bins} bins of the evaluation data lie inside."
         ),
         robustness=(
@@ -147,12 +171,58 @@ def card(facts: Facts, split: Split, found: Findings, gates: tuple[Gate, ...]) -
             f"{found.robustness.decisions_changed:.2%} of decisions."
         ),
         gates=card_gates(gates),
-        limitations=_limitations(found, gates),
+        limitations=_limitations(found, gates, limitations),
         personal_data=(
             f"Inputs that are personal data: {', '.join(personal)}. They are neither logged nor in the reference sample."
             if personal else "No feature is declared as personal data."
         ),
     )
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What is known of a model that something else has trained."""
+
+    contract: ModelContract
+    model_version: str
+    data_digest: str
+    git_commit: str
+    seed: int
+    origin: str
+    """Who or what trained it, in the words of whoever made the bundle."""
+    producer: str
+    """What the ONNX file says of the program that wrote it."""
+
+
+def foreign_evaluation(
+    facts: Foreign, data: Dataset, found: Findings, groups: dict[str, tuple[Group, ...]], gates: tuple[Gate, ...],
+) -> bytes:
+    """evaluation.json of a model that something else has trained."""
+    calibration: dict[str, object] = {"intervalMethod": "the model's own", "decisionThreshold": facts.contract.decision.threshold}
+    return _evaluation(
+        facts.contract, facts.model_version, facts.data_digest, (("test", data),), calibration, found, groups, gates,
+    )
+
+
+def foreign_card(facts: Foreign, data: Dataset, found: Findings, gates: tuple[Gate, ...]) -> ModelCard:
+    """The model card of a model that something else has trained: what was measured here, and what is not known here."""
+    return _card(
+        facts.contract, found, gates, version=facts.model_version, data_digest=facts.data_digest, git_commit=facts.git_commit,
+        seed=facts.seed, kind=f"ONNX from {facts.producer}; {facts.origin}",
+        training_data=f"Not known here. {facts.origin}",
+        evaluation_data=f"{_sentence(data)} Whoever made the bundle says that the model was not trained on them.",
+        calibration="The model's own; none was fitted here.", interval="the model's own",
+        limitations=("What the model was trained on, and how, was not checked.",),
+    )
+
+
+def foreign_environment(facts: Foreign) -> bytes:
+    """environment.json: with what the model was measured; with what it was trained is not known here."""
+    return to_json({
+        "schemaVersion": 1, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: v for name in PACKAGES if (v := package_version(name)) is not None}, "seed": facts.seed,
+        "dataDigest": facts.data_digest, "contractDigest": facts.contract.digest, "origin": facts.origin, "producer": facts.producer,
+    })
 
 
 def _sentence(part: Dataset) -> str:
@@ -187,10 +257,10 @@ def _fairness_text(found: Findings, gates: tuple[Gate, ...]) -> str:
     return " ".join(f"{g.name.removeprefix('fairness.')}: {g.verdict} ({g.message})." for g in own)
 
 
-def _limitations(found: Findings, gates: tuple[Gate, ...]) -> tuple[str, ...]:
+def _limitations(found: Findings, gates: tuple[Gate, ...], own: tuple[str, ...]) -> tuple[str, ...]:
     out = [
         "Measured on history. When customers or fraudsters change, the numbers above stop being true; the drift monitor says when.",
-        "The interval describes how well similar scores were supported by validation rows. It does not cover drift.",
+        *own,
         "Labels count only those frauds that were reported; a fraud that nobody reported is a negative here.",
     ]
     open_gates = [g.name for g in gates if g.verdict == "not enough data"]

@@ -1,4 +1,4 @@
-"""`hafnium bundle check | manifest`."""
+"""`hafnium bundle create | check | manifest`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,48 @@ import typer
 
 from hafnium_contract.bundle import open_bundle
 from hafnium_contract.errors import BundleError, InputError
+from hafnium_local.commands.arguments import Contract, Json, Seed
 from hafnium_local.console import fail, print_json
 from hafnium_local.manifest_writer import Pace, Serving, inference_service, model_rollout, to_yaml
 
 app = typer.Typer(no_args_is_help=True, help="Look at a bundle: a model with everything that is known about it.")
+
+
+@app.command()
+def create(
+    model: Annotated[Path, typer.Option(help="The model: an ONNX file that fits the contract, whatever trained it.", show_default=False)],
+    contract: Contract,
+    data: Annotated[
+        Path, typer.Option(help="Labelled rows that the model was not trained on (CSV or Parquet); the contract names the columns.",
+                           show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.", show_default=False)],
+    trained_by: Annotated[
+        str, typer.Option(help="Who or what trained it, on what; stands in the model card.", show_default=False)],
+    model_version: Annotated[
+        str | None, typer.Option(help="Name of this version; a short hash of the model without it.", show_default=False)] = None,
+    seed: Seed = 7,
+    as_json: Json = False,
+) -> None:
+    """A bundle of a model that something else has trained: scikit-learn, XGBoost, anything that can be written as ONNX.
+
+    The graph takes `features` float32 \\[batch, n] in the contract's order with NaN where a value is missing, and gives `score` \\[batch]
+    and `interval` \\[batch, 2]. It is measured on the rows and judged by the same gates as a trained one, directions included.
+
+    Exit status: 0 a bundle was written, 1 a gate says no (each one is named, and nothing is written), 2 wrong input.
+
+    Example: hafnium bundle create --model trees.onnx --contract C.yaml --data held-out.csv --trained-by "risk team" --out build/v1
+    """
+    from hafnium_training.foreign_model import ForeignOptions, make_bundle_of
+
+    found, gates = make_bundle_of(ForeignOptions(model, contract, data, out, trained_by, model_version, seed))
+    m = found.manifest
+    if as_json:
+        print_json({"bundle": str(out), "version": m.model_version, "digest": m.digest, "gates": {g.name: g.verdict for g in gates}})
+        return
+    typer.echo(f"{out}: {m.model_name} {m.model_version}, {m.digest[:19]}")
+    for g in gates:
+        if g.verdict not in ("pass", "not measured"):
+            typer.echo(f"  {g.name}: {g.verdict}: {g.message}")
 
 
 @app.command()
