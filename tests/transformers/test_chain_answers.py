@@ -19,6 +19,7 @@ from kserve import InferInput, InferRequest
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 from hafnium_testing import synthetic_rows, synthetic_views
+from hafnium_transformer.explanation import Explainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import VIEW_SEED, Chain
@@ -108,15 +109,19 @@ def test_one_bad_row_is_its_own_error_and_not_the_batchs(chain: Chain) -> None:
     assert third["errors"][0]["path"] == "requests[2]"
 
 
-def test_explanation_is_what_leaving_each_input_out_changes(chain: Chain) -> None:
+def test_explanation_is_what_knowing_each_input_adds(chain: Chain) -> None:
     row = synthetic_rows(chain.contract, 1, seed=8)[0]
     matrix = expected_matrix(chain.contract, [row])
-    left_out = np.repeat(matrix, matrix.shape[1], axis=0)
-    np.fill_diagonal(left_out, np.nan)
-    score = direct(chain, matrix)[0][0]
-    shares = dict(zip(chain.contract.input_names, float(score) - direct(chain, left_out)[0], strict=True))
+    explainer = Explainer.of(matrix.shape[1], "shapley", 8)
+    assert explainer is not None
+    score = float(direct(chain, matrix)[0][0])
+    found, base = explainer.shares(score, direct(chain, explainer.asked(matrix[0]))[0])
+    assert found.sum() == pytest.approx(score - float(direct(chain, np.full_like(matrix, np.nan))[0][0]), abs=1e-12)
+    shares = dict(zip(chain.contract.input_names, found.tolist(), strict=True))
     answer = chain.transformer.post(SCORE, {**row, "explain": True}).json
     explanation = answer["explanation"]
+    assert answer["explanation_base"] == base
+    assert chain.transformer.post(SCORE, {**row, "request_id": "another", "explain": True}).json["explanation"] == explanation
     assert len(explanation) == 5
     largest = sorted(shares, key=lambda n: -abs(shares[n]))[:5]
     assert [e["feature"] for e in explanation] == largest
@@ -124,7 +129,7 @@ def test_explanation_is_what_leaving_each_input_out_changes(chain: Chain) -> Non
         assert e["contribution"] == pytest.approx(shares[e["feature"]], abs=1e-6)
         if chain.contract.by_name[e["feature"]].personal:
             assert e["value"] is None
-    plain = {k: v for k, v in answer.items() if k != "explanation"}
+    plain = {k: v for k, v in answer.items() if not k.startswith("explanation")}
     assert plain == chain.transformer.post(SCORE, row).json
 
 
@@ -265,6 +270,17 @@ def test_limits_have_their_own_statuses(chain: Chain) -> None:
     assert chain.transformer.get(SCORE).status == 405
     many = chain.transformer.post(BATCH, {"requests": [{**row, "explain": True}] * 21}).json["results"]
     assert [("score" in r) for r in many] == [True] * 20 + [False]
+
+
+def test_explanations_that_need_more_rows_than_a_prediction_takes_are_those_of_single_requests(chain: Chain) -> None:
+    """20 rows with 113 each are more than the predictor's 1,000, and so are 1,000 rows with one."""
+    rows = synthetic_rows(chain.contract, 20, seed=12)
+    alone = [chain.transformer.post(SCORE, {**r, "explain": True}).json for r in rows]
+    assert chain.transformer.post(BATCH, {"requests": [{**r, "explain": True} for r in rows]}).json["results"] == alone
+    full = chain.transformer.post(BATCH, {"requests": [{**rows[0], "explain": True}] + rows[1:2] * 999})
+    assert full.status == 200
+    assert full.json["results"][0] == alone[0]
+    assert sum("score" in r for r in full.json["results"]) == 1000
 
 
 json_values = st.recursive(

@@ -101,6 +101,7 @@ def _answer(plan: Plan) -> dict[str, Any]:
         "request_id": {"type": "string"}, "score": score, "confidence_lower": score, "confidence_upper": score,
         "decision": {"enum": [rule.above, rule.below]}, "model_name": {"type": "string"}, "model_version": {"type": "string"},
         "degraded": {"type": "array", "items": {"type": "string"}}, "explanation": {"type": "array", "items": contribution},
+        "explanation_base": {**score, "description": "score of a row with everything missing: all contributions add up from it"},
     }, ["request_id", "score", "confidence_lower", "confidence_upper", "decision", "model_name", "model_version", "degraded"])
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from hafnium_contract.encoding import assemble
 from hafnium_contract.errors import InputError, Problem
 from hafnium_contract.trace_context import id_line
+from hafnium_contract.wire import BATCH_ROWS_MAX
 from hafnium_transformer.breaker import Breaker
 from hafnium_transformer.errors import (
     ContractChangedError,
@@ -31,7 +32,7 @@ from hafnium_transformer.errors import (
     ScoringError,
     UnavailableError,
 )
-from hafnium_transformer.explanation import contributions, left_out
+from hafnium_transformer.explanation import ROWS_MAX, Explainer, contributions
 from hafnium_transformer.hop_spans import HopSpans
 from hafnium_transformer.log_writer import InferenceLog, LogBatch, LogRow
 from hafnium_transformer.metrics import TransformerMetrics
@@ -52,6 +53,8 @@ Floats = npt.NDArray[np.float64]
 Result = dict[str, Any] | ScoringError
 _YIELD_ROWS = 64
 """Rows that are parsed before other requests get their turn of the event loop: about 1 ms."""
+_SHARE_DECIMALS = 7
+"""What float32 scores hold."""
 _ONE_BY_ONE_MAX = 16
 """Rows up to which numpy's cost per column is more than Python's per value."""
 _WARM_READ_S = 30.0
@@ -104,6 +107,7 @@ class Scorer:
         self._fair_s = min(_FAIR_S, settings.lookup_timeout_ms / 1000.0)
         self._complained = -_COMPLAINT_PAUSE_S
         self._plan: Plan | None = None
+        self._explainers: dict[int, Explainer | None] = {}
         self._refreshing = asyncio.Lock()
         self._refreshes: set[asyncio.Task[None]] = set()
         self.served: Served | None = None
@@ -303,8 +307,11 @@ class Scorer:
         matrix = assembled(plan, encoded)
         kept: list[tuple[int, Encoded]] = []
         lines: list[int] = []
+        explainer = self._explainer(matrix.shape[1]) if any(e.row.explain for e in encoded) else None
         for k, e in enumerate(encoded):
             try:
+                if e.row.explain and explainer is None:
+                    raise RowInvalidError([Problem("explain", f"a model of more than {ROWS_MAX} inputs can't be explained")])
                 kept.append((places[k], check_derived(plan, e, matrix[k]) if plan.derived_inputs else e))
                 lines.append(k)
             except ScoringError as error:
@@ -313,19 +320,34 @@ class Scorer:
             return
         if len(kept) < len(encoded):
             matrix = matrix[lines]
-        explained = [k for k, (_, e) in enumerate(kept) if e.row.explain]
-        sent = np.concatenate([matrix, *(left_out(matrix[k]) for k in explained)]) if explained else matrix
+        if explainer is None:
+            prediction = await self._ask(plan, matrix, deadline, passed_on, spans)
+            self._answer(plan, kept, asked, matrix, prediction, None, results)
+            return
+        # A row and what explains it go together, since another model may answer the next prediction
+        predicted: list[tuple[slice, Prediction]] = []
+        for part in parts_of([1 + explainer.rows * e.row.explain for _, e in kept], BATCH_ROWS_MAX):
+            sent = [matrix[part], *(explainer.asked(matrix[k]) for k in range(part.start, part.stop) if kept[k][1].row.explain)]
+            predicted.append((part, await self._ask(plan, np.concatenate(sent), deadline, passed_on, spans)))
+        for part, prediction in predicted:
+            self._answer(plan, kept[part], asked, matrix[part], prediction, explainer, results)
+
+    async def _ask(self, plan: Plan, sent: Matrix, deadline: Deadline, passed_on: bytes, spans: HopSpans | None) -> Prediction:
         if spans is None:
-            prediction = await self._client.predict(sent, plan.digest, deadline, passed_on)
-        else:
-            with spans.predict(plan, len(sent)) as hop:
-                prediction = await self._client.predict(sent, plan.digest, deadline, passed_on + hop.lines)
-                hop.answered(prediction)
-        self._answer(plan, kept, asked, matrix, prediction, results)
+            return await self._client.predict(sent, plan.digest, deadline, passed_on)
+        with spans.predict(plan, len(sent)) as hop:
+            prediction = await self._client.predict(sent, plan.digest, deadline, passed_on + hop.lines)
+            hop.answered(prediction)
+        return prediction
+
+    def _explainer(self, inputs: int) -> Explainer | None:
+        if inputs not in self._explainers:
+            self._explainers[inputs] = Explainer.of(inputs, self._settings.explain_method, self._settings.explain_orders)
+        return self._explainers[inputs]
 
     def _answer(
         self, plan: Plan, rows: Sequence[tuple[int, Encoded]], asked: Sequence[Asked], matrix: Matrix, prediction: Prediction,
-        results: list[Result | None],
+        explainer: Explainer | None, results: list[Result | None],
     ) -> None:
         rule, name = plan.contract.decision, plan.contract.name
         version, digits = prediction.model_version, self._settings.score_decimals
@@ -333,7 +355,7 @@ class Scorer:
         scores: list[float] = prediction.score[: len(rows)].tolist()
         intervals: list[list[float]] = prediction.interval[: len(rows)].tolist()
         now, ended = self.clock(), time.perf_counter()
-        explained_from, width = len(rows), matrix.shape[1]
+        explained_from = len(rows)
         logged: list[LogRow] | None = [] if self._log is not None else None
         decided = {rule.above: 0, rule.below: 0}
         above, below, threshold = rule.above, rule.below, rule.threshold
@@ -347,10 +369,14 @@ class Scorer:
                 "request_id": row.request_id, "score": shown[0], "confidence_lower": shown[1], "confidence_upper": shown[2],
                 "decision": decision, "model_name": name, "model_version": version, "degraded": list(e.degraded),
             }
-            if row.explain:
-                without = prediction.score[explained_from : explained_from + width]
-                explained_from += width
-                result["explanation"] = contributions(plan.contract, matrix[k], score, without, self._settings.explain_top_k)
+            if row.explain and explainer is not None:
+                shares, base = explainer.shares(score, prediction.score[explained_from : explained_from + explainer.rows])
+                explained_from += explainer.rows
+                result["explanation"] = contributions(
+                    plan.contract, matrix[k], shares, self._settings.explain_top_k, digits or _SHARE_DECIMALS,
+                )
+                if base is not None:
+                    result["explanation_base"] = round(base, digits) if digits else base
             results[place] = result
             for feature in e.missing:
                 self._metrics.missing(feature)
@@ -363,6 +389,19 @@ class Scorer:
         series.predicted(scores, decided)
         if self._log is not None and logged is not None:
             self._log.append(LogBatch(plan, now, version, prediction.model_digest, logged, matrix))
+
+
+def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
+    """Neighbours whose sizes add up to at most `rows_max`; one that is larger stands alone."""
+    parts: list[slice] = []
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > rows_max:
+            parts.append(slice(start, i))
+            start, total = i, 0
+        total += size
+    parts.append(slice(start, len(sizes)))
+    return parts
 
 
 def assembled(plan: Plan, encoded: Sequence[Encoded]) -> Matrix:

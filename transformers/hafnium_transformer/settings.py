@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from hafnium_contract.errors import InputError
 from hafnium_contract.serving.json_log import LogFormat
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
+from hafnium_transformer.explanation import Method
 from hafnium_transformer.log_target import log_target
 
 ENVIRONMENT_PREFIX = "HAFNIUM_"
@@ -109,8 +110,14 @@ class Settings(BaseModel):
     Decisions and the log go by the whole score."""
     explain_top_k: int = Field(default=5, ge=1)
     """Contributions in an explanation: what a reviewer reads."""
+    explain_method: Method = "shapley"
+    """`shapley`: sampled Shapley values; they add up to the score. `substitution`: the score less that with one input missing: fewer rows
+    to predict, and for one row in four another input comes first (docs/serving.md)."""
+    explain_orders: int = Field(default=8, ge=2, le=64, multiple_of=2)
+    """Orders in which `shapley` lets inputs become known, in pairs. Each costs a prediction per input; four times as many halve the
+    error."""
     explain_rows_max: int = Field(default=20, ge=1)
-    """Explained rows in one batch: each costs as many predictions as the model has inputs."""
+    """Explained rows in one batch: each costs as many predictions as the model has inputs, with `shapley` times the orders."""
     grace_period_s: int = Field(default=20, ge=0)
     """Seconds that requests in flight get on SIGTERM: below Kubernetes' 30, with room to write the log."""
     keep_alive_s: int = Field(default=65, ge=1)
