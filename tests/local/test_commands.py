@@ -53,7 +53,8 @@ WRONG: dict[tuple[str, ...], str] = {
     ("contract", "check", "absent.yaml"): "absent.yaml",
     ("contract", "check"): "Missing argument",
     ("bundle", "check", "absent"): "absent",
-    ("bundle", "create", "--model", "absent.onnx", "--contract", "c.yaml", "--data", "a.csv", "--out", "b", "--trained-by", "us"): "absent.onnx",
+    ("bundle", "create", "--model", "absent.onnx", "--contract", "c.yaml", "--data", "a.csv", "--out", "b", "--trained-by", "us"):
+        "absent.onnx",
     ("nonsense",): "No such command",
     ("train", "--contract", "absent.yaml", "--data", "absent.csv", "--out", "b"): "absent.yaml",
     ("train", "--contract", "c.yaml", "--data", "absent.csv", "--out", "b"): "absent.csv",

@@ -17,11 +17,13 @@ from hafnium_trees import tree_model
 from onnx import TensorProto, helper
 from prometheus_client import CollectorRegistry
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from typer.testing import CliRunner
 
 from hafnium_contract.bundle import open_bundle
 from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.encoding import Matrix
 from hafnium_contract.errors import BundleError, InputError
+from hafnium_local.__main__ import app
 from hafnium_predictor.engine import load_engine
 from hafnium_predictor.metrics import PredictorMetrics
 from hafnium_training.dataset import Dataset, dataset_of
@@ -128,6 +130,17 @@ def test_the_same_model_and_rows_give_the_same_digest(
 ) -> None:
     again, _ = make_bundle_of(replace(boosted[0].options, out=tmp_path / "again"))
     assert again.manifest.digest == open_bundle(bundled).manifest.digest
+
+
+def test_the_command_makes_the_bundle_that_its_check_accepts(boosted: tuple[Case, HistGradientBoostingClassifier], tmp_path: Path) -> None:
+    o, run = boosted[0].options, CliRunner()
+    given = ["--model", o.model, "--contract", o.contract, "--data", o.data, "--out", tmp_path / "made", "--trained-by", "The risk team."]
+    made = run.invoke(app, ["bundle", "create", *map(str, given), "--json"])
+    assert made.exit_code == 0, made.output
+    said = json.loads(made.stdout)
+    assert said["gates"]["monotone_violations"] == "pass"
+    checked = run.invoke(app, ["bundle", "check", str(tmp_path / "made"), "--json"])
+    assert json.loads(checked.stdout)["digest"] == said["digest"]
 
 
 @pytest.fixture(scope="module")
