@@ -112,7 +112,7 @@ def test_one_bad_row_is_its_own_error_and_not_the_batchs(chain: Chain) -> None:
 def test_explanation_is_what_knowing_each_input_adds(chain: Chain) -> None:
     row = synthetic_rows(chain.contract, 1, seed=8)[0]
     matrix = expected_matrix(chain.contract, [row])
-    explainer = Explainer.of(matrix.shape[1], "shapley", 8)
+    explainer = Explainer.of(matrix.shape[1], "shapley", 4)
     assert explainer is not None
     score = float(direct(chain, matrix)[0][0])
     found, base = explainer.shares(score, direct(chain, explainer.asked(matrix[0]))[0])
@@ -273,7 +273,7 @@ def test_limits_have_their_own_statuses(chain: Chain) -> None:
 
 
 def test_explanations_that_need_more_rows_than_a_prediction_takes_are_those_of_single_requests(chain: Chain) -> None:
-    """20 rows with 113 each are more than the predictor's 1,000, and so are 1,000 rows with one."""
+    """20 rows with 57 each are more than the predictor's 1,000, and so are 1,000 rows with one."""
     rows = synthetic_rows(chain.contract, 20, seed=12)
     alone = [chain.transformer.post(SCORE, {**r, "explain": True}).json for r in rows]
     assert chain.transformer.post(BATCH, {"requests": [{**r, "explain": True} for r in rows]}).json["results"] == alone

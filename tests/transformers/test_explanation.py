@@ -22,6 +22,7 @@ from hafnium_training.fit import fit, prepare, score_rows
 from hafnium_training.graph import RiskModel
 from hafnium_training.hyperparameters import Hyperparameters
 from hafnium_transformer.explanation import ROWS_MAX, Explainer, Method, contributions
+from hafnium_transformer.scoring import parts_of
 
 Matrix = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
@@ -45,7 +46,7 @@ def shapley(score: Score, row: Matrix) -> Floats:
     return out
 
 
-def explained(score: Score, row: Matrix, method: Method = "shapley", orders: int = 8) -> tuple[Floats, float | None]:
+def explained(score: Score, row: Matrix, method: Method = "shapley", orders: int = 4) -> tuple[Floats, float | None]:
     explainer = Explainer.of(row.size, method, orders)
     assert explainer is not None
     return explainer.shares(float(score(row[None])[0]), np.asarray(score(explainer.asked(row))))
@@ -198,3 +199,11 @@ def test_explanations_of_the_network_agree_with_exact_shapley_values(network: tu
     assert rank >= 0.8
     assert sign >= 0.95
     assert alone > 2 * error
+
+
+@pytest.mark.parametrize(("sizes", "parts"), [
+    ([1, 1], [(0, 2)]), ([114] * 9, [(0, 8), (8, 9)]), ([114, *[1] * 886], [(0, 887)]), ([114, *[1] * 887], [(0, 887), (887, 888)]),
+    ([1000, 1], [(0, 1), (1, 2)]), ([1, 1000], [(0, 1), (1, 2)]), ([2000, 1], [(0, 1), (1, 2)]),
+], ids=["few", "nine explained", "just so", "one too many", "full first", "full last", "too large alone"])
+def test_rows_and_what_explains_them_are_cut_into_predictions(sizes: list[int], parts: list[tuple[int, int]]) -> None:
+    assert [(p.start, p.stop) for p in parts_of(sizes, 1000)] == parts
