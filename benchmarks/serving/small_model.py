@@ -1,6 +1,6 @@
 """A small network of the form that servers are usually measured with: n-64-64-1, ReLU, random weights. 11 nodes.
 
-What is compared is servers. The trained network (33 nodes, twice the time) makes all of them alike slow; `--model trained`
+What is compared is servers. The trained network (34 nodes, twice the time) makes all of them alike slow; `--model trained`
 measures with it.
 """
 

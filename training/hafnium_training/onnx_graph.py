@@ -2,9 +2,9 @@
 
 ONNX Runtime pays half a microsecond for a node whatever its size, and for a row that is most of the time. So the arithmetic is
 arranged for few nodes: written down as trained it takes 96, and torch's exporter made 59 of an earlier folding. By hand it is
-32 (docs/performance.md). What makes the difference:
+34 (docs/performance.md). What makes the difference:
 
-- Centre, scale, mean, direction and weights of a column are one weight and one bias.
+- Scale, mean, direction and weights of a column are one weight and one bias.
 - sign(z)·log(1 + |z|) = log(max(1 + z, 1)) − log(max(1 − z, 1)): one product, one clip and one log for all heavy columns.
 - A category is compared with each of its codes at once. Whatever is none of them (unknown, negative, a fraction, infinity) equals
   nothing, and "unknown" is then the bias; no index can leave its table. Only long lists of categories are looked up.
@@ -17,8 +17,7 @@ arranged for few nodes: written down as trained it takes 96, and torch's exporte
 
 The graph computes in float64 and rounds once, at the end. In float32 the order of the sums inside exp and log can turn a rise of
 the input into a fall of the score by one unit in the last place, and "never falls" would only be nearly true. It also makes a row's
-score the same alone and in a batch, where float32 kernels differ. Multiplying x·a − b out loses digits only where a range is so far
-from zero that float32 inputs have lost them before.
+score the same alone and in a batch, where float32 kernels differ.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in u, the input of the first products: [clamped | logs | was missing | categories]."""
+    """Where things lie in u, the input of the first products: [centered | logs | was missing | categories]."""
 
     inputs: int
     heavy: tuple[Column, ...]
@@ -94,7 +93,7 @@ class Weights:
             self.bias -= w * column.mean
         else:
             self.weight[column.index] += w / column.scale
-            self.bias -= w * (column.center / column.scale + column.mean)
+            self.bias -= w * column.mean
 
     def missing(self, column: Column, w: Floats) -> None:
         """w [count] for its "was missing" flag."""
@@ -257,7 +256,7 @@ def _range_of_u(p: Preprocessing, network: MonotoneNetwork, layout: Layout) -> t
     low, high = np.zeros(layout.width), np.ones(layout.width)  # flags and comparisons
     high[:layout.inputs] = 0.0
     for c in p.columns:
-        low[c.index], high[c.index] = c.low, c.high
+        low[c.index], high[c.index] = c.low - c.center, c.high - c.center
     for k, c in enumerate(layout.heavy):
         at = layout.logs_at + 2 * k
         high[at] = math.log1p(max((c.high - c.center) / c.scale, 0.0))
@@ -289,20 +288,21 @@ def _min_max_of_any_size(w: Writer, linear: str, head: SmoothMinMax) -> str:
 
 def _prepared(w: Writer, p: Preprocessing, network: MonotoneNetwork, layout: Layout) -> str:
     """u: every value finite, whatever the input."""
-    low, high, fill = (np.zeros(layout.inputs) for _ in range(3))  # a category's column becomes 0 here
+    low, high, fill, center = (np.zeros(layout.inputs) for _ in range(4))  # a category's column becomes 0 here
     for c in p.columns:
-        low[c.index], high[c.index], fill[c.index] = c.low, c.high, c.fill
+        low[c.index], high[c.index], fill[c.index], center[c.index] = c.low, c.high, c.fill, c.center
     absent = w("IsNaN", INPUT_NAME)
     filled = w("Where", absent, w.constant(fill), w("Cast", INPUT_NAME, to=TensorProto.DOUBLE))
     # The clamp is what makes infinities and 1e30 harmless.
     clamped = w("Min", w("Max", filled, w.constant(low)), w.constant(high))
-    parts = [clamped]
+    # Subtracted before anything is multiplied: x·a − b would lose the digits of a range far from zero.
+    centered = w("Sub", clamped, w.constant(center))
+    parts = [centered]
     if layout.heavy:
         turn, shift = np.zeros((layout.inputs, 2 * len(layout.heavy))), np.ones(2 * len(layout.heavy))
         for k, c in enumerate(layout.heavy):
             turn[c.index, 2 * k:2 * k + 2] = 1.0 / c.scale, -1.0 / c.scale
-            shift[2 * k:2 * k + 2] += -c.center / c.scale, c.center / c.scale
-        sides = w("Gemm", clamped, w.constant(turn), w.constant(shift))
+        sides = w("Gemm", centered, w.constant(turn), w.constant(shift))
         parts.append(w("Log", w("Clip", sides, w.constant(1.0))))
     parts.append(w("Cast", absent, to=TensorProto.DOUBLE))
     if p.category_sizes:
