@@ -57,9 +57,12 @@ bench-serving: $(STAMP)  ## servers against their peers (twelve minutes); needs 
 bench-training: $(STAMP) ## how good models are; HAFNIUM_ULB=creditcard.csv for the real data too
 	$(BIN)/python benchmarks/training.py
 
-lock: $(STAMP)           ## resolve the dependencies anew
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --no-annotate pyproject.toml --extra dev -o requirements.lock
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+lock: $(STAMP)           ## resolve the dependencies anew: everything, and from that what each image holds
+	$(COMPILE) pyproject.toml --extra dev -o requirements.lock
+	$(COMPILE) pyproject.toml --extra predictor --extra telemetry -c requirements.lock -o predictors/requirements.lock
+	$(COMPILE) pyproject.toml --extra transformer --extra telemetry -c requirements.lock -o transformers/requirements.lock
+	echo 'hatchling>=1.27' | $(COMPILE) - -c requirements.lock -o requirements.build.lock
 
 clean:                   ## remove what was built; the environment stays
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .hafnium .coverage .coverage.* *.egg-info
