@@ -48,6 +48,11 @@ def headers_of(scope: Scope) -> dict[bytes, bytes]:
     return dict(scope["headers"])
 
 
+def given_twice(scope: Scope, name: bytes) -> bool:
+    """A header that has more than one meaning: what reads it next may take the other one."""
+    return sum(key == name for key, _ in scope["headers"]) > 1
+
+
 async def read_body(headers: MutableMapping[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
     """The whole body. Raises BodyTooLargeError; ClientGoneError when the client went away before its end.
 

@@ -8,6 +8,7 @@ cost more than the inference.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -17,10 +18,14 @@ import numpy.typing as npt
 
 from hafnium_contract.bundle import INPUT_NAME, INTERVAL_OUTPUT, SCORE_OUTPUT
 from hafnium_contract.errors import HafniumError
+from hafnium_contract.json_nesting import NESTING_MAX, nested_too_deep
 
 LENGTH_HEADER = "inference-header-content-length"
 _CACHED_HEADER_BYTES_MAX = 1024
 _CACHED_HEADERS_MAX = 2048
+_NUMBERS = frozenset({int, float, bool, type(None)})
+_ITEM_BYTES = {"BOOL": 1, "INT8": 1, "UINT8": 1, "INT16": 2, "UINT16": 2, "FP16": 2, "INT32": 4, "UINT32": 4, "FP32": 4, "INT64": 8,
+               "UINT64": 8, "FP64": 8}
 _ALIGNMENT = 16
 """Headers that we write are padded with spaces, so that the tensor behind them is aligned and needs no copy."""
 
@@ -72,9 +77,7 @@ def decode_request(body: bytes, header_length: bytes, columns: int, rows_max: in
 
     Raises TensorError for anything that is not one input `features` of the right shape, type and size.
     """
-    length = int(header_length) if header_length.isdigit() and len(header_length) < 10 else -1
-    if not 0 < length <= len(body):
-        raise TensorError(f"{LENGTH_HEADER}: expected 1 to {len(body)}, got {header_length.decode('latin-1')!r}")
+    length = _header_length(body, header_length)
     header = body[:length]
     found = (_cached if length <= _CACHED_HEADER_BYTES_MAX else _parse)(header, columns, rows_max)
     if found.size is None:
@@ -98,6 +101,7 @@ def _to_float32(tensor: npt.NDArray[Any]) -> Matrix:
 
 def _from_lists(found: InputHeader, columns: int) -> Matrix:
     try:
+        check_numbers(found.data)
         flat = np.array(found.data, np.float64).reshape(-1)
     except (TypeError, ValueError, OverflowError, RecursionError) as e:
         raise TensorError(f"inputs[0].data: expected numbers: {e}") from e
@@ -106,14 +110,84 @@ def _from_lists(found: InputHeader, columns: int) -> Matrix:
     return _to_float32(flat.reshape(found.rows, columns))
 
 
-def _parse(header: bytes, columns: int, rows_max: int) -> InputHeader:
+def check_numbers(data: Any) -> None:
+    """Raises TensorError unless all values of these (nested) lists are numbers or null: numpy takes "1" for one, too."""
+    if isinstance(data, list | tuple):
+        for value in cast(list[Any], data):
+            if type(value) not in _NUMBERS:
+                if not isinstance(value, list):
+                    raise TensorError(f"inputs[0].data: expected numbers, got {str(value)[:40]!r}")
+                check_numbers(value)
+
+
+def check_layout(body: bytes, header_length: bytes) -> None:
+    """Raises TensorError unless header and tensors fill the body exactly, each tensor with the bytes that its shape and type need.
+
+    For requests that KServe's SDK decodes: it takes negative sizes and sizes that overlap, and would read one tensor's bytes as another's.
+    """
+    length = _header_length(body, header_length)
+    top = _object(body[:length])
+    inputs = top.get("inputs")
+    if not isinstance(inputs, list):
+        raise TensorError("inputs: expected a list")
+    at = length
+    for k, one in enumerate(cast(list[Any], inputs)):
+        where = f"inputs[{k}]"
+        if not isinstance(one, dict):
+            raise TensorError(f"{where}: expected an object")
+        given = cast(dict[str, Any], one)
+        shape = given.get("shape")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in cast(list[Any], shape)):
+            raise TensorError(f"{where}.shape: expected whole numbers that are not negative, got {str(shape)[:60]}")
+        if given.get("data") is not None:
+            continue
+        count = math.prod(cast(list[int], shape))
+        size = _member(given.get("parameters"), "binary_data_size")
+        if type(size) is not int or not 0 <= size <= len(body) - at:
+            raise TensorError(f"{where}.parameters.binary_data_size: expected 0 to {len(body) - at}, got {str(size)[:40]}")
+        datatype = str(given.get("datatype"))[:20]
+        if datatype == "BYTES":
+            _check_texts(body[at : at + size], count, where)
+        elif datatype not in _ITEM_BYTES:
+            raise TensorError(f"{where}.datatype: expected BYTES or one of {', '.join(_ITEM_BYTES)}, got {datatype!r}")
+        elif count * _ITEM_BYTES[datatype] != size:
+            raise TensorError(f"{where}: {count} values of {datatype} take {count * _ITEM_BYTES[datatype]} bytes, {size} are announced")
+        at += size
+    if at != len(body):
+        raise TensorError(f"{len(body) - at} bytes follow the last tensor")
+
+
+def _check_texts(tensor: bytes, count: int, where: str) -> None:
+    """BYTES: for each value four bytes of length, and the value."""
+    at = found = 0
+    while at + 4 <= len(tensor) and found <= count:
+        at += 4 + int.from_bytes(tensor[at : at + 4], "little")
+        found += 1
+    if at != len(tensor) or found != count:
+        raise TensorError(f"{where}: expected {count} values of BYTES, each after its length")
+
+
+def _header_length(body: bytes, given: bytes) -> int:
+    length = int(given) if given.isdigit() and len(given) < 10 else -1
+    if not 0 < length <= len(body):
+        raise TensorError(f"{LENGTH_HEADER}: expected 1 to {len(body)}, got {given.decode('latin-1')!r}")
+    return length
+
+
+def _object(header: bytes) -> dict[str, Any]:
     try:
         parsed: Any = json.loads(header)
     except (ValueError, RecursionError) as e:
         raise TensorError(f"header: not JSON: {e}") from e
     if not isinstance(parsed, dict):
         raise TensorError(f"header: expected an object, got {type(parsed).__name__}")
-    top = cast(dict[str, Any], parsed)
+    if nested_too_deep(parsed):
+        raise TensorError(f"header: nested deeper than {NESTING_MAX}")
+    return cast(dict[str, Any], parsed)
+
+
+def _parse(header: bytes, columns: int, rows_max: int) -> InputHeader:
+    top = _object(header)
     request_id = top.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise TensorError("id: expected a string")

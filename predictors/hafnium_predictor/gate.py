@@ -28,11 +28,13 @@ from hafnium_contract.asgi import (
     Scope,
     Send,
     call,
+    given_twice,
     headers_of,
     problem_answer,
     read_body,
     send_answer,
 )
+from hafnium_contract.json_nesting import NESTING_MAX, nested_too_deep
 from hafnium_contract.serving.exposition import metrics_answer
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.serving.workers import others_missing
@@ -148,6 +150,8 @@ class Gate:
             raise DeadlineError(f"{DEADLINE_HEADER}: {deadline.decode('latin-1')[:20]} ms are left")
         length = headers.get(_LENGTH)
         if length is not None and scope["path"] == self._infer_path:
+            if given_twice(scope, _LENGTH):
+                raise RowsError(f"{LENGTH_HEADER}: given twice")
             return self.infer_binary(engine, body, length)
         return await self._through_sdk(scope, body)
 
@@ -172,9 +176,11 @@ class Gate:
         Python's parser, which the app uses for V2, takes Infinity and NaN for JSON, and its answer about them then can't be written.
         """
         try:
-            orjson.loads(body)
+            parsed: Any = orjson.loads(body)
         except orjson.JSONDecodeError as e:
             raise RowsError(f"the body is not JSON: {e}") from e
+        if nested_too_deep(parsed):  # the app fails somewhere below Python's limit of recursion
+            raise RowsError(f"the body is nested deeper than {NESTING_MAX}")
         kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", _LENGTH) and not k.startswith(b"ce-")]
         answer = await call(self._inner, {**scope, "headers": [*kept, JSON_TYPE]}, body)
         if answer.status < 400:

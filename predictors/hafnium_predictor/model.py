@@ -15,6 +15,7 @@ from kserve.errors import InferenceError, InvalidInput
 from hafnium_contract.bundle import INPUT_NAME, INTERVAL_OUTPUT, SCORE_OUTPUT
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.trace_context import REQUEST_ID, TRACEPARENT, TRACESTATE
+from hafnium_contract.v2_binary import TensorError, check_numbers
 from hafnium_contract.wire import CONTRACT_HEADER, MODEL_DIGEST_HEADER
 from hafnium_predictor.engine import Engine, load_engine
 from hafnium_predictor.errors import AnswerError, ContractMismatchError, ModelFailureError, NotReadyError, RowsError
@@ -170,9 +171,10 @@ def matrix_from_v2(request: InferRequest, columns: int, rows_max: int) -> Matrix
     if len(shape) != 2 or shape[1] != columns or not 1 <= shape[0] <= rows_max:
         raise RowsError(f"inputs[0].shape: expected [1 to {rows_max}, {columns}], got {shape[:8]}")
     try:
+        check_numbers(one.data)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(one.as_numpy(), np.float32)
-    except (InvalidInput, ValueError, TypeError, OverflowError) as e:
+    except (TensorError, InvalidInput, ValueError, TypeError, OverflowError) as e:
         raise RowsError(f"inputs[0].data: expected {shape[0] * columns} numbers: {e}") from e
 
 

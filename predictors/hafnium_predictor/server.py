@@ -21,6 +21,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.limited_protocol import limited_protocol_class
 from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_predictor.gate import Gate
@@ -42,8 +43,9 @@ class _GatedRestServer(RESTServer):
 
     def gate(self, model: RiskModel, metrics: PredictorMetrics, settings: Settings, tracing: Tracing | None) -> None:
         self._gate = Gate(cast(App, kserve_app), model, metrics, settings, tracing)
-        if settings.hot_path:
-            self.config.http = HotPath(model, metrics, settings, tracing).routes.protocol_class()
+        limits = settings.connection_limits
+        hot = HotPath(model, metrics, settings, tracing).routes.protocol_class(limits) if settings.hot_path else None
+        self.config.http = hot or limited_protocol_class(limits)
 
     async def start(self) -> None:
         """Serves until it is told to stop; a worker on the socket that it was given."""

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.json_log import LogFormat
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
 
@@ -53,9 +54,23 @@ class Settings(BaseModel):
     grace_period_s: int = Field(default=20, ge=0)
     """Seconds that requests in flight get on SIGTERM: below Kubernetes' 30, or SIGKILL would cut them off."""
     keep_alive_s: int = Field(default=65, ge=1)
-    """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes."""
+    """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes. A new
+    connection on which nothing comes ends after it too."""
+    read_timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds from a request's first byte to its last; then 408. The longest body takes them at 3.4 Mbit/s; a proxy sends it at once."""
+    write_timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds that a client may leave answers unread, when more than 64 kB wait for it; then the connection ends."""
+    head_bytes_max: int = Field(default=65_536, ge=8_192)
+    """Bytes of request line and headers; then 431. Envoy takes 60 KiB, most others 8."""
+    connections_max: int = Field(default=1_000, ge=1)
+    """Open connections; the next gets 503. An idle one takes about 10 kB (measured) and a file; a shell's usual limit is 1,024 files."""
     sdk_arguments: tuple[str, ...] = ()
     """Arguments that are not ours: KServe's SDK gets them, and refuses what it doesn't know either."""
+
+    @property
+    def connection_limits(self) -> ConnectionLimits:
+        """What one client may cost."""
+        return ConnectionLimits(self.read_timeout_s, self.write_timeout_s, self.head_bytes_max, self.connections_max)
 
 
 def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:

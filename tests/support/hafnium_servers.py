@@ -11,13 +11,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hafnium_contract.bundle import Bundle
 from hafnium_contract.model_contract import Feature, ModelContract
 
 START_TIMEOUT_S = 90.0
@@ -167,6 +169,15 @@ def transformer(
     if log_dir is not None:
         argv += ["--inference_log", str(log_dir)]
     return Server(argv, port, folder / f"transformer-{port}.log", dict(env or {}))
+
+
+@contextmanager
+def chain_of(bundle: Bundle, folder: Path, repo: Path | None, args: Sequence[str] = ()) -> Iterator[tuple[Server, Server]]:
+    """A predictor and the transformer before it, both ready. `args` are the transformer's."""
+    with predictor(bundle.path, folder) as behind, transformer(behind.port, folder, repo=repo, args=args) as front:
+        behind.wait()
+        front.wait()
+        yield behind, front
 
 
 def make_feature_repo(

@@ -18,8 +18,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
+
+from hafnium_contract.serving.connection_limits import ConnectionLimits
+from hafnium_contract.serving.limited_protocol import LimitedProtocol
 
 log = logging.getLogger("hafnium.serving")
 Headers = Mapping[bytes, bytes]
@@ -126,9 +129,9 @@ class HotRoutes:
         """`POST path` goes to the handler first. The path is compared byte by byte: no query, no escapes."""
         self.handlers[f"POST {path} HTTP/1.1".encode()] = handler
 
-    def protocol_class(self) -> type[HotProtocol]:
-        """A protocol class for uvicorn's Config(http=…) with these routes."""
-        return cast(type[HotProtocol], type("HotProtocolOfRoutes", (HotProtocol,), {"routes": self}))
+    def protocol_class(self, limits: ConnectionLimits) -> type[HotProtocol]:
+        """A protocol class for uvicorn's Config(http=…) with these routes and limits."""
+        return cast(type[HotProtocol], type("HotProtocolOfRoutes", (HotProtocol,), {"routes": self, "limits": limits}))
 
 
 class _HasDefaultHeaders(Protocol):
@@ -152,7 +155,7 @@ class _ServerHeaders:
 _SERVER_HEADERS = _ServerHeaders()
 
 
-class HotProtocol(HttpToolsProtocol):
+class HotProtocol(LimitedProtocol):
     """One connection."""
 
     routes: HotRoutes
@@ -165,8 +168,6 @@ class HotProtocol(HttpToolsProtocol):
         """Bytes that nobody has looked at: the beginning of a hot request, or what came while an answer was due."""
         self._needed = 0
         """Bytes that the hot request in `_held` has when it is whole; 0: it has not begun."""
-        self._inside = False
-        """uvicorn's parser is inside a message."""
         self._closing = False
         self._paused = False
 
@@ -174,13 +175,15 @@ class HotProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the socket."""
+        if self._refused:
+            return
         if self._held or self._due:
             data = self._held + data
             self._held = b""
             if self._due or len(data) < self._needed:
                 self._hold(data)
                 return
-        elif self._inside or self._uvicorn_answers():
+        elif self._inside or super()._due_to_client():
             super().data_received(data)
             return
         self._take(data)
@@ -201,21 +204,16 @@ class HotProtocol(HttpToolsProtocol):
             super().data_received(held)
         super().shutdown()
 
-    # --- uvicorn's parser ------------------------------------------------------------------------------------------------------
+    # --- limits ----------------------------------------------------------------------------------------------------------------
 
-    def on_message_begin(self) -> None:
-        """uvicorn's parser has the first byte of a message."""
-        self._inside = True
-        super().on_message_begin()
+    def _due_to_client(self) -> bool:
+        return self._due or super()._due_to_client()
 
-    def on_message_complete(self) -> None:
-        """uvicorn's parser has the last byte of a message."""
-        self._inside = False
-        super().on_message_complete()
+    def _incomplete(self) -> bool:
+        return self._inside or (self._needed > 0 and not self._due)
 
-    def _uvicorn_answers(self) -> bool:
-        cycle = cast(Any, self.cycle)
-        return bool(self.pipeline) or (cycle is not None and not cycle.response_complete)
+    def _reading_paused(self) -> bool:
+        return self._paused or super()._reading_paused()
 
     # --- the hot path ----------------------------------------------------------------------------------------------------------
 
@@ -240,8 +238,11 @@ class HotProtocol(HttpToolsProtocol):
         if len(data) < whole and length <= HOT_BODY_BYTES_MAX:
             self._needed = whole
             self._hold(data)
+            self._watch()
             return
         self._needed = 0
+        if self._reading is not None:
+            self._watch()
         if len(data) != whole or length > HOT_BODY_BYTES_MAX:
             super().data_received(data)
             return
@@ -278,10 +279,13 @@ class HotProtocol(HttpToolsProtocol):
         )
         if self._closing:
             self._due = False
-            transport.close()
+            self._close()
         elif self._held:
             # Not at once: whoever answers is in a loop over the rows of others, and the next request is none of their business
             self.loop.call_soon(self._go_on)
+        elif self._ended:
+            self._due = False
+            self._close()
         else:
             self._due = False
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
@@ -310,6 +314,8 @@ class HotProtocol(HttpToolsProtocol):
             super().shutdown()
         else:
             self._take(held)
+            if self._ended and not self._due_to_client():  # half a request, and its other half will not come
+                self._close()
 
     def _resume(self) -> None:
         if self._paused:
