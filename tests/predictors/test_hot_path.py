@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from hafnium_raw_http import RawAnswer, answers, exchange
 from hafnium_servers import Server, predictor
+from hafnium_steady_load import SteadyLoad
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -218,42 +217,13 @@ def test_every_request_is_counted_once(server: Server) -> None:
 
 
 def test_sigterm_under_load_loses_nothing(tmp_path: Path, bundle: Bundle) -> None:
-    lost: list[str] = []
-    done = 0
-    stopping = threading.Event()
-
-    def client(port: int) -> None:
-        nonlocal done
-        s = socket.create_connection(("127.0.0.1", port), timeout=10)
-        while True:
-            try:
-                s.sendall(post(V1, GOOD_V1))
-                raw = s.recv(2**16)
-            except ConnectionError:
-                raw = b""
-            if not raw:  # closed between two requests: a client may send again, as with every server that stops
-                if not stopping.is_set():
-                    lost.append("closed before the signal")
-                return
-            if not raw.startswith(b"HTTP/1.1 200") or b"predictions" not in raw:
-                lost.append(raw[:80].decode("latin-1"))
-                return
-            done += 1
-            if b"connection: close" in raw:
-                return
-
     with predictor(bundle.path, tmp_path) as running:
         running.wait()
-        threads = [threading.Thread(target=client, args=(running.port,)) for _ in range(8)]
-        for t in threads:
-            t.start()
-        time.sleep(0.5)
-        stopping.set()
-        assert running.stop() == 0
-        for t in threads:
-            t.join(10)
-    assert not lost
-    assert done > 50
+        with SteadyLoad(running.port, [post(V1, GOOD_V1)], clients=8) as load:
+            load.wait_for(200)
+            load.ending()
+            assert running.stop() == 0
+    assert not load.lost
 
 
 def test_repeated_header_lines_do_not_fill_the_memory() -> None:

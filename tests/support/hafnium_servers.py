@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -169,6 +169,25 @@ def transformer(
     if log_dir is not None:
         argv += ["--inference_log", str(log_dir)]
     return Server(argv, port, folder / f"transformer-{port}.log", dict(env or {}))
+
+
+def wait_until(state: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for a state. Raises AssertionError when it does not come."""
+    until = time.monotonic() + seconds
+    while not state():
+        assert time.monotonic() < until, f"still not so after {seconds:g} s"
+        time.sleep(0.05)
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """It hangs: connections are taken, nothing is answered."""
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import threading
 import time
@@ -15,7 +13,8 @@ from typing import Any
 
 import pytest
 from hafnium_raw_http import RawAnswer, answers, exchange
-from hafnium_servers import Server, predictor, transformer
+from hafnium_servers import Server, chain_of, predictor, stopped, transformer, wait_until
+from hafnium_steady_load import SteadyLoad
 
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.model_contract import ModelContract
@@ -138,12 +137,8 @@ def test_each_row_has_its_own_deadline_while_the_predictor_hangs(
 ) -> None:
     body = json.dumps(synthetic_rows(contract, 1, seed=0)[0]).encode()
     args = ["--deadline_ms", "1500", "--breaker_pause_max_s", "0.5"]
-    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
-        behind.wait()
-        front.wait()
-        assert behind.process is not None
-        os.kill(behind.process.pid, signal.SIGSTOP)
-        try:
+    with chain_of(bundle, tmp_path, repo, args) as (behind, front):
+        with stopped(behind):
             with ThreadPoolExecutor(8) as pool:
                 given = [300, 600, 900, None] * 2
                 got = list(pool.map(
@@ -156,12 +151,7 @@ def test_each_row_has_its_own_deadline_while_the_predictor_hangs(
             refused = [ask(front.port, body) for _ in range(5)]
             assert any(s == b"503" and took < 0.2 and b"asked again in" in a.body for s, took, a in refused)
             assert all(dict(a.headers).get(b"retry-after") for s, _, a in refused if s == b"503")
-        finally:
-            os.kill(behind.process.pid, signal.SIGCONT)
-        until = time.monotonic() + 15
-        while time.monotonic() < until and ask(front.port, body)[0] != b"200":
-            time.sleep(0.1)
-        assert ask(front.port, body)[0] == b"200"
+        wait_until(lambda: ask(front.port, body)[0] == b"200")
 
 
 @pytest.mark.slow
@@ -172,9 +162,7 @@ def test_a_new_contract_behind_the_same_address_is_taken_over_by_rows_in_a_batch
     data = contract.model_dump(mode="json")
     data["version"] = "2"
     newer = make_bundle(tmp_path / "b2", ModelContract.model_validate(data), version="8", bias=-1.5)
-    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=PATIENT) as front:
-        behind.wait()
-        front.wait()
+    with chain_of(bundle, tmp_path, repo, PATIENT) as (behind, front):
         behind.kill()
         with predictor(newer.path, tmp_path, port=behind.port) as other:
             other.wait()
@@ -190,9 +178,7 @@ def test_one_client_s_limit_is_not_another_s_and_says_when_to_come_again(
     row = synthetic_rows(contract, 1, seed=0)[0]
     body = json.dumps(row).encode()
     args = [*PATIENT, "--rate_limit_per_s", "0.5", "--rate_limit_burst", "3", "--score_decimals", "2"]
-    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
-        behind.wait()
-        front.wait()
+    with chain_of(bundle, tmp_path, repo, args) as (_behind, front):
         mine = [ask(front.port, body, [b"x-api-key: mine"]) for _ in range(4)]
         assert [s for s, _, _ in mine] == [b"200", b"200", b"200", b"429"]
         assert 1 <= int(dict(mine[3][2].headers)[b"retry-after"]) <= 2
@@ -210,54 +196,22 @@ def test_one_client_s_limit_is_not_another_s_and_says_when_to_come_again(
 @pytest.mark.parametrize("part", ["transformer", "predictor"])
 def test_sigterm_under_load_loses_nothing(part: str, bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path) -> None:
     """The transformer finishes what it has; a predictor that is restarted behind it is waited for within the deadline."""
-    bodies = [json.dumps(r).encode() for r in synthetic_rows(contract, 50, seed=0)]
-    lost: list[bytes] = []
-    done = 0
-    ending = threading.Event()
-
-    def client(k: int) -> None:
-        nonlocal done
-        with socket.create_connection(("127.0.0.1", front.port), timeout=30) as s:
-            while not (part == "predictor" and ending.is_set()):
-                try:
-                    s.sendall(post(bodies[k % len(bodies)]))
-                    raw = s.recv(2**16)
-                except ConnectionError:
-                    raw = b""
-                if not raw:  # closed between two requests
-                    if not ending.is_set():
-                        lost.append(b"closed before the signal")
-                    return
-                if not raw.startswith(b"HTTP/1.1 200"):
-                    lost.append(raw[:400])
-                done += 1
-                k += 1
-                if b"connection: close" in raw:
-                    return
-
-    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=PATIENT) as front:
-        behind.wait()
-        front.wait()
-        threads = [threading.Thread(target=client, args=(k,)) for k in range(6)]
-        for t in threads:
-            t.start()
-        time.sleep(1.0)
+    requests = [post(json.dumps(r).encode()) for r in synthetic_rows(contract, 50, seed=0)]
+    with chain_of(bundle, tmp_path, repo, PATIENT) as (behind, front), SteadyLoad(front.port, requests, clients=6) as load:
+        load.wait_for(100)
         if part == "transformer":
-            ending.set()
+            load.ending()
             assert front.stop() == 0
         else:  # as a rolling update does it: the new one is ready before the old one is told to stop
             with predictor(bundle.path, tmp_path) as newer:
                 newer.wait()
                 assert behind.stop() == 0
-                time.sleep(0.2)
-            ending.set()
-        for t in threads:
-            t.join(30)
+                load.wait_for(6)  # each of the clients has seen that it is gone
+            load.finish()
     if part == "transformer":
-        assert not lost
+        assert not load.lost
     else:  # its address is gone for good here, where a Service would lead to the new one: what was in flight is not lost
-        assert all(b"can't be reached" in answer or b"asked again" in answer for answer in lost)
-    assert done > 50
+        assert all(b"can't be reached" in answer or b"asked again" in answer for answer in load.lost)
 
 
 def test_what_one_client_sends_behind_a_request_is_none_of_the_others_business(chain: Any) -> None:
@@ -298,28 +252,21 @@ def test_pipelined_rows_whose_time_is_over_do_not_stop_the_clock(
 ) -> None:
     body = json.dumps(synthetic_rows(contract, 1, seed=0)[0]).encode()
     args = ["--deadline_ms", "1000", "--breaker_failures_max", "1000"]
-    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
-        behind.wait()
-        front.wait()
-        assert behind.process is not None
-        os.kill(behind.process.pid, signal.SIGSTOP)
-        try:
-            sockets = [socket.create_connection(("127.0.0.1", front.port), timeout=10) for _ in range(12)]
-            for s in sockets:
-                s.sendall(post(body, [b"x-hafnium-deadline-ms: 150"]))
-                s.sendall(post(body, [b"x-hafnium-deadline-ms: 150"]))
-            for s in sockets:
-                raw = b""
-                while raw.count(b"HTTP/1.1 504") < 2:
-                    part = s.recv(2**16)
-                    assert part
-                    raw += part
-                s.close()
-            status, took, _ = ask(front.port, body, [b"x-hafnium-deadline-ms: 150"])
-            assert status == b"504"
-            assert took < 0.6
-        finally:
-            os.kill(behind.process.pid, signal.SIGCONT)
+    with chain_of(bundle, tmp_path, repo, args) as (behind, front), stopped(behind):
+        sockets = [socket.create_connection(("127.0.0.1", front.port), timeout=10) for _ in range(12)]
+        for s in sockets:
+            s.sendall(post(body, [b"x-hafnium-deadline-ms: 150"]))
+            s.sendall(post(body, [b"x-hafnium-deadline-ms: 150"]))
+        for s in sockets:
+            raw = b""
+            while raw.count(b"HTTP/1.1 504") < 2:
+                part = s.recv(2**16)
+                assert part
+                raw += part
+            s.close()
+        status, took, _ = ask(front.port, body, [b"x-hafnium-deadline-ms: 150"])
+        assert status == b"504"
+        assert took < 0.6
 
 
 def test_a_body_that_never_comes_is_given_up_and_holds_nobody_up(
@@ -327,14 +274,11 @@ def test_a_body_that_never_comes_is_given_up_and_holds_nobody_up(
 ) -> None:
     body = json.dumps(synthetic_rows(contract, 1, seed=0)[0]).encode()
     args = ["--deadline_ms", "1000", "--in_flight_max", "4", "--lookup_timeout_ms", "900"]
-    with predictor(bundle.path, tmp_path) as behind, transformer(behind.port, tmp_path, repo=repo, args=args) as front:
-        behind.wait()
-        front.wait()
+    with chain_of(bundle, tmp_path, repo, args) as (_behind, front):
         sockets = [socket.create_connection(("127.0.0.1", front.port), timeout=10) for _ in range(4)]
         for s in sockets:
             s.sendall(b"POST /v1/score/batch HTTP/1.1\r\nhost: h\r\ncontent-length: 1000\r\n\r\n{")
-        time.sleep(0.2)
-        assert ask(front.port, body)[0] == b"429"
+        wait_until(lambda: ask(front.port, body)[0] == b"503")  # the four are in progress
         for s in sockets:
             assert s.recv(2**16).startswith(b"HTTP/1.1 408")
             s.close()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from hafnium_servers import Server, http, predictor, transformer
+from hafnium_servers import Server, http, predictor, transformer, wait_until
+from hafnium_steady_load import SteadyLoad
 
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.inference_log import log_files, read_files
@@ -71,11 +68,14 @@ def test_every_request_is_in_the_metrics_whichever_worker_answers_and_whoever_di
     assert len(used) == 2
     victim = workers(front)[0]
     victim.kill()
-    until = time.monotonic() + 60
-    while time.monotonic() < until and (len(workers(front)) < 2 or victim.pid in [p.pid for p in workers(front)]):
+
+    def replaced() -> bool:
+        nonlocal asked
         assert http("POST", f"{front.url}/v1/score", pair.bodies[0]).status == 200
         asked += 1
-        time.sleep(0.2)
+        return len(workers(front)) == 2 and victim.pid not in [p.pid for p in workers(front)]
+
+    wait_until(replaced)
     for body in pair.bodies:
         assert http("POST", f"{front.url}/v1/score", body).status == 200
         asked += 1
@@ -92,43 +92,12 @@ def test_every_request_is_in_the_metrics_whichever_worker_answers_and_whoever_di
 
 
 def test_sigterm_under_load_loses_nothing(pair: Pair) -> None:
-    lost: list[bytes] = []
-    done = 0
-    stopping = threading.Event()
-
-    def client(k: int) -> None:
-        nonlocal done
-        with socket.create_connection(("127.0.0.1", pair.front.port), timeout=30) as s:
-            while True:
-                body = pair.bodies[k % len(pair.bodies)]
-                try:
-                    s.sendall(b"POST /v1/score HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
-                    raw = s.recv(2**16)
-                except ConnectionError:
-                    raw = b""
-                if not raw:
-                    if not stopping.is_set():
-                        lost.append(b"closed before the signal")
-                    return
-                if not raw.startswith(b"HTTP/1.1 200"):
-                    lost.append(raw[:300])
-                done += 1
-                k += 1
-                if b"connection: close" in raw:
-                    return
-
-    threads = [threading.Thread(target=client, args=(k,)) for k in range(8)]
-    for t in threads:
-        t.start()
-    time.sleep(1.0)
-    stopping.set()
-    assert pair.front.process is not None
-    os.kill(pair.front.process.pid, signal.SIGTERM)
-    assert pair.front.process.wait(30) == 0
-    for t in threads:
-        t.join(30)
-    assert not lost
-    assert done > 50
+    requests = [b"POST /v1/score HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n%s" % (len(b), b) for b in pair.bodies]
+    with SteadyLoad(pair.front.port, requests, clients=8) as load:
+        load.wait_for(200)
+        load.ending()
+        assert pair.front.stop() == 0
+    assert not load.lost
 
 
 def test_a_port_that_is_taken_is_said_at_once(bundle: Bundle, tmp_path: Path) -> None:

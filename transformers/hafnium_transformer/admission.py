@@ -1,6 +1,8 @@
-"""Who may ask now: a limit on requests in progress, and a token bucket for each client.
+"""Who may ask now: a limit on requests in progress that follows how long they wait, and a token bucket for each client.
 
-Pure but for counting: time is an argument. Both limits are of one process.
+A fixed number can't hold a latency: 256 requests are 40 ms of work on one machine and 200 ms on a busy one. So the number shrinks
+while rows stand in the queue for too long, and grows again when they don't. Pure but for counting: time is an argument. All limits are
+of one process.
 """
 
 from __future__ import annotations
@@ -15,6 +17,12 @@ from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.settings import Settings
 
 _WINDOW_S = 60.0
+_STANDING_S = 0.1
+"""A queue that is long for less than this is a burst, which is answered; after this it is an overload. CoDel's interval (RFC 8289)."""
+_SHRINK, _GROW = 0.75, 1.1
+"""Steps of the limit, one in each such interval: quickly down, slowly up."""
+IN_FLIGHT_MIN = 64
+"""The limit never shrinks below it: when the predictor itself is slow, few requests in flight would only make small batches."""
 _KEY_BYTES_MAX = 64
 """Longer keys are kept as their hash."""
 
@@ -55,6 +63,37 @@ class RateLimiter:
         return 0.0
 
 
+class QueueLimit:
+    """How many requests may be in progress, by how long the oldest row of each batch had waited when it left.
+
+    See RFC 8289 (CoDel) for what a standing queue is, and TCP's congestion window for how the limit moves.
+    """
+
+    def __init__(self, in_flight_max: int, wait_max_s: float) -> None:
+        self._max = float(in_flight_max)
+        self._min = float(min(IN_FLIGHT_MIN, in_flight_max))
+        self._wait_max_s = wait_max_s
+        self._limit = self._max
+        self._above_since: float | None = None
+        self._changed = 0.0
+
+    @property
+    def now(self) -> int:
+        return int(self._limit)
+
+    def left(self, waited_s: float, now: float) -> None:
+        """A batch leaves the queue, and its oldest row had waited for so long."""
+        if waited_s > self._wait_max_s:
+            if self._above_since is None:
+                self._above_since = now
+            elif now - self._above_since >= _STANDING_S and now - self._changed >= _STANDING_S:
+                self._limit, self._changed = max(self._limit * _SHRINK, self._min), now
+            return
+        self._above_since = None
+        if self._limit < self._max and waited_s < self._wait_max_s / 2.0 and now - self._changed >= _STANDING_S:
+            self._limit, self._changed = min(self._limit * _GROW, self._max), now
+
+
 class QueryVolume:
     """How many rows each client asked for in the last minute. Somebody who copies a model by asking it shows here."""
 
@@ -79,12 +118,17 @@ class QueryVolume:
         return ended
 
 
+def overloaded() -> OverloadedError:
+    """What every request too many is told."""
+    return OverloadedError("as many requests are in progress as can be answered in time; try again")
+
+
 class Admission:
     """Both limits, as the settings have them."""
 
     def __init__(self, settings: Settings, metrics: TransformerMetrics) -> None:
         self._metrics = metrics
-        self._in_flight_max = settings.in_flight_max
+        self.limit = QueueLimit(settings.in_flight_max, settings.queue_ms_max / 1000.0)
         self._header = settings.client_header.lower().encode()
         self._limiter = None if settings.rate_limit_per_s == 0.0 else RateLimiter(
             settings.rate_limit_per_s, settings.rate_limit_burst or settings.rate_limit_per_s, settings.clients_max
@@ -99,10 +143,15 @@ class Admission:
             return peer
         return given.decode("latin-1") if len(given) <= _KEY_BYTES_MAX else hashlib.blake2b(given, digest_size=32).hexdigest()
 
+    @property
+    def full(self) -> bool:
+        """The next request is one too many."""
+        return self.in_flight >= self.limit.now
+
     def enter(self) -> None:
         """A request comes. Raises OverloadedError; otherwise `leave` must follow."""
-        if self.in_flight >= self._in_flight_max:
-            raise OverloadedError(f"{self._in_flight_max} requests are in progress; try again")
+        if self.full:
+            raise overloaded()
         self.in_flight += 1
 
     def leave(self) -> None:

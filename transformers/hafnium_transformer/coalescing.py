@@ -17,6 +17,7 @@ from typing import Any
 from hafnium_contract.serving.hot_protocol import HotRequest
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.trace_context import id_line
+from hafnium_transformer.admission import QueueLimit
 from hafnium_transformer.errors import ContractChangedError, DeadlineError, RefusedError, RowInvalidError, ScoringError
 from hafnium_transformer.hop_spans import HopSpans
 from hafnium_transformer.plan import Plan
@@ -58,8 +59,9 @@ class Waiting:
 class Coalescer:
     """Used from the event loop only."""
 
-    def __init__(self, scorer: Scorer, *, batches_max: int, rows_max: int, traced: bool = False) -> None:
+    def __init__(self, scorer: Scorer, limit: QueueLimit, *, batches_max: int, rows_max: int, traced: bool = False) -> None:
         self._scorer = scorer
+        self._limit = limit
         self._batches_max = batches_max
         self._rows_max = rows_max
         self._traced = traced
@@ -92,6 +94,7 @@ class Coalescer:
                     batch.append(self._waiting.popleft())
             if not batch:
                 return
+            self._limit.left(time.perf_counter() - batch[0].context.started, time.monotonic())
             task = asyncio.get_running_loop().create_task(self._run(batch))
             self._running.add(task)
             self._batches[task] = batch

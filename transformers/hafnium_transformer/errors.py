@@ -6,8 +6,8 @@ HafniumError
     ├── SlowBodyError           408  the body did not come in time
     ├── NotSupportedError       501  KServe's SDK knows the request and does not do it (model versions)
     ├── RowInvalidError         422  fields break the contract; `errors` names each
-    ├── OverloadedError         429  too many requests in flight
     ├── RateLimitedError        429  this client asked for too many rows
+    ├── OverloadedError         503  more requests than can be answered in time
     ├── UnavailableError        503  predictor, feature store or contract can't be had
     │   └── LookedUpError       503  a value that the contract demands is missing or stale in its view
     ├── DeadlineError           504  the time that was given is over
@@ -76,8 +76,8 @@ class RowInvalidError(ScoringError):
 
 
 class OverloadedError(ScoringError):
-    status = 429
-    title = "Too many requests"
+    status = 503
+    title = "Overloaded"
     kind = "overloaded"
 
 

@@ -29,18 +29,21 @@ from hafnium_contract.asgi import (
     Scope,
     Send,
     call,
+    given_twice,
     headers_of,
     problem_answer,
     read_body,
     send_answer,
 )
+from hafnium_contract.json_nesting import NESTING_MAX, nested_too_deep
 from hafnium_contract.serving.exposition import metrics_answer
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.serving.workers import others_missing
 from hafnium_contract.trace_context import REQUEST_ID, request_id_of, trace_lines, without_repeated
+from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, check_layout
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER
 from hafnium_transformer.admission import Admission
-from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, ScoringError, SlowBodyError
+from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, OverloadedError, ScoringError, SlowBodyError
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hafnium.transformer")
 _DEADLINE = DEADLINE_HEADER.encode()
 _ARM = ARM_HEADER.encode()
+_LENGTH = LENGTH_HEADER.encode()
 FAILURES = Sampled(log, lines_per_s=10.0)
 """One line for an answer of 5xx, so that an id from a caller's log is found in ours."""
 _READY_KEPT_S = 1.0
@@ -182,7 +186,8 @@ class Gate:
         name = served.contract.name if served else self._settings.model_name
         series = self._metrics.model(name, served.model_version if served else "none")
         series.requests.inc()
-        series.duration.observe(time.perf_counter() - started)
+        if kind != OverloadedError.kind:  # refused unread: thousands of them would make an overload look fast
+            series.duration.observe(time.perf_counter() - started)
         if kind is not None:
             series.error(kind)
 
@@ -228,9 +233,17 @@ class Gate:
         exchange = Exchange(context)
         token = EXCHANGE.set(exchange)
         try:
-            binary = b"inference-header-content-length" in headers_of(scope)
-            if not binary:
-                _json(body)  # Python's parser takes Infinity and NaN for JSON, and the app's answer about them can't be written
+            length = headers_of(scope).get(_LENGTH)
+            binary = length is not None
+            if length is not None:
+                if given_twice(scope, _LENGTH):
+                    raise MalformedError(f"{LENGTH_HEADER}: given twice")
+                try:
+                    check_layout(body, length)
+                except TensorError as e:
+                    raise MalformedError(str(e)) from e
+            elif nested_too_deep(_json(body)):  # Python's parser takes Infinity for JSON, too, and the app's answer can't be written
+                raise MalformedError(f"the body is nested deeper than {NESTING_MAX}")
             kept = [(k, v) for k, v in scope["headers"] if k != b"content-type" and not k.startswith(b"ce-")]
             label: Header = (b"content-type", b"application/octet-stream") if binary else JSON_TYPE
             answer = await call(self._inner, {**scope, "headers": [*kept, label]}, body)

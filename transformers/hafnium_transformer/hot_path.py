@@ -6,6 +6,7 @@ that can't be read. What becomes of a good row later (store or predictor gone, t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -16,11 +17,11 @@ import orjson
 
 from hafnium_contract.asgi import PROBLEM_TYPE
 from hafnium_contract.serving.hot_protocol import HotRequest, HotRoutes
-from hafnium_contract.trace_context import REQUEST_ID, REQUEST_ID_CHARS_MAX, trace_lines
+from hafnium_contract.trace_context import REQUEST_ID, REQUEST_ID_CHARS_MAX, request_id_of, trace_lines
 from hafnium_contract.wire import DEADLINE_HEADER
-from hafnium_transformer.admission import Admission
+from hafnium_transformer.admission import Admission, overloaded
 from hafnium_transformer.coalescing import Coalescer, Waiting
-from hafnium_transformer.errors import OverloadedError, RateLimitedError, RowInvalidError, ScoringError
+from hafnium_transformer.errors import RateLimitedError, RowInvalidError, ScoringError
 from hafnium_transformer.gate import FAILURES, arm_of, retry_after
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.predictor_client import Deadline
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("hafnium.transformer")
 _DEADLINE = DEADLINE_HEADER.encode()
 _PROBLEM_HEAD = b"%s: %s\r\n" % PROBLEM_TYPE
+_COUNT_S = 0.05
+_OVERLOADED = overloaded()
+_OVERLOADED_BODY = orjson.dumps(_OVERLOADED.document())
+_OVERLOADED_HEAD = _PROBLEM_HEAD + b"".join(b"%s: %s\r\n" % h for h in retry_after(_OVERLOADED))
 
 
 class HotPath:
@@ -52,6 +57,8 @@ class HotPath:
         self._settings = settings
         self._random = Random(secrets.randbits(256))  # noqa: S311 - ids have to differ, nobody has to fail to guess them
         self._deadline_s = settings.deadline_ms / 1000.0
+        self._refused = 0
+        """Refusals that the metrics don't have yet: counting each would take longer than refusing it."""
         self.routes = HotRoutes()
         self.routes.add("/v1/score", self._score)
 
@@ -59,6 +66,9 @@ class HotPath:
         scorer, headers = self._scorer, request.headers
         if not scorer.active or len(request.body) > self._settings.body_bytes_max:
             return False
+        if self._admission.full:  # said before anything is read: at twice the load there is half as much time for it
+            self._refuse(request)
+            return True
         now = time.monotonic()
         deadline_s = self._deadline_s
         given_deadline = headers.get(_DEADLINE)
@@ -69,7 +79,7 @@ class HotPath:
         given_id = headers.get(REQUEST_ID, b"")
         if len(given_id) > REQUEST_ID_CHARS_MAX or b"\t" in given_id:
             return False
-        request_id = given_id.decode("ascii") or f"{self._random.getrandbits(128):032x}"
+        request_id = given_id.decode("ascii") or self._drawn_id()
         try:
             item: Any = orjson.loads(request.body)
             plan = scorer.plan
@@ -82,13 +92,7 @@ class HotPath:
         else:
             context = _traced(self._tracing, request, request_id, Deadline(now + deadline_s))
             waiting = Waiting(plan, item, row, context, request, self._done if context.span is None else self._done_traced)
-        try:
-            self._admission.enter()
-        except OverloadedError as e:
-            self._respond(waiting, e)
-            if context.span is not None:
-                context.span.answered(e.status, e.kind)
-            return True
+        self._admission.enter()
         try:
             self._admission.ask(self._admission.client(headers, request.client), 1, now)
         except RateLimitedError as e:
@@ -96,6 +100,24 @@ class HotPath:
             return True
         self._coalescer.submit(waiting)
         return True
+
+    def _drawn_id(self) -> str:
+        return f"{self._random.getrandbits(128):032x}"
+
+    def _refuse(self, request: HotRequest) -> None:
+        """503 at once. What is said is the same for all, but for the request's id."""
+        request_id = request_id_of(request.headers.get(REQUEST_ID)) or self._drawn_id()
+        request.respond(b"%sx-request-id: %s\r\n" % (_OVERLOADED_HEAD, request_id.encode("ascii")), _OVERLOADED_BODY, _OVERLOADED.status)
+        if not self._refused:
+            asyncio.get_running_loop().call_later(_COUNT_S, self._count_refused)
+        self._refused += 1
+
+    def _count_refused(self) -> None:
+        refused, self._refused = self._refused, 0
+        served = self._scorer.served
+        series = self._metrics.model(self._scorer.plan.contract.name, served.model_version if served else "none")
+        series.requests.inc(refused)
+        series.error(_OVERLOADED.kind, refused)
 
     def _done(self, waiting: Waiting, result: Result) -> None:
         self._admission.leave()

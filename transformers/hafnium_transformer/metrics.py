@@ -42,12 +42,12 @@ class ModelSeries:
         """Only a model that scored something has this series."""
         return self._metrics.score.labels(*self._model)
 
-    def error(self, kind: str) -> None:
-        """One request ended with an error of this kind."""
+    def error(self, kind: str, count: int = 1) -> None:
+        """Requests ended with an error of this kind."""
         child = self._errors.get(kind)
         if child is None:
             child = self._errors[kind] = self._metrics.errors.labels(COMPONENT, *self._model, kind)
-        child.inc()
+        child.inc(count)
 
     def predicted(self, scores: Iterable[float], decided: Mapping[str, int]) -> None:
         """Rows were scored: their scores, and how many got which decision."""

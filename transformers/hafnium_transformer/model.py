@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _TOP = ("event_time", "request_id")
 _FROM_METADATA = (REQUEST_ID, TRACEPARENT, TRACESTATE)
 _GRPC = "inference.GRPCInferenceService/ModelInfer"
+_FAMILIES: dict[str, tuple[tuple[type, ...], str]] = {
+    "INT": ((int,), "whole numbers"), "UINT": ((int,), "whole numbers"), "FP": ((int, float, type(None)), "numbers or null"),
+    "BOOL": ((bool,), "true or false"), "BYTES": ((str, bytes), "texts"),
+}
 
 
 class RiskTransformer(Model):
@@ -133,6 +137,7 @@ def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[st
             rows = [{"entity": {}, "features": {}} for _ in range(shape[0])]
         elif len(rows) != shape[0]:
             raise MalformedError(f"inputs[{k}].shape: {shape[0]} rows, the first input has {len(rows)}")
+        _check_data(one, k)
         try:
             values: list[Any] = np.asarray(one.as_numpy()).reshape(-1).tolist()
         except (InvalidInput, ValueError, TypeError, OverflowError, AttributeError) as e:
@@ -147,6 +152,22 @@ def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[st
     if not rows:
         raise MalformedError("inputs: expected one tensor for each field of the request")
     return rows
+
+
+def _check_data(one: InferInput, k: int) -> None:
+    """Raises MalformedError when a value is not of its datatype: numpy makes 1 of 1.7 and true of "no"."""
+    datatype, data = str(one.datatype), cast(Any, one.data)
+    family = next((f for f in _FAMILIES if datatype.startswith(f)), None)
+    if family is None or not isinstance(data, list):
+        return  # as_numpy knows what to do with it
+    allowed, form = _FAMILIES[family]
+    pending = list(cast(list[Any], data))
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += cast(list[Any], value)
+        elif type(value) not in allowed:
+            raise MalformedError(f"inputs[{k}].data: {datatype} takes {form}, got {str(value)[:40]!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,8 @@ from hafnium_transformer.rows import TEXT_MAX
 
 _PROBLEMS = {
     "400": "no JSON, or not the form of a request", "413": "the body is too long", "422": "fields break the contract; errors names each",
-    "429": "too many requests, of all or of this client", "503": "predictor, store or a value that the contract demands is not available",
+    "429": "this client asks for too many rows",
+    "503": "too many requests of all, or predictor, store or a value that the contract demands is not available",
     "504": "the time given for the answer is over",
 }
 

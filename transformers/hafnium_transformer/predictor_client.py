@@ -213,7 +213,7 @@ def _prediction(answer: HttpAnswer, rows: int) -> Prediction:
 def _refusal(status: int, detail: str) -> ScoringError:
     if status == 409:
         return ContractChangedError(detail)
-    if status == 429:
+    if status == 429:  # of a proxy between us
         return OverloadedError(f"predictor: {detail}")
     if status == 504:
         return DeadlineError(f"predictor: {detail}")

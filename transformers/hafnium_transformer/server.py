@@ -23,7 +23,9 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
+from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.limited_protocol import limited_protocol_class
 from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_transformer.admission import Admission
@@ -57,10 +59,9 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 class _GatedRestServer(RESTServer):
     """Creates KServe's app as ever and puts the gate before it, and the hot path before both."""
 
-    def put_before(self, gate: Gate, hot_path: HotPath | None) -> None:
+    def put_before(self, gate: Gate, hot_path: HotPath | None, limits: ConnectionLimits) -> None:
         self._gate = gate
-        if hot_path is not None:
-            self.config.http = hot_path.routes.protocol_class()
+        self.config.http = limited_protocol_class(limits) if hot_path is None else hot_path.routes.protocol_class(limits)
 
     async def start(self) -> None:
         """Serves until it is told to stop; a worker on the socket that it was given."""
@@ -120,10 +121,11 @@ class TransformerServer(ModelServer):
         )
         rest.config.host = s.host
         admission = Admission(s, metrics)
-        traced = self._tracing is not None
-        coalescer = Coalescer(scorer, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max, traced=traced)
+        coalescer = Coalescer(
+            scorer, admission.limit, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max, traced=self._tracing is not None)
         hot_path = HotPath(scorer, coalescer, admission, metrics, s, self._tracing) if s.hot_path else None
-        rest.put_before(Gate(cast(App, kserve_app), scorer, admission, metrics, s, self._tracing), hot_path)
+        gate = Gate(cast(App, kserve_app), scorer, admission, metrics, s, self._tracing)
+        rest.put_before(gate, hot_path, s.connection_limits)
         # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())

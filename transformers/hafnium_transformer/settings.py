@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.json_log import LogFormat
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
 from hafnium_transformer.explanation import Method
@@ -91,8 +92,11 @@ class Settings(BaseModel):
     """The longest: how late a recovery may be noticed."""
     hot_path: bool = True
     """Answer plain requests below ASGI. Off, every byte takes KServe's way: for a comparison, or while in doubt about it."""
-    in_flight_max: int = Field(default=512, ge=1)
-    """Requests in progress; the next gets 429. At the 5,000 requests/s that one process makes it is 0.1 s of work."""
+    in_flight_max: int = Field(default=256, ge=1)
+    """Requests in progress at most; the next gets 503. At the 5,000 requests/s that one process makes it is 50 ms of work."""
+    queue_ms_max: float = Field(default=20.0, gt=0)
+    """Longest wait of a row for its batch. While rows wait longer for 0.1 s on end, fewer requests than `in_flight_max` are let in (64 at
+    least). A fifth of the 100 ms that owners ask for: a row waits for the event loop before it, and for lookup and model after it."""
     batch_rows_max: int = Field(default=BATCH_ROWS_MAX, ge=1, le=BATCH_ROWS_MAX)
     """Rows in one batch; the predictor takes no more."""
     body_bytes_max: int = Field(default=BODY_BYTES_MAX, ge=1024)
@@ -121,12 +125,26 @@ class Settings(BaseModel):
     grace_period_s: int = Field(default=20, ge=0)
     """Seconds that requests in flight get on SIGTERM: below Kubernetes' 30, with room to write the log."""
     keep_alive_s: int = Field(default=65, ge=1)
-    """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes."""
+    """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes. A new
+    connection on which nothing comes ends after it too."""
+    read_timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds from a request's first byte to its last; then 408. The longest body takes them at 3.4 Mbit/s; a proxy sends it at once."""
+    write_timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds that a client may leave answers unread, when more than 64 kB wait for it; then the connection ends."""
+    head_bytes_max: int = Field(default=65_536, ge=8_192)
+    """Bytes of request line and headers; then 431. Envoy takes 60 KiB, most others 8."""
+    connections_max: int = Field(default=1_000, ge=1)
+    """Open connections; the next gets 503. An idle one takes about 10 kB (measured) and a file; a shell's usual limit is 1,024 files."""
     entity_hash_key: SecretStr | None = None
     """Key of the hash that stands for the entity in the log; environment only, since flags are seen by everybody.
     Without it each process draws its own: nobody can then join rows of different processes by entity."""
     sdk_arguments: tuple[str, ...] = ()
     """Arguments that are not ours: KServe's SDK gets them, and refuses what it doesn't know either."""
+
+    @property
+    def connection_limits(self) -> ConnectionLimits:
+        """What one client may cost."""
+        return ConnectionLimits(self.read_timeout_s, self.write_timeout_s, self.head_bytes_max, self.connections_max)
 
 
 def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
