@@ -10,7 +10,7 @@ space := $(empty) $(empty)
 STAMP := $(VENV)/.installed
 PARTS := contract predictors transformers training monitoring rollouts local
 
-.PHONY: help install demo kills test check bench bench-serving bench-training generate lock clean
+.PHONY: help install demo kills test check bench bench-serving overload soak bench-training generate lock clean
 
 help:                    ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -53,6 +53,12 @@ bench: bench-serving bench-training  ## all figures, into build/bench
 
 bench-serving: $(STAMP)  ## servers against their peers (twelve minutes); needs wrk and redis-server, ARGS="--rounds 1"
 	$(BIN)/python benchmarks/serving $(ARGS)
+
+overload: $(STAMP)       ## the chain at twice its capacity (a minute); needs redis-server, ARGS="--rounds 1"
+	$(BIN)/python benchmarks/serving/overload.py $(ARGS)
+
+soak: $(STAMP)           ## ten minutes of mixed load: does anything grow? ARGS="--minutes 3"
+	$(BIN)/python benchmarks/serving/soak.py $(ARGS)
 
 bench-training: $(STAMP) ## how good models are; HAFNIUM_ULB=creditcard.csv for the real data too
 	$(BIN)/python benchmarks/training.py
