@@ -134,7 +134,7 @@ class Settings(BaseModel):
     head_bytes_max: int = Field(default=65_536, ge=8_192)
     """Bytes of request line and headers; then 431. Envoy takes 60 KiB, most others 8."""
     connections_max: int = Field(default=1_000, ge=1)
-    """Open connections; the next gets 503. An idle one takes about 10 kB (measured) and a file; a shell's usual limit is 1,024 files."""
+    """Open connections; the next gets 503. An idle one takes memory and a file; a shell's usual limit is 1,024 files."""
     entity_hash_key: SecretStr | None = None
     """Key of the hash that stands for the entity in the log; environment only, since flags are seen by everybody.
     Without it each process draws its own: nobody can then join rows of different processes by entity."""
