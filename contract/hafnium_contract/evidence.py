@@ -13,12 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
 
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.model_contract import Strict
 
 API_VERSION = "hafnium.dev/v1alpha1"
+VALUES_MAX = 5_000
+"""About 900 kB with the longest names: one object of the API server holds 1.5 MB."""
+MESSAGE_CHARACTERS_MAX = 2_000
 Verdict = Literal["Pass", "Fail", "Inconclusive", "NoData", "Error"]
 """They never merge: NoData and Error are neither success nor failure."""
 
@@ -30,41 +33,64 @@ class EvidenceError(HafniumError):
 class EvidenceValue(Strict):
     """One number behind the verdict."""
 
-    name: str
+    model_config = ConfigDict(allow_inf_nan=False)  # JSON has neither
+
+    name: str = Field(max_length=100)
     """What it was measured on: a feature, `score`, `missing:<feature>`."""
-    statistic: str
+    statistic: str = Field(max_length=63)
     """Which number it is: `psi`, `missing_share`, `brier`, …"""
     value: float
+    """The number."""
     threshold: float | None = None
+    """Where it begins to count."""
     p_value: float | None = None
+    """How likely so much is by chance."""
     drifted: bool = False
+    """It counts: the effect is large enough and no accident."""
     compared_with: Literal["reference", "stable"] = "reference"
+    """The bundle's reference sample, or the stable model's rows of the same window."""
 
 
 class EvidenceSpec(Strict):
-    model_digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+    """The finding. Never changes: a later one is another object."""
+
+    model_digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
+    """The model that it is about, by the digest of its bundle."""
     kind: Literal["drift", "performance", "smoke", "fairness"]
+    """Which kind of job found it."""
     window_start: AwareDatetime
+    """Start of the time that was looked at."""
     window_end: AwareDatetime
+    """End of the time that was looked at."""
     verdict: Verdict
+    """NoData and Error are neither success nor failure."""
     samples: int = Field(ge=0)
     """Rows of the model under test that the verdict rests on."""
-    values: tuple[EvidenceValue, ...] = ()
-    message: str
+    values: Annotated[tuple[EvidenceValue, ...], Field(max_length=VALUES_MAX)] = ()
+    """The numbers behind the verdict."""
+    message: str = Field(max_length=MESSAGE_CHARACTERS_MAX)
     """One sentence that a person on call understands."""
     both_arms: bool = False
     """The stable model's input drifted too: the world changed, not the candidate."""
-    report: str = ""
+    report: str = Field(default="", max_length=2048)
     """Link or path of the HTML report."""
-    job: str = ""
+    job: str = Field(default="", max_length=253)
+    """The job that wrote it."""
     created_at: AwareDatetime
+    """When the job wrote it, by its own clock."""
 
 
 class Metadata(Strict):
-    name: str
+    """Kubernetes metadata, as far as it is used here; the rest is the API server's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = Field(max_length=253)
 
 
 class ModelEvidence(Strict):
+    """What a monitoring job found about one model over one window of time. Written once by the job, never changed."""
+
     api_version: Literal["hafnium.dev/v1alpha1"] = API_VERSION
     kind: Literal["ModelEvidence"] = "ModelEvidence"
     metadata: Metadata

@@ -31,7 +31,7 @@ def pending(turn: Turn) -> Outcome | None:
     if status.stable is None:
         return _first_model(turn)
     if spec.strategy.steps[0].weight is not None and turn.missing_approvals:
-        return hold(turn, "ApprovalMissing", f"approvals are missing: {', '.join(turn.missing_approvals)}")
+        return hold(turn, "ApprovalMissing", turn.missing_approvals)
     if turn.seen.route is None or turn.seen.live is None:
         return hold(turn, "Pending", "the gateway or its route can't be read")
     return enter(turn, 0)
@@ -61,7 +61,7 @@ def _first_model(turn: Turn) -> Outcome:
     if turn.rollout.name in others:
         return hold(turn, "Pending", f"InferenceService {turn.rollout.name} exists, but has no route yet")
     if turn.missing_approvals:
-        return hold(turn, "ApprovalMissing", f"approvals are missing: {', '.join(turn.missing_approvals)}")
+        return hold(turn, "ApprovalMissing", turn.missing_approvals)
     return promoted(turn.update(stable=candidate), "FirstModel", "the first model of this route: nothing to compare with")
 
 
@@ -159,7 +159,7 @@ def advance(turn: Turn) -> Outcome | None:
         return promote(turn)
     following = status.step.index + 1
     if steps[following].weight is not None and turn.missing_approvals:
-        return hold(turn, "ApprovalMissing", f"approvals are missing: {', '.join(turn.missing_approvals)}")
+        return hold(turn, "ApprovalMissing", turn.missing_approvals)
     turn = turn.say("Advanced", "Advanced", f"step {status.step.index} passed after {since(turn, status.step.entered_at)}")
     return enter(turn, following)
 

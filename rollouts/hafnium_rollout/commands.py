@@ -73,14 +73,12 @@ def status(state: Path, name: str | None = None, *, now: datetime | None = None)
 
 def _row(name: str, s: RolloutStatus, now: datetime) -> dict[str, Any]:
     step = s.step
-    worst = next((g for v in ("Fail", "Error", "NoData", "Inconclusive") for g in s.gates if g.verdict == v and g.role != "Advisory"), None)
     weight = 100 if s.phase == "Promoted" else step.weight_desired if step is not None else 0
     return {
         "name": name, "phase": s.phase, "step": None if step is None else step.index, "weight": weight,
         "weightObserved": None if step is None else step.weight_observed,
         "shadow": step is not None and s.route is not None and s.route.shadow,
-        "gate": f"{worst.name}:{worst.verdict}" if worst is not None and step is not None else (
-            "all:Pass" if s.gates and step is not None else ""),
+        "gate": s.gate,
         "reason": s.reason, "message": s.message,
         "ageSeconds": None if s.started_at is None else max(0.0, (now - s.started_at).total_seconds()),
         "candidate": None if s.candidate is None else s.candidate.model_dump(mode="json"),
@@ -236,6 +234,9 @@ def approve(state: Path, name: str, stage: str, approver: str) -> str:
     if not folder.rollout(name).is_file():
         read_status(state, name)  # says which rollouts there are
     spec = load_rollout(folder.rollout(name)).spec
+    if spec.model.trained_by == approver:
+        raise InputError(f"{approver} trained {spec.model.name} {spec.model.version} (spec.model.trainedBy): "
+                         "somebody else has to approve it")
     label = f"{name}-{spec.model.digest[7:15]}"
     approval = ModelApproval(
         metadata=ObjectMeta(name=label), spec=ApprovalSpec(model_digest=spec.model.digest, stage=stage, approver=approver))

@@ -118,7 +118,7 @@ def persons_word(turn: Turn) -> Outcome | None:
     if action.type == "Retry" and status.phase != "Paused":
         return ignored("the rollout is neither paused nor ended")
     if turn.rollout.spec.strategy.steps[target].weight is not None and turn.missing_approvals:
-        return ignored(f"approvals are missing: {', '.join(turn.missing_approvals)}")
+        return ignored(turn.missing_approvals)
     if not turn.candidate_ready:
         return ignored("the candidate is not ready")
     if action.type == "Retry":

@@ -102,6 +102,7 @@ def _begin(turn: Turn) -> Turn:
     model, status = turn.rollout.spec.model, turn.status
     candidate = ModelSeen(
         service=turn.rollout.service_name(model.digest), storage_uri=model.storage_uri, digest=model.digest, version=model.version,
+        trained_by=model.trained_by or "",
     )
     turn = turn.update(
         phase="Pending", run_id=f"{model.digest[7:15]}-{turn.now:%Y%m%dT%H%M%S}", started_at=turn.now, candidate=candidate,

@@ -2,6 +2,7 @@
 
 HafniumError (contract)
 ├── RolloutFileError   a ModelRollout file is not as it should be: carries every problem with its line
+├── SchemaError        a type of ours has no structural schema: a mistake in this code, found when CRDs are generated
 ├── StateError         the state folder holds something that can't be used, or another controller holds it
 └── UnknownRollout     a command names a rollout that isn't there
 """
@@ -24,6 +25,10 @@ class RolloutFileError(HafniumError):
         count = len(self.problems)
         lines = "\n".join(f"  {p}" for p in self.problems)
         super().__init__(f"{source}: {count} problem{'s' if count != 1 else ''}\n{lines}")
+
+
+class SchemaError(HafniumError):
+    """A type can't be written as a CustomResourceDefinition, or a rule names what isn't there."""
 
 
 class StateError(HafniumError):

@@ -14,7 +14,9 @@ import yaml
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.whole_files import write_atomically
 from hafnium_contract.wire import DIGEST_LABEL, VERSION_LABEL
+from hafnium_rollout import approvals
 from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, was_reset
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.objects import Gate, ModelRollout, UserAction
@@ -79,10 +81,12 @@ class LocalBackend:
         evidence, evidence_error = self._evidence.read()
         actions = [a for _, a in read_actions(self._state, rollout.name)]
         problems += [a for a in actions if isinstance(a, str)]
+        digest, trained_by = candidate_of(rollout, status)
+        approved = approvals.count(read_approvals(self._state), digest, trained_by)
         return Observation(
             services=services, declared=declared, managed=managed, route=route, route_absent=absent, live=live, look=look,
             evidence=evidence, evidence_error=evidence_error,
-            approvals=read_approvals(self._state, rollout.spec.model.digest),
+            approvals=approved.stages, approvals_refused=approved.refused,
             actions=tuple(a for a in actions if isinstance(a, UserAction)), problems=tuple(problems), cursor=cursor,
         )
 

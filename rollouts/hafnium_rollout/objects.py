@@ -1,6 +1,8 @@
 """ModelRollout: what a user asks for. Parsed once, at the edge, into these frozen types.
 
-The same types serve the cluster (the CRD is generated from them) and one machine (YAML in a folder).
+The same types serve the cluster (the CRD is generated from them) and one machine (YAML in a folder). What a validator here refuses,
+a rule of crd_rules.py refuses on the cluster, in the same words as far as CEL can say them. Everything has a size limit: the API
+server allows a rule by the longest value that it might meet.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from hafnium_contract.contract_file import dotted, line_of, read_yaml
-from hafnium_contract.durations import Duration, parse_duration
+from hafnium_contract.durations import Duration, PositiveDuration, parse_duration
 from hafnium_contract.errors import ContractError, Problem
 from hafnium_contract.model_contract import MODEL_NAME_PATTERN, Strict
 from hafnium_rollout.errors import RolloutFileError
@@ -21,10 +23,32 @@ from hafnium_rollout.errors import RolloutFileError
 API_VERSION = "hafnium.dev/v1alpha1"
 STEPS_MAX = 20
 GATES_MAX = 50
+APPROVALS_MAX = 10
+HOSTNAMES_MAX = 16
+"""As many as an HTTPRoute of the Gateway API takes."""
+QUERY_CHARACTERS_MAX = 2_000
+TEXT_CHARACTERS_MAX = 1_000
+USER_CHARACTERS_MAX = 512
+"""Kubernetes sets no limit for user names; those of OIDC (issuer and subject) stay below this."""
 NO_TIME = parse_duration("0s")
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
-GateName = Annotated[str, Field(pattern=r"^[a-zA-Z]([-_a-zA-Z0-9]{0,61}[a-zA-Z0-9])?$")]
+
+
+def _each_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"named twice: {', '.join(sorted({v for v in values if values.count(v) > 1}))}")
+    return values
+
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
+Name = Annotated[str, Field(pattern=MODEL_NAME_PATTERN, max_length=42)]
+GateName = Annotated[str, Field(pattern=r"^[a-zA-Z]([-_a-zA-Z0-9]{0,61}[a-zA-Z0-9])?$", max_length=63)]
+Stage = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$", max_length=63)]
+"""A kind of approval, such as validation or security. RBAC names it, so it is a DNS label."""
+User = Annotated[str, Field(min_length=1, max_length=USER_CHARACTERS_MAX)]
+Hostname = Annotated[str, Field(
+    pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", max_length=253)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
+Query = Annotated[str, Field(min_length=1, max_length=QUERY_CHARACTERS_MAX)]
 Role = Literal["Safety", "Quality", "Advisory"]
 GateKind = Literal["requests", "prometheus", "latency", "scores", "drift", "evidence"]
 
@@ -33,27 +57,53 @@ class ModelRef(Strict):
     """The candidate: a bundle. The name is the target's and never changes; version, storageUri and digest name the model."""
 
     name: Name
-    version: str = Field(min_length=1)
-    storage_uri: str = Field(min_length=1)
+    """The model's name, as in its contract. Never changes: another model is another ModelRollout."""
+    version: str = Field(min_length=1, max_length=63)
+    """The bundle's version, for people; what is served is named by the digest."""
+    storage_uri: str = Field(min_length=1, max_length=2048)
+    """Where the bundle is: s3://…, pvc://…, file://…, as KServe's storageUri."""
     digest: Digest
+    """The bundle's own digest, sha256:…; a service that holds another model gets no traffic."""
+    trained_by: User | None = None
+    """Who trained it, by the user name that the cluster knows them by. They can't approve it. Required where approvals are, and it
+    stays what it is as long as the digest does."""
+
+
+class GatewayRef(Strict):
+    """The Gateway that routes are attached to."""
+
+    name: ObjectName
+    """The Gateway's name."""
+    namespace: ObjectName | None = None
+    """The Gateway's namespace; without it, the rollout's own."""
+    section_name: Annotated[str, Field(max_length=253)] | None = None
+    """One listener of the Gateway; without it, all."""
 
 
 class Routing(Strict):
-    backend: Literal["PairedServices", "CanaryTrafficPercent", "Local"] = "Local"
-    gateway_ref: dict[str, Any] | None = None
-    hostnames: tuple[str, ...] = ()
+    """Who splits the traffic, and for which host names."""
+
+    backend: Literal["PairedServices", "CanaryTrafficPercent", "Local"] | None = None
+    """PairedServices (the default on a cluster): an InferenceService per model and an HTTPRoute between them. CanaryTrafficPercent:
+    KServe's own field, in Knative mode. Local (the default on one machine): Envoy."""
+    gateway_ref: GatewayRef | None = None
+    """The Gateway that clients come through."""
+    hostnames: Annotated[tuple[Hostname, ...], Field(max_length=HOSTNAMES_MAX), AfterValidator(_each_once)] = ()
+    """Host names that clients ask for; none: every name that the Gateway takes."""
 
 
 class Step(Strict):
     """One step of the climb: a mirror (`shadow: true`) or a share of live traffic (`weight`)."""
 
     shadow: bool = False
+    """The candidate gets copies of requests, and nobody gets its answers. Only as the first step."""
     weight: int | None = Field(default=None, ge=1, le=100)
+    """Percent of live requests that the candidate answers. Weights rise from step to step, and the last one is 100."""
     min_dwell: Duration = NO_TIME
     """Time that the step lasts at least, counted from the moment that its weight was seen at the gateway."""
-    min_samples: int = Field(default=0, ge=0)
+    min_samples: int = Field(default=0, ge=0, le=1_000_000_000)
     """Candidate requests (pairs of scores, for a scores gate) that the step needs at least."""
-    deadline: Duration = parse_duration("7d")
+    deadline: PositiveDuration = parse_duration("7d")
     """Without a verdict by then the rollout pauses and says what was missing."""
 
     @model_validator(mode="after")
@@ -71,14 +121,20 @@ class Step(Strict):
 
 
 class Strategy(Strict):
+    """How traffic moves, and what happens when something comes in between."""
+
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=STEPS_MAX)]
+    """The climb, in order: a mirror first (if any), then rising weights up to 100."""
     on_new_candidate: Literal["Restart", "Queue", "Reject"] = "Restart"
-    max_blind_duration: Duration = parse_duration("10m")
+    """When another digest is asked for during a rollout: Restart takes the old candidate back and begins with the new one, Queue waits
+    for the end, Reject refuses it."""
+    max_blind_duration: PositiveDuration = parse_duration("10m")
     """A Safety gate without data for longer than this takes the rollout one weight down."""
     rollback_window: int = Field(default=3, ge=0, le=20)
+    """So many models that were live before are kept at hand."""
     scrape_lag: Duration = parse_duration("2s")
     """A look counts for Pass only when it began this long after the weight was seen. One machine: 2 s; Prometheus: 2 scrapes."""
-    ready_deadline: Duration = parse_duration("15m")
+    ready_deadline: PositiveDuration = parse_duration("15m")
     """A candidate that isn't ready by then is rejected."""
     restart_limit: int = Field(default=3, ge=1, le=100)
     """So many restarts of the candidate within one step are a crash loop. One restart may be a node's fault."""
@@ -108,30 +164,42 @@ class Empty(Strict):
 class PrometheusCounts(Strict):
     """Two queries that return the increase of bad and of all requests, per arm; the operator fills in the arm's service."""
 
-    bad: str = Field(min_length=1)
-    total: str = Field(min_length=1)
+    bad: Query
+    """PromQL for the increase of bad requests of one arm."""
+    total: Query
+    """PromQL for the increase of all requests of one arm."""
 
 
 class Slower(Strict):
-    slower_than: Duration
+    """Latency as the share of requests that took longer than a bound."""
+
+    slower_than: PositiveDuration
     """A request that took longer is bad. Fixed before the rollout."""
 
 
 class Evidence(Strict):
+    """The last ModelEvidence of one kind about the candidate's digest."""
+
     kind: Literal["drift", "performance", "smoke", "fairness"]
-    max_age: Duration = parse_duration("24h")
+    """Which job's evidence."""
+    max_age: PositiveDuration = parse_duration("24h")
     """Older evidence is no evidence."""
 
 
 class DriftEvidence(Strict):
-    max_age: Duration = parse_duration("24h")
+    """The last ModelEvidence of kind drift about the candidate's digest."""
+
+    max_age: PositiveDuration = parse_duration("24h")
+    """Older evidence is no evidence."""
 
 
 class Dispersion(Strict):
     """φ of bad requests, measured on the stable arm's history (statistics/dispersion.py), and the share it was measured at."""
 
     phi: float = Field(ge=1, le=1000)
+    """1: every request is a coin of its own; 2: bad requests come in bursts that halve what they tell."""
     weight: float = Field(default=0.5, gt=0, lt=1)
+    """The candidate's share of requests when φ was measured."""
 
 
 class Compare(Strict):
@@ -155,19 +223,27 @@ class Gate(Strict):
     """One question about the candidate. Exactly one kind is given."""
 
     name: GateName
+    """Its name in the status, in metrics and in messages; each once."""
     role: Role = "Quality"
+    """Safety goes back at its first Fail and steps down when blind; Quality goes back after failureLimit; Advisory is only shown."""
     requests: Empty | None = None
     """Share of failed requests, counted at the gateway."""
     prometheus: PrometheusCounts | None = None
+    """Share of bad requests, counted by two Prometheus queries."""
     latency: Slower | None = None
+    """Share of requests that were slower than a bound."""
     scores: Empty | None = None
     """Scores of the same request by both models, in shadow."""
     drift: DriftEvidence | None = None
+    """What the drift job found about the candidate's inputs and scores."""
     evidence: Evidence | None = None
+    """What another job found: performance with labels, smoke test, fairness."""
     compare: Compare = Compare()
+    """How much worse is too much, and how sure the verdict has to be."""
     hard_limit: float | None = Field(default=None, gt=0, lt=1)
     """The candidate's own share of bad requests above this is a failure whatever the stable one does, unless it is above it too."""
-    required_in: tuple[Literal["shadow", "weight"], ...] = ("shadow", "weight")
+    required_in: Annotated[
+        tuple[Literal["shadow", "weight"], ...], Field(max_length=2), AfterValidator(_each_once)] = ("shadow", "weight")
     """Kinds of step that wait for this gate's Pass; a Quality gate may name none. Its Fail counts in all of them. Scores are
     compared in shadow only."""
     failure_limit: int = Field(default=1, ge=1, le=1000)
@@ -220,28 +296,54 @@ class Gate(Strict):
 
 
 class Approvals(Strict):
-    required: tuple[str, ...] = ()
+    """Who has to agree before the candidate gets live traffic. Shadow needs nobody."""
+
+    required: Annotated[tuple[Stage, ...], Field(max_length=APPROVALS_MAX), AfterValidator(_each_once)] = ()
+    """Stages that a ModelApproval of this digest must name, each by somebody who did not train it: validation, security, …"""
 
 
 class UserAction(Strict):
     """What a person decided. `candidateDigest` says about which model, so that a late command can't hit the next one."""
 
     type: Literal["Promote", "SkipStep", "Abort", "Retry"]
+    """Promote: to 100 % now. SkipStep: to the next step. Abort: back, and remember the digest. Retry: go on, or try again."""
     id: str = Field(min_length=1, max_length=100)
+    """Any text that was not used before: each action is done once."""
     candidate_digest: Digest
-    reason: str = ""
+    """The candidate that it is about; for another one it is ignored."""
+    reason: str = Field(default="", max_length=TEXT_CHARACTERS_MAX)
+    """Why; kept in the history."""
+
+
+_TEMPLATE: dict[str, Any] = {"type": "object", "additionalProperties": True}
+ServiceTemplate = Annotated[dict[str, Any], WithJsonSchema({
+    "type": "object", "required": ["predictor"], "additionalProperties": True,
+    "properties": {
+        "predictor": {**_TEMPLATE, "description": "KServe's PredictorSpec; storageUri is filled in."},
+        "transformer": {**_TEMPLATE, "description": "KServe's TransformerSpec, if there is a transformer."},
+    },
+})]
 
 
 class RolloutSpec(Strict):
+    """What is wanted: which model, how traffic moves to it, and on which evidence."""
+
     model: ModelRef
-    service: dict[str, Any]
+    """The candidate. Another digest here is what begins a rollout."""
+    service: ServiceTemplate
     """InferenceServiceSpec template, kept as data: storageUri and labels are filled in."""
     routing: Routing = Routing()
+    """Who splits the traffic."""
     strategy: Strategy
+    """Steps of the climb, and what happens when something comes in between."""
     gates: Annotated[tuple[Gate, ...], Field(min_length=1, max_length=GATES_MAX)]
+    """Questions that are asked at every look. One Safety gate at least."""
     approvals: Approvals = Approvals()
+    """Who has to agree before live traffic."""
     paused: bool = False
+    """Hold where it is. Safety gates still take the candidate back."""
     action: UserAction | None = None
+    """A person's decision, acted on once."""
 
     @model_validator(mode="after")
     def _gates(self) -> Self:
@@ -251,6 +353,9 @@ class RolloutSpec(Strict):
             raise ValueError(f"gates: named twice: {', '.join(repeated)}")
         if not any(g.role == "Safety" for g in self.gates):
             raise ValueError("gates: at least one must have role: Safety, else nothing takes a bad candidate back")
+        if self.approvals.required and self.model.trained_by is None:
+            raise ValueError("model.trainedBy is required where approvals are: nobody approves their own model, so it must be known whose "
+                             "it is")
         if any(g.kind == "scores" for g in self.gates) and not any(s.shadow for s in self.strategy.steps):
             raise ValueError("gates: a scores gate compares answers to the same request and needs a step with shadow: true")
         if not isinstance(self.service.get("predictor"), dict):
@@ -271,6 +376,8 @@ class ObjectMeta(Strict):
 
 
 class ModelRollout(Strict):
+    """How one model replaces another: step by step, each step only on evidence, and back as soon as the evidence says so."""
+
     api_version: Literal["hafnium.dev/v1alpha1"]
     kind: Literal["ModelRollout"]
     metadata: ObjectMeta
@@ -321,9 +428,16 @@ def load_rollout(path: Path) -> ModelRollout:
 
 
 class ApprovalSpec(Strict):
+    """Who approves which model for what. Never changes."""
+
     model_digest: Digest
-    stage: str = Field(min_length=1)
-    approver: str = Field(min_length=1)
+    """The model that is approved, by the digest of its bundle."""
+    stage: Stage
+    """What is approved: one of spec.approvals.required of the ModelRollout."""
+    approver: User
+    """The user who makes this object, by the name that the cluster knows them by (`kubectl auth whoami`)."""
+    comment: str = Field(default="", max_length=TEXT_CHARACTERS_MAX)
+    """Why, or a reference to where it was decided."""
 
 
 class ModelApproval(Strict):

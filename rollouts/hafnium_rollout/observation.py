@@ -106,7 +106,9 @@ class Observation:
     evidence: tuple[EvidenceSpec, ...] = ()
     evidence_error: str = ""
     approvals: frozenset[str] = frozenset()
-    """Stages approved for the candidate's digest."""
+    """Stages approved for the candidate's digest, as approvals.py counts them."""
+    approvals_refused: tuple[str, ...] = ()
+    """Approvals of the candidate that don't count, and why."""
     actions: tuple[UserAction, ...] = ()
     problems: tuple[str, ...] = ()
     """What couldn't be read, for people."""

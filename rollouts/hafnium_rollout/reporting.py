@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Literal
 
 from hafnium_rollout.actions import Decision
@@ -11,6 +10,9 @@ from hafnium_rollout.status import EVENTS_MAX, LOOK_GATES_MAX, Condition, GatePo
 from hafnium_rollout.turn import Outcome, Turn
 
 REQUEUE_S = 1.0
+MESSAGE_CHARACTERS_MAX = 500
+"""Of a condition or of one point of the history, of which there are many."""
+_WORST_FIRST = ("Fail", "Error", "NoData", "Inconclusive")
 
 
 def finish(before: RolloutStatus, outcome: Outcome) -> Decision:
@@ -18,16 +20,31 @@ def finish(before: RolloutStatus, outcome: Outcome) -> Decision:
     turn = outcome.turn
     status = turn.status
     history = _history(before, turn)
-    status = status.model_copy(update={"history": history, "conditions": _conditions(before, turn)})
+    status = status.model_copy(update={
+        "history": history, "conditions": _conditions(before, turn), "weight": _weight(status), "gate": worst_gate(status),
+        "message": status.message[:MESSAGE_CHARACTERS_MAX],
+    })
     return Decision(outcome.actions, status, REQUEUE_S if outcome.actions or turn.events else None, turn.events)
+
+
+def _weight(status: RolloutStatus) -> int:
+    return 100 if status.phase == "Promoted" else (status.step.weight_observed or 0) if status.step is not None else 0
+
+
+def worst_gate(status: RolloutStatus) -> str:
+    """`errors:Inconclusive`: the gate that speaks most against the candidate; `all:Pass`; empty when nothing is under way."""
+    if status.step is None or not status.gates:
+        return ""
+    worst = next((g for v in _WORST_FIRST for g in status.gates if g.verdict == v and g.role != "Advisory"), None)
+    return f"{worst.name}:{worst.verdict}" if worst is not None else "all:Pass"
 
 
 def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
     status, step = turn.status, turn.status.step
-    weight = (step.weight_observed or 0) if step is not None else (100 if status.phase == "Promoted" else 0)
+    weight = _weight(status)
     shadow = step is not None and step.shadow_observed
     points = [
-        HistoryPoint(time=turn.now, event=e.name, weight=weight, shadow=shadow, reason=e.reason, message=e.message)
+        HistoryPoint(time=turn.now, event=e.name, weight=weight, shadow=shadow, reason=e.reason, message=e.message[:MESSAGE_CHARACTERS_MAX])
         for e in turn.events
     ]
     if turn.seen.look is not None and status.gates and step is not None:
@@ -69,12 +86,16 @@ def _conditions(before: RolloutStatus, turn: Turn) -> tuple[Condition, ...]:
             "RollingBack" if status.rollback else "NotRolledBack"), status.rollback.message if status.rollback else ""),
         ("ExternalChange", status.reason == "ExternalChange", "Route", status.message if status.reason == "ExternalChange" else ""),
     ]
-    return tuple(_condition(old.get(kind), kind, value, reason, message, turn.now) for kind, value, reason, message in facts)
+    return tuple(
+        _condition(old.get(kind), kind, value, reason, message, turn) for kind, value, reason, message in facts)
 
 
 def _condition(
-    old: Condition | None, kind: str, value: bool | None, reason: str, message: str, now: datetime,
+    old: Condition | None, kind: str, value: bool | None, reason: str, message: str, turn: Turn,
 ) -> Condition:
     text: Literal["True", "False", "Unknown"] = "Unknown" if value is None else "True" if value else "False"
-    changed = old.last_transition_time if old is not None and old.status == text else now
-    return Condition(type=kind, status=text, reason=reason or "None", message=message[:500], last_transition_time=changed)
+    changed = old.last_transition_time if old is not None and old.status == text else turn.now
+    return Condition(
+        type=kind, status=text, observed_generation=turn.rollout.metadata.generation, reason=reason or "None",
+        message=message[:MESSAGE_CHARACTERS_MAX], last_transition_time=changed,
+    )

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from hafnium_contract.evidence import EvidenceError, EvidenceSpec, parse_evidence
 from hafnium_rollout.errors import StateError
-from hafnium_rollout.objects import ModelApproval, UserAction
+from hafnium_rollout.objects import ApprovalSpec, ModelApproval, UserAction
 from hafnium_rollout.observation import RouteSeen, ServiceSeen
 
 ROLLOUT_LABEL = "hafnium.dev/rollout"
@@ -166,17 +166,15 @@ def read_actions(state: StateFolder, rollout: str) -> list[tuple[Path, UserActio
     return out
 
 
-def read_approvals(state: StateFolder, digest: str) -> frozenset[str]:
-    """Stages approved for the digest. A file that can't be read approves nothing."""
-    stages: set[str] = set()
+def read_approvals(state: StateFolder) -> list[ApprovalSpec]:
+    """All approvals. A file that can't be read approves nothing."""
+    out: list[ApprovalSpec] = []
     for path in [*sorted(state.approvals.glob("*.json")), *sorted(state.objects.glob("ModelApproval-*.yaml"))]:
         try:
-            found = ModelApproval.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            out.append(ModelApproval.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).spec)
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        if found.spec.model_digest == digest:
-            stages.add(found.spec.stage)
-    return frozenset(stages)
+    return out
 
 
 class EvidenceReader:

@@ -2,10 +2,14 @@
 
 So any controller may go on from it after a crash. Evidence is kept as sums in log space and never recomputed: a second pass
 over other looks of the same time would be a second try at the same error rate.
+
+On a cluster this is the status subresource, written as `stored` gives it. The API server keeps float64 exactly, but neither
+infinity nor a null, and about 1.5 MB of one object.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field
@@ -29,27 +33,43 @@ class ModelSeen(Strict):
     """A model that serves or is to serve."""
 
     service: str
+    """Its InferenceService."""
     storage_uri: str = ""
+    """Where its bundle is."""
     digest: str = ""
+    """Its bundle's digest."""
     version: str = ""
+    """Its bundle's version."""
+    trained_by: str = ""
+    """Who trained it, as the ModelRollout said when it came."""
 
 
 class RouteWanted(Strict):
     """What the route should say. The stable service gets 100 − weight: weights sum to 100 by construction."""
 
     stable: str
+    """The stable service."""
     candidate: str | None = None
+    """The candidate's service."""
     weight: int = Field(default=0, ge=0, le=100)
+    """Percent for the candidate."""
     shadow: bool = False
+    """The candidate gets copies."""
 
 
 class StepStatus(Strict):
+    """Where the climb stands."""
+
     index: int
+    """Which of spec.strategy.steps, from 0."""
     entered_at: AwareDatetime
+    """When it was decided."""
     weight_desired: int
+    """Percent that the step asks for."""
     weight_observed: int | None = None
     """The candidate's percent at the gateway; None when it can't be asked."""
     shadow_observed: bool = False
+    """The gateway sends copies to the candidate."""
     weight_effective_since: AwareDatetime | None = None
     """Since when the gateway does what is wanted, without a break."""
     samples: int = 0
@@ -57,6 +77,7 @@ class StepStatus(Strict):
     restarts_before: int | None = None
     """The candidate's restarts when the step began."""
     unready_since: AwareDatetime | None = None
+    """Since when the candidate is not ready."""
 
 
 class GateState(Strict):
@@ -69,9 +90,11 @@ class GateState(Strict):
     passing: tuple[PassState, ...] = ()
     """The same, of this step."""
     limit: LimitState = LimitState()
+    """Evidence that the candidate is above its hard limit."""
     stable_recent: tuple[float, float] = (0.0, 0.0)
     """(bad, total) of the stable arm, decayed by a fifth each look: is it above the hard limit too?"""
     betting: BettingState | None = None
+    """Evidence of paired scores."""
     counts: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """(bad, total) of the candidate and of the stable arm in this step, for people."""
     counts_run: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -83,100 +106,190 @@ class GateState(Strict):
     last_seen_at: AwareDatetime | None = None
     """When this gate last had data, or could see that there was nothing to have."""
     last_data_at: AwareDatetime | None = None
+    """When this gate last had data."""
     last_verdict: Verdict = "NoData"
     """The verdict of the accumulated evidence alone."""
 
 
 class GateStatus(Strict):
+    """What a gate says now, and on what."""
+
     name: str
+    """The gate's name."""
     role: Role
+    """Its role."""
     verdict: Verdict = "NoData"
+    """They never merge: NoData and Error are neither success nor failure."""
     statistic: float = 0.0
     """ln of the e-value that speaks for the verdict (Fail or, else, Pass)."""
     lower: float | None = None
+    """Lower bound of candidate − stable at the gate's alpha."""
     upper: float | None = None
-    """Bounds of candidate − stable at the gate's alpha."""
+    """Upper bound of candidate − stable at the gate's alpha."""
     samples: int = 0
+    """Candidate requests, pairs of scores or rows that it rests on."""
     window_start: AwareDatetime | None = None
+    """Start of the time that it rests on."""
     window_end: AwareDatetime | None = None
+    """End of the time that it rests on."""
     evidence: str = ""
     """Job or report that the verdict rests on."""
     message: str = ""
+    """The verdict in a sentence."""
     failures: int = 0
     """Looks in a row with Fail; for evidence of jobs, findings with Fail in this step."""
     missing: int | None = None
     """About how many more candidate requests Pass needs."""
     state: GateState = GateState()
+    """Evidence so far, for the controller."""
 
 
 class GatePoint(Strict):
+    """A gate at one look."""
+
     name: str
+    """The gate's name."""
     verdict: Verdict
+    """What it said."""
     statistic: float
+    """ln of its e-value."""
     lower: float | None = None
+    """Lower bound of candidate − stable."""
     upper: float | None = None
+    """Upper bound of candidate − stable."""
     samples: int = 0
+    """What it rested on."""
 
 
 class HistoryPoint(Strict):
     """One look (`event: Look`) or one thing that happened."""
 
     time: AwareDatetime
+    """When."""
     event: str
+    """What."""
     weight: int
+    """Percent for the candidate at the gateway."""
     shadow: bool = False
+    """The candidate got copies."""
     reason: str = ""
+    """Why, in one word."""
     message: str = ""
+    """Why, in a sentence."""
     gates: tuple[GatePoint, ...] = ()
+    """Of a look: what each gate said."""
 
 
 class Condition(Strict):
+    """One fact about the rollout, for `kubectl wait`."""
+
     type: str
+    """Ready, Progressing, GatesPassing, DataAvailable, TrafficConverged, Paused, RolledBack or ExternalChange."""
     status: Literal["True", "False", "Unknown"]
+    """Unknown is not False."""
+    observed_generation: int = 0
+    """Generation of the spec that this is about."""
     reason: str
+    """Why, in one word."""
     message: str = ""
+    """Why, in a sentence."""
     last_transition_time: AwareDatetime
+    """When `status` changed last."""
 
 
 class RollbackStatus(Strict):
     """A rollback under way. It is done when the gateway shows it and no request reaches the candidate any more."""
 
     reason: str
+    """Why, in one word."""
     message: str
+    """Why, in a sentence."""
     requested_at: AwareDatetime
+    """When it was decided."""
     reject: bool
     """Remember the digest as rejected."""
 
 
 class RolloutStatus(Strict):
+    """Where the rollout stands and why, and all the evidence that it stands on."""
+
     observed_generation: int = 0
+    """Generation of the spec that this is about."""
     phase: Phase = "Pending"
+    """Pending, Progressing, Paused, Promoted or RolledBack."""
     reason: str = ""
+    """Why, in one word."""
     message: str = ""
+    """Why, in a sentence."""
+    weight: int = 0
+    """Percent of live answers that come from the candidate, as the gateway showed it last; 100 once it is promoted."""
+    gate: str = ""
+    """The gate that speaks most against the candidate, and what it says: `errors:Inconclusive`."""
     run_id: str = ""
+    """One try of one candidate."""
     started_at: AwareDatetime | None = None
+    """When this run began."""
     step: StepStatus | None = None
+    """Step of the climb, while there is one."""
     stable: ModelSeen | None = None
+    """The model in production."""
     candidate: ModelSeen | None = None
+    """The model that is to follow, or that came last."""
     previous: tuple[ModelSeen, ...] = ()
     """Models that were stable before, newest first; as many as rollbackWindow."""
     gates: tuple[GateStatus, ...] = ()
+    """What each gate says."""
     sample_ratio: RatioState = RatioState()
+    """Is the split as the weights say?"""
     sample_ratio_message: str = ""
     """Empty while the split is as the weights say."""
     route: RouteWanted | None = None
+    """What the route should say: intent, written before the route is."""
     route_confirmed: bool = False
     """The wanted route was seen in place since it was wanted."""
     route_before: tuple[RouteWanted, ...] = ()
     """Routes that may still stand there because a write of ours was cut off."""
     external_changes: tuple[AwareDatetime, ...] = ()
+    """When somebody else changed the route."""
     rollback: RollbackStatus | None = None
+    """A rollback under way."""
     force_promote: bool = False
     """A person asked to promote: steps are not waited for, Safety still is."""
     rejected_digests: tuple[str, ...] = ()
+    """Models that were taken back; they come again only by Retry."""
     handled_actions: tuple[str, ...] = ()
+    """Ids of people's actions that were acted on."""
     last_action_id: str = ""
+    """The last of them."""
     history: tuple[HistoryPoint, ...] = ()
+    """Looks and events, oldest first; older looks are thinned."""
     conditions: tuple[Condition, ...] = ()
+    """Facts for `kubectl wait`."""
     cursor: dict[str, Any] = Field(default_factory=dict)
     """Where the observer goes on. Written together with what was made of the looks before, so no look counts twice."""
+
+
+STORED_BYTES_MAX = 900_000
+"""Of a status as JSON. etcd takes 1.5 MB of an object, and spec and managedFields need room."""
+
+
+def stored(status: RolloutStatus, bytes_max: int = STORED_BYTES_MAX) -> dict[str, Any]:
+    """The status as the API server keeps it: no null, no infinity, small enough.
+
+    A rollback must not fail because its history is long: of one that is too long, every second look and then the older half of
+    the events goes. Raises ValueError for a number that JSON can't hold, and when it stays too large without any history.
+    """
+    while True:
+        data = status.model_dump(mode="json", exclude_none=True)
+        size = len(json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
+        if size <= bytes_max:
+            return data
+        if not status.history:
+            raise ValueError(f"status of run {status.run_id}: {size} bytes without any history, at most {bytes_max} can be stored")
+        status = status.model_copy(update={"history": _shorter(status.history)})
+
+
+def _shorter(history: tuple[HistoryPoint, ...]) -> tuple[HistoryPoint, ...]:
+    looks = [i for i, p in enumerate(history) if p.event == "Look"]
+    gone = set(looks[::2]) if looks else set(range((len(history) + 1) // 2))
+    return tuple(p for i, p in enumerate(history) if i not in gone)

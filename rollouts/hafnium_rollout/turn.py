@@ -54,8 +54,13 @@ class Turn:
             found.digest == self.status.candidate.digest)
 
     @property
-    def missing_approvals(self) -> list[str]:
-        return [s for s in self.rollout.spec.approvals.required if s not in self.seen.approvals]
+    def missing_approvals(self) -> str:
+        """What is missing, in a sentence with the reason; empty when nothing is."""
+        missing = [s for s in self.rollout.spec.approvals.required if s not in self.seen.approvals]
+        if not missing:
+            return ""
+        refused = f" (not counted: {'; '.join(self.seen.approvals_refused)})" if self.seen.approvals_refused else ""
+        return f"approvals are missing: {', '.join(missing)}{refused}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from hafnium_contract.evidence import EvidenceSpec, write_evidence
 from hafnium_contract.inference_log import FIXED, partition
 from hafnium_rollout import commands
 from hafnium_rollout.actions import EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.approvals import count
 from hafnium_rollout.envoy_counters import ArmCounters
 from hafnium_rollout.errors import StateError, UnknownRollout
 from hafnium_rollout.local_backend import LocalBackend, _latency_look, _thresholds
@@ -211,8 +212,8 @@ def test_approvals_count_for_their_own_digest_only(tmp_path: Path) -> None:
     folder.rollout("risk").write_text(json.dumps(spec.model_dump(mode="json", exclude_none=True)))
     commands.approve(tmp_path, "risk", "validation", "ada")
     (folder.approvals / "broken.json").write_text("{")
-    assert read_approvals(folder, CANDIDATE) == {"validation"}
-    assert read_approvals(folder, OTHER) == frozenset()
+    assert count(read_approvals(folder), CANDIDATE, "thea").stages == {"validation"}
+    assert count(read_approvals(folder), OTHER, "thea").stages == frozenset()
 
 
 def test_actions_are_files_that_name_the_candidate_and_vanish_when_handled(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ spec:
     version: "2"
     storageUri: file:///bundles/2
     digest: sha256:{digest}
+    trainedBy: thea
   service:
     predictor: {{model: {{modelFormat: {{name: onnx}}}}}}
   strategy:
@@ -61,9 +62,9 @@ def test_every_problem_comes_with_its_path_and_line(tmp_path: Path) -> None:
         load_rollout(file)
     lines = {p.path: p.line for p in e.value.problems}
     assert lines["spec.model.digest"] == 10
-    assert lines["spec.strategy.steps[1].minSample"] == 16
-    assert lines["spec.gates[1].latency.slowerThan"] == 24
-    assert "line 16" in str(e.value)
+    assert lines["spec.strategy.steps[1].minSample"] == 17
+    assert lines["spec.gates[1].latency.slowerThan"] == 25
+    assert "line 17" in str(e.value)
 
 
 def test_yaml_that_is_none_is_told_with_its_line(tmp_path: Path) -> None:

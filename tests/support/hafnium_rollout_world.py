@@ -32,7 +32,8 @@ def rollout(**changes: Any) -> ModelRollout:
         ],
         "maxBlindDuration": "60s", **changes.pop("strategy", {}),
     }
-    model = {"name": "risk", "version": "2", "storageUri": "file:///bundles/2", "digest": CANDIDATE, **changes.pop("model", {})}
+    model = {"name": "risk", "version": "2", "storageUri": "file:///bundles/2", "digest": CANDIDATE, "trainedBy": "thea",
+             **changes.pop("model", {})}
     spec = {
         "model": model, "service": {"predictor": {"model": {"modelFormat": {"name": "onnx"}}}}, "strategy": strategy,
         "gates": [{"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.02}}], **changes,

@@ -31,11 +31,17 @@ class BettingState:
     """ln of the money of each gambler: `above[i·len(STAKES)+j]` bets with stake j that the mean is above means[i]."""
 
     means: tuple[float, ...]
+    """The grid of means that are bet against."""
     above: tuple[float, ...]
+    """ln of the money of those who bet on more."""
     below: tuple[float, ...]
+    """ln of the money of those who bet on less."""
     count: int = 0
+    """Pairs of scores so far."""
     total: float = 0.0
+    """Sum of their differences."""
     squares: float = 0.0
+    """Sum of their squared differences."""
 
 
 def begin(margin: float, harmless: float) -> BettingState:

@@ -23,8 +23,11 @@ class RatioState:
     """ln of the e-value per odds ratio, and what was counted since it began."""
 
     sums: tuple[float, ...] = (0.0,) * len(ODDS)
+    """ln of the e-value, one per odds ratio."""
     candidate: float = 0.0
+    """Requests that the candidate got."""
     requests: float = 0.0
+    """Requests that both arms got."""
     expected: float = 0.0
     """Candidate requests that the weights would have given."""
 

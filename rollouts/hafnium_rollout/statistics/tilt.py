@@ -49,6 +49,7 @@ class FailState:
     begun: int = 0
     """Restarts so far; restart j has weight ½/(j(j+1)), which sums to ½ without knowing how long the rollout takes."""
     since_restart_s: float = 0.0
+    """Time since the last restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def add_pass(state: PassState, kc: float, nc: float, ks: float, ns: float, *, ph
 
 
 def _check(kc: float, nc: float, ks: float, ns: float, phi: float) -> None:
-    if not (0 <= kc <= nc and 0 <= ks <= ns):
+    if not (0 <= kc <= nc < math.inf and 0 <= ks <= ns < math.inf):
         raise ValueError(f"bad requests must lie in 0..total, got {kc} of {nc} and {ks} of {ns}")
     if not phi >= 1.0:
         raise ValueError(f"dispersion must be 1 or more, got {phi}")
@@ -207,12 +208,14 @@ class LimitState:
     """Evidence that one arm's own share is above a fixed limit: it restarts at every look, so good days don't hide a bad hour."""
 
     running: tuple[float, ...] = ()
+    """Per ratio: ln Σ_j weight_j · (process started at look j)"""
     begun: int = 0
+    """Restarts so far."""
 
 
 def add_limit(state: LimitState, bad: float, total: float, limit: float, *, phi: float = 1.0) -> LimitState:
     """One look into the limit process: exp(a·k − n(eᵃ−1)·limit), H0: p ≤ limit. Restart j has weight 1/(j(j+1))."""
-    if not 0 <= bad <= total:
+    if not 0 <= bad <= total < math.inf:
         raise ValueError(f"bad requests must lie in 0..total, got {bad} of {total}")
     if total <= 0:
         return state
