@@ -45,7 +45,11 @@ def _positive(value: timedelta) -> timedelta:
 
 
 def _before(value: Any) -> Any:
-    return parse_duration(value) if isinstance(value, str) else value
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str):  # a bare number has no unit, and the API server takes none
+        raise ValueError(f"{value!r} is not a duration; write for example 90s, 10m, 24h, 7d")
+    return parse_duration(value)
 
 
 _SCHEMA = {"type": "string", "pattern": PATTERN, "maxLength": CHARACTERS_MAX, "description": "a duration: 90s, 10m, 24h, 7d"}

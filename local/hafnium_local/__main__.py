@@ -10,7 +10,7 @@ import sys
 import typer
 
 from hafnium_contract.errors import HafniumError
-from hafnium_local.commands import bundle, contract, data, demo, drift, rollout, serve, train
+from hafnium_local.commands import bundle, contract, crds, data, demo, drift, rollout, serve, train
 from hafnium_local.console import fail
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(drift.app, name="drift")
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(contract.app, name="contract")
 app.add_typer(bundle.app, name="bundle")
+app.command()(crds.crds)
 
 
 def main() -> None:

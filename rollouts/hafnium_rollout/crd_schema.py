@@ -30,6 +30,7 @@ class Extras:
     """What Kubernetes wants to know besides the types.
 
     `objects`: keys of every schema of the class of that name; `fields`: keys of `Class.field`, where the field is named as in the file.
+    A key with the value None is taken away.
     """
 
     objects: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -142,7 +143,7 @@ class _Builder:
         extra = self._take(self._extras.fields, f"{name}.{key}")
         if "x-kubernetes-validations" in extra and "x-kubernetes-validations" in out:
             extra = {**extra, "x-kubernetes-validations": [*out["x-kubernetes-validations"], *extra["x-kubernetes-validations"]]}
-        return out | {k: v for k, v in extra.items() if v is not None}
+        return {k: v for k, v in (out | extra).items() if v is not None}
 
     def _take(self, table: Mapping[str, Mapping[str, Any]], key: str) -> JSON:
         if key not in table:

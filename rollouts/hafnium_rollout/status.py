@@ -67,7 +67,7 @@ class StepStatus(Strict):
     weight_desired: int
     """Percent that the step asks for."""
     weight_observed: int | None = None
-    """The candidate's percent at the gateway; None when it can't be asked."""
+    """The candidate's percent at the gateway; absent when it can't be asked."""
     shadow_observed: bool = False
     """The gateway sends copies to the candidate."""
     weight_effective_since: AwareDatetime | None = None
