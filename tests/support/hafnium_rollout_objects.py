@@ -28,7 +28,7 @@ times = st.datetimes().map(lambda t: t.replace(year=2026).isoformat() + "Z")
 @st.composite
 def steps(draw: st.DrawFn, shadow: bool) -> list[JSON]:
     """A climb: perhaps a mirror, rising weights, 100."""
-    weights = sorted(draw(st.sets(st.integers(1, 99), max_size=6))) + [100]
+    weights = [*sorted(draw(st.sets(st.integers(1, 99), max_size=6))), 100]
     out: list[JSON] = [{"shadow": True}] if shadow else []
     out += [{"weight": w} for w in weights]
     for step in out:
@@ -156,7 +156,8 @@ MISTAKES: dict[str, Callable[[JSON], None]] = {
     "hardLimit of 1": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "hardLimit": 1}),
     "Safety that nobody waits for": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "requiredIn": []}),
     "Safety that may fail twice": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "failureLimit": 2}),
-    "harmless beyond the default margin": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "compare": {"harmless": 0.005}}),
+    "harmless beyond the default margin": _set(
+        "gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "compare": {"harmless": 0.005}}),
     "harmless as large as margin": _set(
         "gates", 0, to={"name": "a", "role": "Safety", "latency": {"slowerThan": "1s"}, "compare": {"margin": 0.1, "harmless": 0.1}}),
     "harmless of drift above margin": _set("gates", 0, to={"name": "a", "role": "Safety", "drift": {}, "compare": {"harmless": 0.021}}),
