@@ -10,7 +10,7 @@ space := $(empty) $(empty)
 STAMP := $(VENV)/.installed
 PARTS := contract predictors transformers training monitoring rollouts local
 
-.PHONY: help install demo kills test check bench bench-serving overload soak bench-training generate lock clean
+.PHONY: help install demo kills test test-cluster check bench bench-serving overload soak bench-training generate lock clean
 
 help:                    ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -36,6 +36,10 @@ test: $(STAMP)           ## all tests, with coverage
 	$(BIN)/coverage run --source=$(subst $(space),$(comma),$(strip $(PARTS))) -m hafnium_local --help >/dev/null
 	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report
+
+test-cluster: $(STAMP)   ## tests against the Kubernetes of KUBECONFIG; without one, against ../shared/cluster
+	@set -e; if [ -z "$$KUBECONFIG" ] && [ -x ../shared/cluster/up ]; then env=$$(../shared/cluster/up --extras); eval "$$env"; fi; \
+	$(BIN)/pytest -m cluster tests/cluster $(ARGS)
 
 check: $(STAMP)          ## lint, types, layers, generated files
 	$(BIN)/ruff check $(PARTS) tests benchmarks

@@ -164,16 +164,18 @@ def test_evidence_and_approvals_never_change_even_without_policies(namespaced: K
 
 
 def _keep(api: client.CustomObjectsApi, kubectl: Kubectl, status: RolloutStatus, name: str) -> RolloutStatus:
-    """Through the status subresource and back."""
-    body = {"status": stored(status)}
-    api.patch_namespaced_custom_object_status(GROUP, VERSION, kubectl.namespace, "modelrollouts", name, body)
+    """Through the status subresource and back, by server-side apply: the API server then reads the numbers as YAML."""
+    body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "ModelRollout", "metadata": {"name": name}, "status": stored(status)}
+    api.patch_namespaced_custom_object_status(
+        GROUP, VERSION, kubectl.namespace, "modelrollouts", name, body, field_manager="hafnium-rollout", force=True,
+        _content_type="application/apply-patch+yaml")
     found: Any = api.get_namespaced_custom_object(GROUP, VERSION, kubectl.namespace, "modelrollouts", name)
     return RolloutStatus.model_validate(found["status"])
 
 
 @pytest.fixture(scope="module")
 def kept(api: client.CustomObjectsApi, namespaced: Kubectl) -> Callable[[RolloutStatus], RolloutStatus]:
-    """A status as the API server gives it back, in an object of its own each time: a merge patch keeps what it doesn't name."""
+    """A status as the API server gives it back, in an object of its own each time."""
     count = iter(range(10**6))
 
     def keep(status: RolloutStatus) -> RolloutStatus:
@@ -213,6 +215,16 @@ def test_any_float_survives_the_api_server_exactly(
     found = kept(status)
     assert found == status
     assert found.gates[0].state.fail[0].sums == tuple(sums)
+
+
+def test_what_a_status_no_longer_says_is_gone(api: client.CustomObjectsApi, namespaced: Kubectl) -> None:
+    """Absent is a value of its own: after a promotion there is no step, and the API server must not keep the old one."""
+    namespaced("create", "-f", "-", given=sample("modelrollout") | {"metadata": {"name": "forgets"}})
+    world = World(rollout())
+    world.until_step(1)
+    assert _keep(api, namespaced, world.status, "forgets") == world.status
+    after = world.status.model_copy(update={"step": None, "gates": (), "conditions": world.status.conditions[:3], "cursor": {"a": 1}})
+    assert _keep(api, namespaced, after, "forgets") == after
 
 
 def test_the_longest_status_is_taken(kept: Callable[[RolloutStatus], RolloutStatus]) -> None:

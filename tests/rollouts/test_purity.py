@@ -11,7 +11,7 @@ import pytest
 import hafnium_rollout
 
 PACKAGE = Path(str(hafnium_rollout.__file__)).parent
-PURE = ("decide", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions", "observation",
+PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions", "observation",
         "status", "objects", "errors", "planning", "statistics.tilt", "statistics.betting", "statistics.dispersion",
         "statistics.sample_ratio", "statistics.plan")
 READS_FILES = {"objects"}  # parsing a YAML file is its job; decide only uses its types
