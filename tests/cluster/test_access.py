@@ -49,6 +49,9 @@ def access(namespaced: Kubectl) -> Iterator[Kubectl]:
                    "the policy of evidence is in force")
         eventually(lambda: "trained this model" in kubectl.of("thea@example.com").run(
             "create", "--dry-run=server", "-f", "-", given=approval("validation", "thea@example.com")).stderr, "the policy of trainers is")
+        eventually(lambda: "never changes" in kubectl.account("hafnium-rollout-operator").run(
+            "patch", "mro", "unified-risk", "--dry-run=server", "--type=merge", "-p", '{"spec": {"paused": true}}').stderr,
+            "the policy of the operator is")
         yield kubectl
     finally:
         cluster_wide = [d for d in documents if d["kind"].startswith(("Cluster", "Validating"))]
@@ -83,7 +86,7 @@ OPERATOR, MONITORING = "serviceaccount:hafnium-rollout-operator", "serviceaccoun
 H = "hafnium.dev/"
 RIGHTS: dict[str, dict[str, set[str]]] = {
     OPERATOR: {
-        H + "modelrollouts": READ, H + "modelevidences": READ, H + "modelapprovals": READ,
+        H + "modelrollouts": READ | {"patch"}, H + "modelevidences": READ, H + "modelapprovals": READ,
         H + "modelrollouts/status": {"get", "update", "patch"}, H + "modelrollouts/finalizers": {"update"},
         "serving.kserve.io/inferenceservices": ALL, "gateway.networking.k8s.io/httproutes": ALL,
         "gateway.networking.k8s.io/gateways": READ, "/pods": READ, "/services": READ, "apps/deployments": READ,
@@ -146,7 +149,7 @@ def test_whoever_may_view_or_edit_a_namespace_sees_rollouts_and_moves_none(acces
     ("rita@example.com", "patch", "modelrollouts", True), ("rita@example.com", "create", "modelapprovals", False),
     ("vera@example.com", "create", "modelapprovals", True), ("vera@example.com", "delete", "modelapprovals", False),
     ("vera@example.com", "patch", "modelrollouts", False), ("view@example.com", "list", "mev", True),
-    (OPERATOR, "patch", "modelrollouts --subresource=status", True), (OPERATOR, "patch", "modelrollouts", False),
+    (OPERATOR, "patch", "modelrollouts --subresource=status", True), (OPERATOR, "delete", "modelrollouts", False),
     (OPERATOR, "get", "secrets", False), (MONITORING, "create", "modelevidences", True), (MONITORING, "patch", "modelevidences", False),
     (MONITORING, "list", "secrets", False),
 ], ids=lambda x: str(x).split("@")[0])
@@ -232,6 +235,27 @@ def test_a_namespace_asks_for_approvals_that_no_rollout_can_leave_out(access: Ku
         access("annotate", "namespace", access.namespace, "hafnium.dev/required-approvals-")
 
 
+# --- the operator --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", [
+    {"spec": {"paused": True}}, {"spec": {"model": {"digest": OTHER}}}, {"metadata": {"labels": {"x": "y"}}},
+    {"metadata": {"annotations": {"x": "y"}}},
+], ids=json.dumps)
+def test_the_operator_never_changes_what_people_asked_for(access: Kubectl, patch: JSON) -> None:
+    said = access.account("hafnium-rollout-operator").refused("patch", "mro", "unified-risk", "--type=merge", "-p", json.dumps(patch))
+    assert "it writes status and finalizers" in said
+
+
+def test_the_operator_writes_finalizers_and_status(access: Kubectl) -> None:
+    operator = access.account("hafnium-rollout-operator")
+    access.run("create", "-f", "-", given=sample("modelrollout") | {"metadata": {"name": "held"}})
+    for finalizers in (["hafnium.dev/traffic"], []):
+        operator("patch", "mro", "held", "--type=merge", "-p", json.dumps({"metadata": {"finalizers": finalizers}}))
+    operator("patch", "mro", "held", "--subresource=status", "--type=merge", "-p", json.dumps({"status": {"phase": "Pending"}}))
+    assert access.read("mro", "held")["status"] == {"phase": "Pending"}
+
+
 # --- evidence -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +305,7 @@ def test_what_garbage_collection_and_kubectl_need_may_change(access: Kubectl) ->
 def test_policies_compile_without_a_warning(access: Kubectl) -> None:
     """The API server checks expressions against the types that it knows; what it can't understand it would refuse at run time."""
     found = [p for p in access.read("validatingadmissionpolicies")["items"] if p["metadata"]["name"].endswith(access.namespace)]
-    assert len(found) == 5
+    assert len(found) == 6
     eventually(lambda: all(
         "typeChecking" in access.read("validatingadmissionpolicy", p["metadata"]["name"]).get("status", {}) for p in found), "type checks")
     for p in found:

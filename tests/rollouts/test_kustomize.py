@@ -55,7 +55,7 @@ def test_only_viewing_is_part_of_kubernetes_own_roles() -> None:
 
 
 def test_policies_refuse_when_they_cant_be_asked_and_each_is_bound() -> None:
-    found = objects("base/access")
+    found = [*objects("base/access"), *objects("base/rollouts")]
     policies = {o["metadata"]["name"]: o for o in found if o["kind"] == "ValidatingAdmissionPolicy"}
     bound = {o["spec"]["policyName"]: o["spec"]["validationActions"] for o in found if o["kind"] == "ValidatingAdmissionPolicyBinding"}
     assert bound == {name: ["Deny"] for name in policies}
