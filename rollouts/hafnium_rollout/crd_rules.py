@@ -94,4 +94,5 @@ SPEC = Extras(OBJECTS, FIELDS)
 
 STATUS = Extras(fields={
     "RolloutStatus.conditions": {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    "RolloutStatus.cursor": {"x-kubernetes-map-type": "atomic"},  # else managedFields lists every counter in it
 })

@@ -12,6 +12,8 @@ from hafnium_rollout.turn import Outcome, Turn
 REQUEUE_S = 1.0
 MESSAGE_CHARACTERS_MAX = 500
 """Of a condition or of one point of the history, of which there are many."""
+STATUS_MESSAGE_CHARACTERS_MAX = 2_000
+"""Of the one sentence that says where the rollout stands: room for what each of many gates is missing."""
 _WORST_FIRST = ("Fail", "Error", "NoData", "Inconclusive")
 
 
@@ -22,7 +24,7 @@ def finish(before: RolloutStatus, outcome: Outcome) -> Decision:
     history = _history(before, turn)
     status = status.model_copy(update={
         "history": history, "conditions": _conditions(before, turn), "weight": _weight(status), "gate": worst_gate(status),
-        "message": status.message[:MESSAGE_CHARACTERS_MAX],
+        "message": status.message[:STATUS_MESSAGE_CHARACTERS_MAX],
     })
     return Decision(outcome.actions, status, REQUEUE_S if outcome.actions or turn.events else None, turn.events)
 

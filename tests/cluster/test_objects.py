@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
+from hafnium_contract.evidence import MESSAGE_CHARACTERS_MAX, VALUES_MAX, parse_evidence
 from hafnium_rollout.objects import parse_rollout
 from hafnium_rollout.statistics.betting import BettingState
 from hafnium_rollout.statistics.tilt import FailState
@@ -126,6 +127,45 @@ def test_two_managers_own_their_own_gates(namespaced: Kubectl) -> None:
     namespaced("apply", "--server-side", "--field-manager=owner", "-f", "-", given=data)
     assert [g["name"] for g in namespaced.read("mro", "shared")["spec"]["gates"]] == [
         "errors", "latency", "scores", "drift", "fairness", "platform"]
+
+
+def _largest() -> JSON:
+    """As much of everything as the types allow, so that rules meet the longest values that they were admitted for."""
+    long = "1ms" * 10
+    gates: list[JSON] = [
+        {"name": f"g{i:062d}", "role": "Safety", "prometheus": {"bad": "b" * 2000, "total": "t" * 2000},
+         "compare": {"margin": 0.5, "alpha": 0.01, "harmless": 0.1, "dispersion": {"phi": 2, "weight": 0.5}}, "hardLimit": 0.5,
+         "requiredIn": ["shadow", "weight"]} for i in range(49)
+    ]
+    data = sample("modelrollout") | {"metadata": {"name": "largest"}}
+    weights = [{"weight": w, "minDwell": long, "deadline": f"{long}1s"[-32:]} for w in (*range(1, 19), 100)]
+    data["spec"] |= {
+        "strategy": {"steps": [{"shadow": True, "minDwell": long, "deadline": "11ms" * 8}, *weights]},
+        "gates": [*gates, {"name": "scores", "scores": {}}],
+        "approvals": {"required": [f"s{i:062d}" for i in range(10)]},
+        "routing": {"hostnames": [f"h{i:02d}" + ".abcdefg" * 31 for i in range(16)]},
+        "action": {"type": "Abort", "id": "i" * 100, "candidateDigest": "sha256:" + "a" * 64, "reason": "r" * 1000},
+    }
+    data["spec"]["model"] |= {"storageUri": "s" * 2048, "trainedBy": "t" * 512}
+    return data
+
+
+def test_the_largest_rollout_that_the_types_allow_is_taken(namespaced: Kubectl) -> None:
+    parse_rollout(_largest(), "test")
+    namespaced("create", "-f", "-", given=_largest())
+    namespaced("patch", "mro", "largest", "--type=merge", "-p", '{"spec": {"paused": true}}')
+
+
+def test_the_largest_finding_that_the_types_allow_is_taken(namespaced: Kubectl) -> None:
+    data = sample("modelevidence") | {"metadata": {"name": "largest"}}
+    value = {"name": "n" * 100, "statistic": "s" * 20, "value": -1.2345678901234567e-300, "threshold": 0.1234567890123456,
+             "pValue": 0.1234567890123456, "drifted": False, "comparedWith": "reference"}
+    data["spec"] |= {"values": [value] * VALUES_MAX, "message": "m" * MESSAGE_CHARACTERS_MAX}
+    namespaced("create", "-f", "-", given=data)
+    assert len(parse_evidence(namespaced.read("mev", "largest"), "cluster").spec.values) == VALUES_MAX
+    data["metadata"]["name"] = "larger"
+    data["spec"]["values"].append(value)
+    assert "spec.values: Too many" in namespaced.refused("create", "-f", "-", given=data)
 
 
 # --- what never changes ---------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ ALLOWED = {
     "type", "description", "properties", "required", "items", "enum", "pattern", "format", "default", "minimum", "maximum",
     "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "additionalProperties",
     "x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-map-type",
 }
 
 
