@@ -93,6 +93,11 @@ def test_a_refusal_says_where_and_what(namespaced: Kubectl, mistake: str, words:
     assert words in said.replace('"object": ', "").replace('"array": ', "").replace('"string": ', "")
 
 
+@pytest.mark.parametrize("name", ["n" * 43, "1-risk", "risk.v2"])
+def test_a_name_that_leaves_no_room_for_its_services_is_refused(create: Create, name: str) -> None:
+    assert "metadata.name" in create(sample("modelrollout") | {"metadata": {"name": name}})
+
+
 def test_a_misspelt_key_is_refused_by_kubectl(namespaced: Kubectl) -> None:
     data = sample("modelrollout")
     data["spec"]["strategy"]["steps"][0]["minSample"] = 5
@@ -305,6 +310,21 @@ def test_get_tells_the_story_in_a_line(api: client.CustomObjectsApi, namespaced:
     assert "CANDIDATE" in wide
     assert world.status.message in wide
     assert "modelrollout.hafnium.dev/story" in namespaced("get", "hafnium", "-o", "name")
+
+
+def test_kubectl_waits_for_a_rollouts_end(api: client.CustomObjectsApi, namespaced: Kubectl) -> None:
+    namespaced("create", "-f", "-", given=sample("modelrollout") | {"metadata": {"name": "waited-for"}})
+    wanted = rollout()
+    generation = namespaced.read("mro", "waited-for")["metadata"]["generation"]  # conditions about an older spec don't count
+    world = World(wanted.model_copy(update={"metadata": wanted.metadata.model_copy(update={"generation": generation})}))
+    world.until_step(1)
+    _keep(api, namespaced, world.status, "waited-for")
+    assert "timed out" in namespaced.refused("wait", "--for=condition=Ready", "mro/waited-for", "--timeout=1s")
+    assert world.until("Promoted") == "Promoted"
+    _keep(api, namespaced, world.status, "waited-for")
+    namespaced("wait", "--for=condition=Ready", "mro/waited-for", "--timeout=20s")
+    line = namespaced("get", "mro", "waited-for").splitlines()[1]
+    assert line.split()[:4] == ["waited-for", "Promoted", "100", "Promoted"], "no step and no gate any more"
 
 
 def test_evidence_is_found_by_model_and_verdict(namespaced: Kubectl) -> None:
