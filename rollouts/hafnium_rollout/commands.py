@@ -223,7 +223,10 @@ def _ask(state: Path, name: str, kind: ActionType, reason: str, now: datetime | 
     if kind == "Retry" and s.phase == "Paused" and s.candidate is not None:
         digest = s.candidate.digest
     when = now or datetime.now(UTC)
-    action = UserAction(type=kind, id=f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", candidate_digest=digest, reason=reason)
+    try:
+        action = UserAction(type=kind, id=f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", candidate_digest=digest, reason=reason)
+    except ValidationError as e:
+        raise InputError(f"--reason: {e.errors()[0]['msg']}, it has {len(reason)}") from e
     write_atomically(folder.actions / f"ModelRollout-{name}.{action.id}.json", action.model_dump_json(indent=1))
     return f"asked for {kind} of {digest[:19]}; `hafnium rollout status {name}` shows what becomes of it"
 
@@ -238,8 +241,11 @@ def approve(state: Path, name: str, stage: str, approver: str) -> str:
         raise InputError(f"{approver} trained {spec.model.name} {spec.model.version} (spec.model.trainedBy): "
                          "somebody else has to approve it")
     label = f"{name}-{spec.model.digest[7:15]}"
-    approval = ModelApproval(
-        metadata=ObjectMeta(name=label), spec=ApprovalSpec(model_digest=spec.model.digest, stage=stage, approver=approver))
+    try:
+        given = ApprovalSpec(model_digest=spec.model.digest, stage=stage, approver=approver)
+    except ValidationError as e:
+        raise InputError(f"--stage {stage!r}: expected a name such as validation or model-risk (lower-case letters, digits, -)") from e
+    approval = ModelApproval(metadata=ObjectMeta(name=label), spec=given)
     write_atomically(folder.approvals / f"{label}-{secrets.token_hex(3)}.json", approval.model_dump_json(indent=1))
     more = "" if stage in spec.approvals.required else f" (required are: {', '.join(spec.approvals.required) or 'none'})"
     return f"{approver} approved {spec.model.digest[:19]} for {stage}{more}"

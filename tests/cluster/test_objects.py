@@ -158,10 +158,15 @@ def _largest() -> JSON:
     return data
 
 
-def test_the_largest_rollout_that_the_types_allow_is_taken(namespaced: Kubectl) -> None:
+def test_the_largest_rollout_that_the_types_allow_is_taken_with_the_largest_status(
+    api: client.CustomObjectsApi, namespaced: Kubectl,
+) -> None:
     parse_rollout(_largest(), "test")
     namespaced("create", "-f", "-", given=_largest())
     namespaced("patch", "mro", "largest", "--type=merge", "-p", '{"spec": {"paused": true}}')
+    history = tuple(HistoryPoint(time=START, event="Advanced", weight=5, message="€" * 500) for _ in range(3_000))
+    kept = _keep(api, namespaced, RolloutStatus(phase="Progressing", history=history), "largest")
+    assert len(kept.history) > 300
 
 
 def test_the_largest_finding_that_the_types_allow_is_taken(namespaced: Kubectl) -> None:

@@ -80,3 +80,13 @@ def test_the_trainer_cant_approve_from_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="somebody else has to approve"):
         commands.approve(tmp_path, "risk", "validation", "thea")
     assert not folder.approvals.exists()
+
+
+def test_a_stage_or_reason_that_the_cluster_would_refuse_is_told_here(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir()
+    folder.rollout("risk").write_text(json.dumps(rollout().model_dump(mode="json", exclude_none=True)))
+    with pytest.raises(InputError, match=r"--stage 'Model Risk': expected a name such as"):
+        commands.approve(tmp_path, "risk", "Model Risk", "vera")
+    with pytest.raises(InputError, match=r"--reason: .* it has 1001"):
+        commands.abort(tmp_path, "risk", "x" * 1001)
