@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), ma
 names = st.from_regex(r"[a-zA-Z]([-_a-zA-Z0-9]{0,20}[a-zA-Z0-9])?", fullmatch=True)
 stages = st.from_regex(r"[a-z]([-a-z0-9]{0,20}[a-z0-9])?", fullmatch=True)
 users = st.from_regex(r"[a-z]{1,12}(@example\.com)?", fullmatch=True)
-times = st.datetimes().map(lambda t: t.replace(year=2026).isoformat() + "Z")
+times = st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31)).map(lambda t: t.isoformat() + "Z")  # noqa: DTZ001 - the Z is the zone
 
 
 @st.composite
