@@ -37,8 +37,11 @@ test: $(STAMP)           ## all tests, with coverage
 	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report
 
-test-cluster: $(STAMP)   ## tests against the Kubernetes of KUBECONFIG; without one, against ../shared/cluster
-	@set -e; if [ -z "$$KUBECONFIG" ] && [ -x ../shared/cluster/up ]; then env=$$(../shared/cluster/up --extras); eval "$$env"; fi; \
+CLUSTER := ../shared/cluster
+test-cluster: $(STAMP)   ## tests against the Kubernetes of KUBECONFIG; without one, against ../shared/cluster, with images built there
+	@set -e; if [ -z "$$KUBECONFIG" ] && [ -x $(CLUSTER)/up ]; then env=$$($(CLUSTER)/up --extras); eval "$$env"; \
+	  for part in predictor transformer; do $(CLUSTER)/image localhost/hafnium-$$part:test . $${part}s/Dockerfile >&2; done; \
+	  export HAFNIUM_PREDICTOR_IMAGE=localhost/hafnium-predictor:test HAFNIUM_TRANSFORMER_IMAGE=localhost/hafnium-transformer:test; fi; \
 	$(BIN)/pytest -m cluster tests/cluster $(ARGS)
 
 check: $(STAMP)          ## lint, types, layers, generated files
