@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from hafnium_contract.durations import format_duration
-from hafnium_contract.evidence import EvidenceSpec
+from hafnium_contract.evidence import EvidenceSpec, Verdict
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.observation import Counts, GateLook, Look, Series
 from hafnium_rollout.statistics import betting, dispersion, tilt
@@ -55,9 +55,8 @@ class GateContext:
 def judge(gate: Gate, before: GateStatus, look: Look | None, evidence: Sequence[EvidenceSpec], evidence_error: str,
           context: GateContext) -> GateStatus:
     """The gate after this look. Pure: the same arguments give the same status."""
-    config = gate.model_dump_json()
-    if before.state.config != config:
-        before = GateStatus(name=gate.name, role=gate.role, state=GateState(config=config))
+    if before.state.config != gate.config:
+        before = GateStatus(name=gate.name, role=gate.role, state=GateState(config=gate.config))
     seen = look.gates.get(gate.name) if look is not None else None
     if gate.counted:
         after = _counted(gate, before, seen, context)
@@ -69,6 +68,8 @@ def judge(gate: Gate, before: GateStatus, look: Look | None, evidence: Sequence[
     if after.verdict == "Fail":
         # A job's finding counts once, however many looks it is seen in; the other gates count looks.
         failures = after.failures if gate.kind in ("drift", "evidence") else before.failures + (look is not None)
+    if (after.role, after.failures) == (gate.role, failures):
+        return after
     return after.model_copy(update={"role": gate.role, "failures": failures})
 
 
@@ -93,28 +94,26 @@ def _counted(gate: Gate, before: GateStatus, seen: GateLook | None, context: Gat
     state = before.state
     error = "" if seen is None else seen.error
     series = () if seen is None or seen.error else seen.series
-    if series and not state.fail:
-        state = state.model_copy(update={"fail": tuple(tilt.FailState() for _ in series)})
-    if series and len(series) != len(state.fail):
-        series, error = (), f"{len(series)} thresholds came, {len(state.fail)} are being followed"
+    followed = len(state.fail) or len(series)
+    if series and len(series) != followed:
+        series, error = (), f"{len(series)} thresholds came, {followed} are being followed"
     if series:
-        state = _take_counts(gate, state, series, context)
-        state = _take_presence(state, series[0], context)
+        # a copy of a status costs more than the statistics in it: one for all that the look changes
+        changes = _take_counts(gate, state, series, context)
+        changes |= _take_presence(state, series[0], context)
+        state = state.model_copy(update=changes)
     return _read_counted(gate, before, state, error, seen is None, context)
 
 
-def _take_presence(state: GateState, s: Series, context: GateContext) -> GateState:
+def _take_presence(state: GateState, s: Series, context: GateContext) -> dict[str, object]:
     """Is there data, or is it plain that there can be none? Silence of a candidate that should have had requests is blindness."""
     if context.void:
-        return state
+        return {}
     if s.candidate.total > 0 and (s.stable.total > 0 or _alone(context)):
-        return state.model_copy(update={"last_seen_at": context.now, "last_data_at": context.now, "expected": 0.0})
+        return {"last_seen_at": context.now, "last_data_at": context.now, "expected": 0.0}
     share = 1.0 if context.shadow else context.weight / max(100.0 - context.weight, 1.0)
     expected = state.expected + (s.stable.total * share if s.candidate.total == 0 else 0.0)
-    update: dict[str, object] = {"expected": expected}
-    if expected < _EXPECTED_MAX:
-        update["last_seen_at"] = context.now
-    return state.model_copy(update=update)
+    return {"expected": expected, **({"last_seen_at": context.now} if expected < _EXPECTED_MAX else {})}
 
 
 def _alone(context: GateContext) -> bool:
@@ -122,9 +121,10 @@ def _alone(context: GateContext) -> bool:
     return context.weight >= 100 and not context.shadow
 
 
-def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context: GateContext) -> GateState:
+def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context: GateContext) -> dict[str, object]:
     """The look's increments into every process that they may feed."""
-    update: dict[str, object] = {}
+    failing = state.fail or tuple(tilt.FailState() for _ in series)
+    update: dict[str, object] = {"fail": failing}
     phis = [_phi(gate, s) for s in series]
     if context.counts_for_fail and not context.void:
         look_s = 0.0 if state.last_seen_at is None else (context.now - state.last_seen_at).total_seconds()
@@ -132,7 +132,7 @@ def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context
         update["fail"] = tuple(
             tilt.add_fail(f, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi,
                           harmless=gate.harmless, look_s=max(look_s, 0.0), restarts=restarts)
-            for f, s, phi in zip(state.fail, series, phis, strict=True)
+            for f, s, phi in zip(failing, series, phis, strict=True)
         )
         if context.counts_for_pass:
             passing = state.passing or tuple(tilt.PassState() for _ in series)
@@ -153,7 +153,7 @@ def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context
         if _over(limit, context) and _stable_above(gate.hard_limit, recent, first.stable):
             limit = tilt.forget_limit(limit)  # both arms are: not the candidate's doing, and it must not be held against it later
         update["limit"] = limit
-    return state.model_copy(update=update)
+    return update
 
 
 def _plus(counts: tuple[float, float, float, float], s: Series) -> tuple[float, float, float, float]:
@@ -189,43 +189,46 @@ def _read_counted(gate: Gate, before: GateStatus, state: GateState, error: str, 
     missing = None if not state.passing else tilt.missing_for_pass(
         state.passing[-1], gate.margin, gate.compare.alpha, kc, nc, ks, ns)
     over = gate.hard_limit is not None and _over(state.limit, context)
-    base = before.model_copy(update={
-        "lower": lower, "upper": upper, "samples": int(nc), "missing": missing, "state": state,
-        "statistic": max(e_fail, e_pass), "window_start": context.step_since, "window_end": state.last_data_at,
-    })
+
+    def found(verdict: Verdict, message: str, statistic: float | None = None, kept: GateState = state) -> GateStatus:
+        return before.model_copy(update={
+            "lower": lower, "upper": upper, "samples": int(nc), "missing": missing, "state": kept,
+            "statistic": max(e_fail, e_pass) if statistic is None else statistic, "window_start": context.step_since,
+            "window_end": kept.last_data_at, "verdict": verdict, "message": message,
+        })
+
     rates = f"candidate {_share(kc, nc)}, stable {_share(ks, ns)}"
     if over:
         # of all looks: the hard limit also judges those that are too fresh to be compared
         rk, rn, sk, sn = state.counts_limit
         rates = f"candidate {_share(rk, rn)}, stable {_share(sk, sn)} in this run"
         text = f"the candidate's share of bad requests is above the hard limit {_percent(gate.hard_limit or 0)} ({rates})"
-        return base.model_copy(update={"verdict": "Fail", "statistic": tilt.log_e_limit(state.limit), "message": text})
+        return found("Fail", text, tilt.log_e_limit(state.limit))
     if e_fail >= math.log(1.0 / alpha) and not context.void:
         more = f" by more than {_percent(gate.harmless)}" if gate.harmless else ""
-        kc, nc, ks, ns = state.counts_run
-        text = (f"the candidate is worse than stable{more}: candidate {_share(kc, nc)}, stable {_share(ks, ns)}; "
+        rk, rn, sk, sn = state.counts_run
+        text = (f"the candidate is worse than stable{more}: candidate {_share(rk, rn)}, stable {_share(sk, sn)}; "
                 f"at least {_percent(max(lower or 0.0, gate.harmless))} more")
-        return base.model_copy(update={"verdict": "Fail", "statistic": e_fail, "message": text})
+        return found("Fail", text, e_fail)
     if context.void:
-        return base.model_copy(update={"verdict": "Error", "message": context.void})
+        return found("Error", context.void)
     if error:
-        return base.model_copy(update={"verdict": "Error", "message": f"can't be measured: {error}"})
+        return found("Error", f"can't be measured: {error}")
     if state.last_data_at is None or context.now - state.last_data_at > context.fresh:
         why = "the counters can't be read" if blind else "no requests" + (" reach the candidate" if ns else "")
-        return base.model_copy(update={"verdict": "NoData", "message": f"{why}; {rates} in this step"})
+        return found("NoData", f"{why}; {rates} in this step")
     if _alone(context):
         armed = f"; hard limit {_percent(gate.hard_limit)} armed" if gate.hard_limit is not None else ""
         verdict = "Pass" if context.counts_for_pass or state.last_verdict == "Pass" else "Inconclusive"
         text = f"nobody to compare with at weight 100{armed}; candidate {_share(kc, nc)}"
-        kept = state.model_copy(update={"last_verdict": verdict})
-        return base.model_copy(update={"verdict": verdict, "message": text, "state": kept})
+        return found(verdict, text, kept=state.model_copy(update={"last_verdict": verdict}))
     if state.passing and e_pass >= math.log(1.0 / gate.compare.alpha):
         text = f"worse by less than {_percent(gate.margin)}, proven: {rates}; at most {_percent(upper or 0.0)} more"
-        return base.model_copy(update={"verdict": "Pass", "statistic": e_pass, "message": text})
+        return found("Pass", text, e_pass)
     need = "" if missing is None or not nc else f"; about {missing} more candidate requests are needed"
     if missing is None and nc:
         need = "; at these rates it won't pass"
-    return base.model_copy(update={"verdict": "Inconclusive", "message": f"{rates}{need}"})
+    return found("Inconclusive", f"{rates}{need}")
 
 
 def _share(bad: float, total: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from hafnium_rollout.gates import GateContext, judge
@@ -108,16 +109,18 @@ def _judge_gates(turn: Turn, steady: bool) -> Turn:
     before = {g.name: g for g in status.gates}
     gates: list[GateStatus] = []
     tests = fail_tests(spec)
+    base = GateContext(
+        now=turn.now, shadow=step.shadow_observed and not step.weight_observed, weight=step.weight_observed or 0,
+        digest=candidate.digest, step_since=step_since, run_since=status.started_at, counts_for_pass=counts,
+        counts_for_fail=counts or (steady and step_since is None), alpha_fail=1.0, fresh=_fresh(spec),
+        void=turn.status.sample_ratio_message,
+    )
+    contexts: dict[float, GateContext] = {}  # most gates share one alpha
     for gate in spec.gates:
-        context = GateContext(
-            now=turn.now, shadow=step.shadow_observed and not step.weight_observed, weight=step.weight_observed or 0,
-            digest=candidate.digest, step_since=step_since, run_since=status.started_at, counts_for_pass=counts,
-            counts_for_fail=counts or (steady and step_since is None),
-            alpha_fail=gate.compare.alpha / (tests if gate.blocking else 1), fresh=_fresh(spec),
-            void=turn.status.sample_ratio_message,
-        )
-        gates.append(judge(gate, before.get(gate.name, GateStatus(name=gate.name, role=gate.role)), look,
-                           turn.seen.evidence, turn.seen.evidence_error, context))
+        alpha = gate.compare.alpha / (tests if gate.blocking else 1)
+        context = contexts.get(alpha) or contexts.setdefault(alpha, replace(base, alpha_fail=alpha))
+        old = before.get(gate.name) or GateStatus(name=gate.name, role=gate.role)
+        gates.append(judge(gate, old, look, turn.seen.evidence, turn.seen.evidence_error, context))
     turn = turn.update(gates=tuple(gates))
     return turn.update(step=_samples(turn, step, look if counts else None))
 

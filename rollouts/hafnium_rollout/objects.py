@@ -8,6 +8,7 @@ server allows a rule by the longest value that it might meet.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -271,11 +272,23 @@ class Gate(Strict):
         here = "shadow" if step.shadow else "weight"
         return self.blocking and here in self.required_in and not (self.kind == "scores" and not step.shadow)
 
-    @property
+    @cached_property
     def kind(self) -> GateKind:
         return next(k for k in _KINDS if getattr(self, k) is not None)
 
-    @property
+    @cached_property
+    def config(self) -> str:
+        """All settings as one text: evidence that was gathered under others doesn't count."""
+        return self.model_dump_json()
+
+    def __copy__(self) -> Self:
+        """A copy may be given other settings (model_copy), so what was derived from these doesn't go with it."""
+        copied = super().__copy__()
+        for name in ("kind", "config", "margin", "harmless", "counted"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    @cached_property
     def counted(self) -> bool:
         """Bad and total requests of both arms."""
         return self.requests is not None or self.prometheus is not None or self.latency is not None
@@ -284,11 +297,11 @@ class Gate(Strict):
     def blocking(self) -> bool:
         return self.role != "Advisory"
 
-    @property
+    @cached_property
     def margin(self) -> float:
         return self.compare.margin if self.compare.margin is not None else _MARGINS.get(self.kind, 0.02)
 
-    @property
+    @cached_property
     def harmless(self) -> float:
         if self.compare.harmless is not None:
             return self.compare.harmless

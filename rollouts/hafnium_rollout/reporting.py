@@ -62,6 +62,8 @@ def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
 
 def _bounded(history: tuple[HistoryPoint, ...], looks_max: int) -> tuple[HistoryPoint, ...]:
     """What happened stays readable however long the rollout takes; looks are thinned, the oldest first."""
+    if len(history) <= min(looks_max, EVENTS_MAX):
+        return history
     looks = [i for i, p in enumerate(history) if p.event == "Look"]
     gone: set[int] = set(looks[1:len(looks) // 2:2]) if len(looks) > looks_max else set()
     events = [i for i, p in enumerate(history) if p.event != "Look"]

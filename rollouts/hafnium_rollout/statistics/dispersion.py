@@ -14,6 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float64]
 BLOCKS_S = (30.0, 120.0, 300.0, 600.0, 1800.0)
 """Lengths of clumps that are looked for; the largest φ among them counts."""
 BLOCKS_MIN = 20
@@ -44,20 +48,23 @@ def measure(looks: Sequence[ArmsLook], look_s: float) -> Measured:
     """φ from the stable arm's history of equally long looks. Raises ValueError when it is too short to say anything."""
     if look_s <= 0:
         raise ValueError(f"a look lasts longer than nothing, got {look_s} s")
-    total_a = sum(x.total_a for x in looks)
-    total = total_a + sum(x.total_b for x in looks)
+    a, n, k, bad_a = _arrays(looks)
+    total_a, total = float(a.sum()), float(n.sum())
     if total <= 0 or not 0 < total_a < total:
         raise ValueError("the history holds no requests in one of the two pseudo-arms")
+    some, several = n > 0, n > 1
+    residuals = np.where(some, bad_a - a * k / np.where(some, n, 1.0), 0.0)
+    variances = np.where(several, a * (n - a) * k * (n - k) / np.where(several, n * n * (n - 1.0), 1.0), 0.0)
     best: tuple[float, int] | None = None
     for length in sorted({max(length, look_s) for length in BLOCKS_S}):
         size = max(1, round(length / look_s))
-        blocks = [looks[i:i + size] for i in range(0, len(looks) - size + 1, size)]
-        if len(blocks) < BLOCKS_MIN:
+        count = len(looks) // size
+        if count < BLOCKS_MIN:
             continue
-        squares = sum(sum(_residual(x) for x in block) ** 2 for block in blocks)
-        variance = sum(sum(_variance(x) for x in block) for block in blocks)
+        squares = float((residuals[:count * size].reshape(count, size).sum(axis=1) ** 2).sum())
+        variance = float(variances[:count * size].sum())
         if variance > 0 and (best is None or squares / variance > best[0]):
-            best = (squares / variance, len(blocks))
+            best = (squares / variance, count)
     if best is None:
         raise ValueError(
             f"{len(looks)} looks of {look_s:g} s are too few, or hold no bad request; needed: {BLOCKS_MIN} blocks with some"
@@ -65,14 +72,10 @@ def measure(looks: Sequence[ArmsLook], look_s: float) -> Measured:
     return Measured(max(1.0, best[0]), total_a / total, best[1])
 
 
-def _residual(x: ArmsLook) -> float:
-    n = x.total_a + x.total_b
-    return x.bad_a - x.total_a * (x.bad_a + x.bad_b) / n if n > 0 else 0.0
-
-
-def _variance(x: ArmsLook) -> float:
-    n, k = x.total_a + x.total_b, x.bad_a + x.bad_b
-    return x.total_a * x.total_b * k * (n - k) / (n * n * (n - 1.0)) if n > 1 else 0.0
+def _arrays(looks: Sequence[ArmsLook]) -> tuple[_Floats, _Floats, _Floats, _Floats]:
+    """Per look: requests of arm a, of both, bad ones of both, bad ones of arm a."""
+    table = np.array([(x.bad_a, x.total_a, x.bad_b, x.total_b) for x in looks], dtype=np.float64).reshape(-1, 4)
+    return table[:, 1], table[:, 1] + table[:, 3], table[:, 0] + table[:, 2], table[:, 0]
 
 
 def at_weight(phi: float, weight_measured: float, weight: float) -> float:

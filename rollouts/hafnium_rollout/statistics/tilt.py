@@ -23,15 +23,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import add, mul
 
 FAIL_RATIOS = tuple(1.15 * (20.0 / 1.15) ** (i / 13.0) for i in range(14))
 """Risk ratios that Fail looks for: 14, geometric from 1.15 to 20."""
+_FAIL_LOGS = tuple(math.log(r) for r in FAIL_RATIOS)
 PASS_RATIOS = tuple(0.2 * 100.0 ** (i / 11.0) for i in range(12))
 """p/m (base rate over margin) that Pass is quick for: 12, geometric from 0.2 to 20."""
 RESTART_EVERY_S = 600.0
 """Harm that starts late is found from the next restart on; ten minutes is short against a step and cheap in weight."""
 _STEPS_MAX = 60
+_ROOT_NEAR = 1e-7
+"""Bounds are searched until ln e is this near to the goal; what is left errs to the safe side."""
+_SPLITS_MAX = 1024
+"""Ratios nc/ns whose factors are kept: gates that count the same requests have the same one, so it is worked out once a look."""
+_FAR = 40.0
+"""Beyond this distance in ln the smaller of two numbers is below the larger one's last digit."""
 _NOTHING = -1e6
 """ln of no money at all: finite, because a status is JSON."""
 
@@ -74,19 +83,23 @@ def add_fail(
     _check(kc, nc, ks, ns, phi)
     if nc <= 0 or ns <= 0:
         return state
-    rho = nc / ns
-    gains: list[float] = []
-    costs: list[float] = []
+    c, s, n = kc / phi, ks / phi, nc / phi
+    factors = _fail_factors(nc / ns)
+    gains = [c * a - s * b for a, b, _ in factors]
+    costs = [n * load for _, _, load in factors]
+    grown = FailState(
+        tuple(map(add, state.sums, gains)), tuple(map(add, state.loads, costs)), state.restarts, state.begun, state.since_restart_s)
+    return _restart(grown, gains, costs, harmless, look_s) if restarts else grown
+
+
+@lru_cache(maxsize=_SPLITS_MAX)
+def _fail_factors(rho: float) -> tuple[tuple[float, float, float], ...]:
+    """Per risk ratio at ρ = nc/ns: (a, b, eᵃ − 1)."""
+    out: list[tuple[float, float, float]] = []
     for r in FAIL_RATIOS:
         x = r * (1.0 + rho) / (1.0 + rho * r)
-        gains.append((kc * math.log(x) - ks * math.log((1.0 + rho * r) / (1.0 + rho))) / phi)
-        costs.append(nc * (x - 1.0) / phi)
-    state = replace(
-        state,
-        sums=tuple(s + g for s, g in zip(state.sums, gains, strict=True)),
-        loads=tuple(s + c for s, c in zip(state.loads, costs, strict=True)),
-    )
-    return _restart(state, gains, costs, harmless, look_s) if restarts else state
+        out.append((math.log(x), math.log((1.0 + rho * r) / (1.0 + rho)), x - 1.0))
+    return tuple(out)
 
 
 def _restart(state: FailState, gains: list[float], costs: list[float], harmless: float, look_s: float) -> FailState:
@@ -97,10 +110,10 @@ def _restart(state: FailState, gains: list[float], costs: list[float], harmless:
         begun, since = begun + 1, 0.0
         fresh = math.log(0.5 / (begun * (begun + 1)))
     running = state.restarts or (_NOTHING,) * len(gains)
-    grown = tuple(
-        max(_log_add(m, fresh) + g - c * harmless, _NOTHING) for m, g, c in zip(running, gains, costs, strict=True)
-    )
-    return replace(state, restarts=grown, begun=begun, since_restart_s=since + look_s)
+    if fresh > _NOTHING:
+        running = [_log_add(m, fresh) for m in running]
+    grown = tuple([max(m + g - c * harmless, _NOTHING) for m, g, c in zip(running, gains, costs, strict=True)])
+    return FailState(state.sums, state.loads, grown, begun, since + look_s)
 
 
 def pass_tilt(ratio: float, rho: float) -> float:
@@ -114,14 +127,19 @@ def add_pass(state: PassState, kc: float, nc: float, ks: float, ns: float, *, ph
     _check(kc, nc, ks, ns, phi)
     if nc <= 0 or ns <= 0:
         return state
-    rho = nc / ns
-    sums: list[float] = []
-    loads: list[float] = []
-    for s, load, ratio in zip(state.sums, state.loads, PASS_RATIOS, strict=True):
-        y = pass_tilt(ratio, rho)
-        sums.append(s + (kc * math.log(y) + ks * math.log1p(rho * (1.0 - y))) / phi)
-        loads.append(load + nc * (1.0 - y) / phi)
-    return PassState(tuple(sums), tuple(loads))
+    c, s, n = kc / phi, ks / phi, nc / phi
+    factors = _pass_factors(nc / ns)
+    return PassState(
+        tuple([old + c * a + s * b for old, (a, b, _) in zip(state.sums, factors, strict=True)]),
+        tuple([old + n * load for old, (_, _, load) in zip(state.loads, factors, strict=True)]),
+    )
+
+
+@lru_cache(maxsize=_SPLITS_MAX)
+def _pass_factors(rho: float) -> tuple[tuple[float, float, float], ...]:
+    """Per ratio p/m at ρ = nc/ns: (−a, b, 1 − e⁻ᵃ)."""
+    tilts = [pass_tilt(ratio, rho) for ratio in PASS_RATIOS]
+    return tuple((math.log(y), math.log1p(rho * (1.0 - y)), 1.0 - y) for y in tilts)
 
 
 def _check(kc: float, nc: float, ks: float, ns: float, phi: float) -> None:
@@ -154,29 +172,34 @@ def lower_bound(states: Sequence[FailState], alpha: float) -> float:
     """Largest d in [−1, 1] with p_c > p_s + d proven at alpha, by inverting the plain process. −1: nothing is proven."""
     # With restarts the plain process holds half of the weight.
     goal = math.log(1.0 / alpha) + (math.log(2.0) if any(s.restarts for s in states) else 0.0)
-    lines = [(a, b) for s in states for a, b in zip(s.sums, s.loads, strict=True)]
-    return _largest_proven(lines, goal)
+    sums = [a for s in states for a in s.sums]
+    loads = [b for s in states for b in s.loads]
+    return _largest_proven(sums, loads, goal)
 
 
 def upper_bound(state: PassState, alpha: float) -> float:
     """Smallest m in [−1, 1] with p_c < p_s + m proven at alpha. 1: nothing is proven."""
-    return -_largest_proven(list(zip(state.sums, state.loads, strict=True)), math.log(1.0 / alpha))
+    return -_largest_proven(state.sums, state.loads, math.log(1.0 / alpha))
 
 
-def _largest_proven(lines: Sequence[tuple[float, float]], goal: float) -> float:
+def _largest_proven(sums: Sequence[float], loads: Sequence[float], goal: float) -> float:
     """Largest d in [−1, 1] where ln mean exp(a − b·d) ≥ goal over lines (a, b), b ≥ 0; −1 when there is none.
 
-    The function is convex and falls, so Newton's steps from the left never pass the root: the bound errs to the safe side.
+    The function is convex and falls, so Newton's steps from the left never pass the root: the bound errs to the safe side. They
+    begin where the best single line alone reaches the goal, which is left of the root and near it.
     """
-    d = -1.0
+    alone = goal + math.log(len(sums))
+    d = max([(a - alone) / b for a, b in zip(sums, loads, strict=True) if b > 0.0], default=-1.0)
+    d = min(max(d, -1.0), 1.0)
+    exp = math.exp
     for _ in range(_STEPS_MAX):
-        values = [a - b * d for a, b in lines]
+        values = [a - b * d for a, b in zip(sums, loads, strict=True)]
         top = max(values)
-        weights = [math.exp(v - top) for v in values]
+        weights = [exp(v - top) for v in values]
         total = sum(weights)
-        gap = top + math.log(total / len(lines)) - goal
-        slope = sum(w * b for w, (_, b) in zip(weights, lines, strict=True)) / total
-        if gap <= 1e-9:
+        gap = top + math.log(total) - alone
+        slope = sum(map(mul, weights, loads)) / total
+        if gap <= _ROOT_NEAR:
             return d
         if slope <= 0.0 or d + gap / slope >= 1.0:
             return 1.0
@@ -192,15 +215,15 @@ def missing_for_pass(state: PassState, margin: float, alpha: float, kc: float, n
     """
     if nc <= 0 or ns <= 0:
         return None
-    goal, rho = math.log(1.0 / alpha), nc / ns
-    needs: list[float] = []
-    for s, load, ratio in zip(state.sums, state.loads, PASS_RATIOS, strict=True):
-        y = pass_tilt(ratio, rho)
-        growth = kc / nc * math.log(y) + ks / nc * math.log1p(rho * (1.0 - y)) + (1.0 - y) * margin
+    goal = math.log(1.0 / alpha) + math.log(len(PASS_RATIOS))
+    bad, stable = kc / nc, ks / nc
+    best: float | None = None
+    for s, load, (a, b, share) in zip(state.sums, state.loads, _pass_factors(nc / ns), strict=True):
+        growth = bad * a + stable * b + share * margin
         if growth > 0:
-            gap = goal + math.log(len(PASS_RATIOS)) - (s + load * margin)
-            needs.append(max(gap, 0.0) * phi / growth)
-    return math.ceil(min(needs)) if needs else None
+            need = max(goal - s - load * margin, 0.0) * phi / growth
+            best = need if best is None or need < best else best
+    return None if best is None else math.ceil(best)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +245,11 @@ def add_limit(state: LimitState, bad: float, total: float, limit: float, *, phi:
     begun = state.begun + 1
     fresh = -math.log(begun * (begun + 1.0))
     running = state.running or (_NOTHING,) * len(FAIL_RATIOS)
-    grown = tuple(
-        _log_add(m, fresh) + (bad * math.log(r) - total * (r - 1.0) * limit) / phi
-        for m, r in zip(running, FAIL_RATIOS, strict=True)
-    )
-    return LimitState(tuple(max(g, _NOTHING) for g in grown), begun)
+    bad, total = bad / phi, total / phi * limit
+    grown = tuple([
+        max(_log_add(m, fresh) + bad * log_r - total * (r - 1.0), _NOTHING) for m, r, log_r in zip(running, FAIL_RATIOS, _FAIL_LOGS, strict=True)
+    ])
+    return LimitState(grown, begun)
 
 
 def forget_limit(state: LimitState) -> LimitState:
@@ -242,10 +265,11 @@ def log_e_limit(state: LimitState) -> float:
 def _log_add(a: float, b: float) -> float:
     if a < b:
         a, b = b, a
-    return a + math.log1p(math.exp(b - a))
+    return a + math.log1p(math.exp(b - a)) if a - b < _FAR else a
 
 
 def _log_mean(values: Sequence[float]) -> float:
     """ln of the mean of exp(values), without overflow."""
     top = max(values)
-    return top + math.log(sum(math.exp(v - top) for v in values) / len(values))
+    exp = math.exp
+    return top + math.log(sum([exp(v - top) for v in values]) / len(values))
