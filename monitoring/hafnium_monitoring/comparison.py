@@ -79,8 +79,12 @@ def compare(
     found.append(_psi_finding(SCORE, bins, window.score, base.score, rules.score_threshold, rules))
     if not judge_score:
         found[-1] = replace(found[-1], threshold=None, p_value=None)
-    significant = benjamini_hochberg([f.p_value for f in found if f.p_value is not None], level)
-    verdicts = iter(significant)
+    return judged(found, level)
+
+
+def judged(found: Sequence[Finding], level: float) -> tuple[Finding, ...]:
+    """Which of one comparison's tests count as drift: large, and significant by BH at `level` over all that have a p-value."""
+    verdicts = iter(benjamini_hochberg([f.p_value for f in found if f.p_value is not None], level))
     return tuple(f if f.p_value is None else replace(f, drifted=bool(next(verdicts)) and f.large) for f in found)
 
 

@@ -1,0 +1,290 @@
+"""`make bench-rollouts`: how often production's `decide` is wrong, and how long it takes to be right, beside the rules of others.
+
+    python benchmarks/rollouts                          everything: 1,000 rollouts in each world, 15 minutes on two cores
+    python benchmarks/rollouts --rollouts 100           a tenth of it
+    python benchmarks/rollouts --world wave,retries     false rollbacks in these worlds only
+
+Every rollout is the whole climb of the sample ModelRollout through `decide`, with all of its gates. docs/rollout-figures.md explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import numpy as np
+import plots
+import rivals
+import speed
+import studies
+import worlds
+from climb import Ending
+from figures import OUT, Figure, publish
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from scipy.stats import beta
+
+OURS = "Hafnium, φ measured"
+PLAIN = "Hafnium, φ not given"
+AA_GOAL, BAD_GOAL, MARGIN_GOAL, PLAN_GOAL, DECIDE_MS_GOAL = 10.0, 1.0, 2.0, 0.2, 5.0
+DELAY_GOALS = {
+    "+0.5 pt": ("0_5pt", 0.75, 0.45), "+1 pt": ("1pt", 1.05, 0.95), "+2 pt": ("2pt", 1.35, 1.15), "p99 × 1.3": ("p99_x1_3", 0.8, 0.45),
+    "+1 pt after 60 min": ("late", 1.15, None),
+}
+TUNE_ROLLOUTS = 3000
+RIVAL_CHUNK = 250
+
+
+@dataclass
+class Results:
+    """All that is printed, plotted and written."""
+
+    rollouts: int
+    seed: int
+    aa: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict[str, Any])
+    """Rule → world → (rolled back, of)."""
+    aa_why: dict[str, dict[str, int]] = field(default_factory=dict[str, Any])
+    aa_ends: dict[str, dict[str, int]] = field(default_factory=dict[str, Any])
+    phi: dict[str, tuple[float, float]] = field(default_factory=dict[str, Any])
+    bad: dict[str, dict[str, int]] = field(default_factory=dict[str, Any])
+    delays: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, Any])
+    """Harm → rule → median, p90, missed."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict[str, Any])
+    plan: list[tuple[str, float, float]] = field(default_factory=list[Any])
+    decide_ms: list[float] = field(default_factory=list[float])
+    seconds: float = 0.0
+
+
+def interval(found: int, of: int) -> tuple[float, float]:
+    """Clopper-Pearson, 95 %, per 1,000."""
+    low = 0.0 if found == 0 else float(beta.ppf(0.025, found, of - found + 1))
+    high = 1.0 if found == of else float(beta.ppf(0.975, found + 1, of - found))
+    return 1000 * low, 1000 * high
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    known = np.sort(values[~np.isnan(values)])
+    if not known.size:
+        return {"median": float("nan"), "p90": float("nan"), "missed": float("nan"), "count": 0}
+    at = {q: float(known[min(int(np.ceil(q * known.size)) - 1, known.size - 1)]) for q in (0.5, 0.9)}
+    return {"median": at[0.5], "p90": at[0.9], "missed": float(np.mean(np.isinf(known))), "count": int(known.size)}
+
+
+def gate_of(e: Ending) -> str:
+    return e.message.split(":")[0].removeprefix("Safety gate ").removeprefix("Quality gate ") if e.reason == "GateFailed" else e.reason
+
+
+def false_rollbacks(lab: studies.Laboratory, wanted: list[str], results: Results) -> None:
+    for case in (*studies.AA, *studies.AA_PLAIN):
+        if case.world not in wanted:
+            continue
+        ends = lab.run(case)
+        name = OURS if case.with_phi else PLAIN
+        results.aa.setdefault(name, {})[case.world] = (sum(e.rolled_back for e in ends), len(ends))
+        why = Counter(gate_of(e) for e in ends if e.rolled_back)
+        if case.with_phi:
+            results.aa_why[case.world] = dict(why)
+            results.aa_ends[case.world] = {
+                "promoted on evidence alone": sum(e.phase == "Promoted" and not e.skipped for e in ends),
+                "a person had to go on": sum(e.phase == "Promoted" and bool(e.skipped) for e in ends),
+                "rolled back": sum(e.rolled_back for e in ends), "looks": sum(e.looks for e in ends),
+            }
+            phis = np.array(lab.phi(case.world))
+            results.phi[case.world] = (float(np.median(phis[:, 0])), float(np.median(phis[:, 1])))
+
+
+def bad_candidates(lab: studies.Laboratory, results: Results) -> None:
+    for case in (*studies.BAD, *studies.AT_MARGIN):
+        ends = lab.run(case)
+        results.bad[case.name] = {"promoted": sum(e.phase == "Promoted" for e in ends), "rolled back": sum(e.rolled_back for e in ends),
+                                  "paused": sum(e.phase == "Paused" for e in ends), "of": len(ends)}
+
+
+def delays(lab: studies.Laboratory, results: Results) -> None:
+    for case in (*studies.DELAYS, *studies.PLAIN_DELAYS):
+        late = case.harm.from_look > 0
+        values = [
+            float("inf") if not e.rolled_back else float("nan") if e.requests == 0 else e.minutes if late else float(e.requests)
+            for e in lab.run(case)
+        ]
+        results.delays.setdefault(case.name, {})[OURS if case.with_phi else PLAIN] = quantiles(np.array(values))
+    results.scores = {name: quantiles(np.array(v)) for name, v in lab.shifts().items()}
+
+
+def others(rollouts: int, seed: int, wanted: list[str], with_delays: bool, bars: Progress, results: Results) -> None:
+    """The rivals, in this process: they are vectorised."""
+    rng = np.random.default_rng(np.random.SeedSequence((seed, 99)))
+    rules = rivals.Rivals(rng, TUNE_ROLLOUTS)
+    chunks = [min(RIVAL_CHUNK, rollouts - i) for i in range(0, rollouts, RIVAL_CHUNK)]
+    bar = bars.add_task("rivals", total=len(chunks) * (len(wanted) + (len(studies.DELAYS) if with_delays else 0)))
+    for world in wanted:
+        for count in chunks:
+            found = rules.fails_at(rivals.draw(world, rng, count, worlds.Harm()))
+            for name, looks in found.items():
+                before = results.aa.setdefault(name, {}).get(world, (0, 0))
+                results.aa[name][world] = (before[0] + int((looks < rivals.NEVER).sum()), before[1] + count)
+            bars.advance(bar)
+    for case in studies.DELAYS if with_delays else ():
+        gathered: dict[str, list[np.ndarray]] = {}
+        for count in chunks:
+            paths = rivals.draw("constant", rng, count, case.harm)
+            for name, looks in rules.fails_at(paths).items():
+                start = case.harm.from_look
+                value = rivals.requests_until(paths, looks, start)
+                if start:
+                    value = np.where(np.isfinite(value), (looks - start + 1) * worlds.LOOK_S / 60, value)
+                gathered.setdefault(name, []).append(value)
+            bars.advance(bar)
+        for name, parts in gathered.items():
+            results.delays.setdefault(case.name, {})[name] = quantiles(np.concatenate(parts))
+
+
+def best_fixed(row: dict[str, dict[str, float]], quantile: str) -> tuple[str, float]:
+    """The tuned fixed threshold that is quickest in this row."""
+    names = [n for n in row if n.endswith(", tuned") and n.startswith(("Argo", "Flagger", "fixed"))]
+    name = min(names, key=lambda n: row[n][quantile])
+    return name, row[name][quantile]
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    out: dict[str, Figure] = {}
+    for world, (found, of) in results.aa.get(OURS, {}).items():
+        low, high = interval(found, of)
+        out[f"aa_false_rollbacks_per_1000_{world}"] = Figure(1000 * found / of, "", "lower", AA_GOAL, (low, high))
+    if results.bad:
+        for key, cases, goal in (("bad_promoted_per_1000", studies.BAD, BAD_GOAL), ("bad_promoted_at_margin_per_1000", studies.AT_MARGIN, MARGIN_GOAL)):
+            shares = tuple(1000 * results.bad[c.name]["promoted"] / results.bad[c.name]["of"] for c in cases)
+            out[key] = Figure(max(shares), "", "lower", goal, shares)
+    for name, (key, median_goal, p90_goal) in DELAY_GOALS.items():
+        row = results.delays.get(name)
+        if row is None or OURS not in row:
+            continue
+        for quantile, goal, prefix in (("median", median_goal, "delay_vs_tuned"), ("p90", p90_goal, "delay_p90_vs_tuned")):
+            ratio = row[OURS][quantile] / best_fixed(row, quantile)[1]
+            out[f"{prefix}_{key}"] = Figure(ratio, "×", "lower", goal)
+    if results.plan:
+        errors = tuple(abs(planned / found - 1.0) for _, planned, found in results.plan)
+        out["plan_error_share"] = Figure(max(errors), "", "lower", PLAN_GOAL, errors)
+    if results.decide_ms:
+        ordered = sorted(results.decide_ms)
+        out["decide_ms_50_gates"] = Figure(ordered[len(ordered) // 2], "ms", "lower", DECIDE_MS_GOAL)
+        out["decide_ms_50_gates_p99"] = Figure(ordered[int(0.99 * len(ordered))], "ms", "lower")
+    return out
+
+
+def tables(results: Results, wanted: list[str]) -> list[Table]:
+    out = [Table("False rollbacks per 1,000 [95 %]", *wanted, box=None)]
+    for rule, row in sorted(results.aa.items(), key=lambda x: not x[0].startswith("Hafnium")):
+        cells: list[str] = []
+        for world in wanted:
+            found, of = row.get(world, (0, 0))
+            low, high = interval(found, of) if of else (0.0, 0.0)
+            cells.append(f"{1000 * found / of:.3g} [{low:.1f}, {high:.1f}]" if of and rule.startswith("Hafnium")
+                         else f"{1000 * found / of:.0f}" if of else "")
+        out[-1].add_row(rule, *cells)
+    if results.aa_ends:
+        table = Table("Good candidates", *wanted, box=None)
+        for what in ("promoted on evidence alone", "a person had to go on", "rolled back", "looks"):
+            table.add_row(what, *(str(results.aa_ends.get(w, {}).get(what, "")) for w in wanted))
+        table.add_row("rolled back by", *(", ".join(f"{k} {v}" for k, v in results.aa_why.get(w, {}).items()) for w in wanted))
+        table.add_row("φ measured (errors, slow)", *("{:.2f}, {:.2f}".format(*results.phi[w]) if w in results.phi else "" for w in wanted))
+        out.append(table)
+    if results.bad:
+        table = Table("Bad candidates", "promoted", "rolled back", "paused", "of", box=None)
+        for name, row in results.bad.items():
+            table.add_row(name, *(str(row[k]) for k in ("promoted", "rolled back", "paused", "of")))
+        out.append(table)
+    if results.delays:
+        names = list(results.delays)
+        table = Table("Candidate requests until rollback: median / p90 (missed)", *names, box=None)
+        rules = dict.fromkeys(rule for row in results.delays.values() for rule in row)
+        for rule in rules:
+            table.add_row(rule, *(_delay(results.delays[n].get(rule)) for n in names))
+        table.add_row("ratio to the best tuned fixed threshold", *(
+            " / ".join(f"{results.delays[n][OURS][q] / best_fixed(results.delays[n], q)[1]:.2f}" for q in ("median", "p90"))
+            if OURS in results.delays[n] and len(results.delays[n]) > 2 else "" for n in names))
+        out.append(table)
+    if results.scores:
+        table = Table("Mean score shifted by", "pairs until Fail, median", "p90", box=None)
+        for name, row in results.scores.items():
+            table.add_row(name, f"{row['median']:.0f}", f"{row['p90']:.0f}")
+        out.append(table)
+    if results.plan:
+        table = Table("Median candidate requests", "planned", "simulated", "error", box=None)
+        for what, planned, found in results.plan:
+            table.add_row(what, f"{planned:,.0f}", f"{found:,.0f}", f"{planned / found - 1:+.0%}")
+        out.append(table)
+    return out
+
+
+def _delay(row: dict[str, float] | None) -> str:
+    if row is None:
+        return ""
+    if not row["count"]:
+        return "before it began"
+    cells = " / ".join("∞" if np.isinf(row[q]) else f"{row[q]:,.0f}" if row[q] >= 100 else f"{row[q]:.1f}" for q in ("median", "p90"))
+    return cells + (f" ({row['missed']:.0%})" if row["missed"] > 0.0005 else "")
+
+
+def markdown(table: Table) -> str:
+    """The same table for a document."""
+    rows = [[str(c.header) for c in table.columns], *([str(cell) for cell in row] for row in zip(*(c.cells for c in table.columns), strict=True))]
+    lines = [f"| {' | '.join(r)} |" for r in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=1000, help="in each world and case")
+    parser.add_argument("--world", default="", help=f"comma-separated, of: {', '.join(worlds.WORLDS)}; false rollbacks only")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    args = parser.parse_args()
+    wanted = [w for w in args.world.split(",") if w] or list(worlds.WORLDS)
+    if unknown := set(wanted) - set(worlds.WORLDS):
+        parser.error(f"no such world: {', '.join(sorted(unknown))}")
+    if args.rollouts < 1 or args.processes < 1:
+        parser.error("--rollouts and --processes must be at least 1")
+    everything = not args.world
+    results = Results(args.rollouts, args.seed)
+    began = time.monotonic()
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with (ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool,
+          Progress(*columns, console=Console(stderr=True)) as bars):
+        if everything:
+            results.decide_ms = speed.decide_ms()
+        lab = studies.Laboratory(pool, bars, args.rollouts, args.seed)
+        false_rollbacks(lab, wanted, results)
+        if everything:
+            bad_candidates(lab, results)
+            delays(lab, results)
+            results.plan = lab.plan()
+        others(args.rollouts, args.seed, wanted, everything, bars, results)
+    results.seconds = time.monotonic() - began
+    console = Console(width=240)
+    made = tables(results, wanted)
+    for table in made:
+        console.print(table)
+        console.print()
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "rollouts.md").write_text("\n\n".join(markdown(t) for t in made) + "\n", encoding="utf-8")
+    (OUT / "rollouts-details.json").write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    plots.draw(results, wanted, OUT)
+    print(f"{args.rollouts} rollouts in each world, seed {args.seed}, {results.seconds:.0f} s")
+    return 1 if publish("rollouts", figures(results)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The rules that others decide by, on the same traffic: Argo Rollouts, Flagger, a z-test at each look, Mann-Whitney as in Kayenta.
+
+- Argo Rollouts: a measurement is failed when its value breaks the condition; the analysis fails when *more than* failureLimit
+  measurements failed, counted per metric and over the whole run. Customary: error rate ≤ 5 % over 5 minutes,
+  every 5 minutes, limit 3.
+- Flagger: each minute every metric is checked over the last minute; a minute with any failed one is a failed check, and at
+  `threshold` failed checks (counted over the whole run) it goes back. Customary: success ≥ 99 %, p99 ≤ 500 ms, threshold 5.
+- Kayenta's judge: Mann-Whitney on the points of both arms; "High" when the lower end of the 98 % interval of the shift lies
+  above a quarter of the Hodges-Lehmann estimate. Here: one point a minute, the last 30 minutes, every 30 minutes.
+
+- k measurements in a row above a fixed threshold: neither tool counts so for bad values, but people write it into queries.
+
+"Tuned" rules have the threshold that gives 10 false rollbacks per 1,000 at a constant base, over both of their metrics together. It is found on paths of the constant world itself: they know the base rate and its noise, which no one does in production.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import worlds
+from worlds import Floats, Ints
+
+STEP = 240
+LOOKS = 2 * STEP
+NEVER = LOOKS + 1
+GOAL = 0.01
+_WINDOW = 60
+_POINTS = 30
+_CUSTOMARY_ARGO = (0.05, 500.0)
+_CUSTOMARY_FLAGGER = (0.01, 500.0)
+_KAYENTA_98 = 292
+"""Of 900 differences of 30 and 30 points, the lower end of the 98 % interval is the 293rd: 450 − 2.326·√(30·30·61/12)."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Counts of many rollouts, [rollout, look]: half of the looks at 5 %, half at 25 %."""
+
+    bad_c: Ints
+    total_c: Ints
+    bad_s: Ints
+    total_s: Ints
+    asked_c: Ints
+    """Client requests, without retries."""
+    asked_s: Ints
+    slow_c: Ints
+    slow_s: Ints
+
+    @property
+    def requests(self) -> Ints:
+        return self.asked_c
+
+
+def draw(world: str, rng: np.random.Generator, rollouts: int, harm: worlds.Harm) -> Paths:
+    """Traffic of live steps."""
+    shape = (rollouts, LOOKS)
+    arms = worlds.arms(world, rng, shape, STEP, harm)
+    weight = np.where(np.arange(LOOKS) < STEP, 0.05, 0.25)
+    nc = rng.binomial(worlds.REQUESTS, weight, shape)
+    ns = worlds.REQUESTS - nc
+    cb, ct = worlds.bad_counts(world, rng, nc, arms.bad_candidate)
+    sb, st = worlds.bad_counts(world, rng, ns, arms.bad_stable)
+    return Paths(cb, ct, sb, st, nc, ns, worlds.slow_counts(rng, nc, arms.late_candidate, harm.slow),
+                 worlds.slow_counts(rng, ns, arms.late_stable))
+
+
+def _summed(counts: Ints, window: int, every: int) -> Ints:
+    """Sums over the last `window` looks (at the beginning: those there are), at every `every`-th look, [rollout, measurement, …]."""
+    total = np.cumsum(counts, axis=1)
+    before = np.zeros_like(total)
+    before[:, window:] = total[:, :-window]
+    return (total - before)[:, every - 1::every]
+
+
+def _ratio(bad: Ints, total: Ints) -> Floats:
+    return bad / np.maximum(total, 1)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A rule that counts measurements above fixed thresholds. `fails` of them end the rollout."""
+
+    name: str
+    window: int
+    every: int
+    fails: int
+    together: bool = False
+    """Failed checks of all metrics count together (Flagger), not metric by metric (Argo Rollouts)."""
+    consecutive: bool = False
+    """Only failures in a row count."""
+
+    def values(self, paths: Paths) -> tuple[Floats, Floats]:
+        """Error share and p99 of the candidate at each measurement."""
+        w, e = self.window, self.every
+        asked = _summed(paths.asked_c, w, e)
+        errors = _ratio(_summed(paths.bad_c, w, e), _summed(paths.total_c, w, e))
+        return errors, worlds.p99(asked, _summed(paths.slow_c, w, e))
+
+    def tune(self, paths: Paths) -> tuple[float, float]:
+        """Thresholds at the same quantile of both metrics' measurements, so that 10 of 1,000 rollouts go back over both together."""
+        values = self.values(paths)
+        low, high = 0.5, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            thresholds = tuple(float(np.quantile(v, middle)) for v in values)
+            found = self._first(values, thresholds)
+            low, high = (middle, high) if float(np.mean(found < NEVER)) > GOAL else (low, middle)
+        errors, slow = (float(np.quantile(v, high)) for v in values)
+        return errors, slow
+
+    def fails_at(self, paths: Paths, thresholds: tuple[float, float]) -> Ints:
+        """Look of the rollback per rollout; NEVER if there is none."""
+        return self._first(self.values(paths), thresholds)
+
+    def _first(self, values: tuple[Floats, ...], thresholds: tuple[float, ...]) -> Ints:
+        bad = [v > t for v, t in zip(values, thresholds, strict=True)]
+        counts = [self._count(bad[0] | bad[1])] if self.together else [self._count(b) for b in bad]
+        failed = np.any([c >= self.fails for c in counts], axis=0)
+        return np.where(failed.any(axis=1), (np.argmax(failed, axis=1) + 1) * self.every - 1, NEVER)
+
+    def _count(self, bad: np.ndarray) -> Ints:
+        total = np.cumsum(bad, axis=1)
+        if not self.consecutive:
+            return total
+        return total - np.maximum.accumulate(np.where(bad, 0, total), axis=1)
+
+
+def _z(kc: Floats, nc: Floats, ks: Floats, ns: Floats) -> Floats:
+    pooled = (kc + ks) / np.maximum(nc + ns, 1)
+    sd = np.sqrt(np.maximum(pooled * (1 - pooled), 1e-12) * (1 / np.maximum(nc, 1) + 1 / np.maximum(ns, 1)))
+    return (_ratio(kc, nc) - _ratio(ks, ns)) / sd
+
+
+class ZTest:
+    """Pooled two-proportion z-test on everything so far, at each look, one-sided; errors and both histogram bounds around p99."""
+
+    name = "z-test at each look"
+
+    def statistic(self, paths: Paths) -> Floats:
+        def cumulated(counts: Ints) -> Floats:
+            return np.cumsum(counts, axis=1).astype(np.float64)
+
+        found = [_z(*(cumulated(x) for x in (paths.bad_c, paths.total_c, paths.bad_s, paths.total_s)))]
+        nc, ns = cumulated(paths.asked_c), cumulated(paths.asked_s)
+        found += [_z(cumulated(paths.slow_c[..., i]), nc, cumulated(paths.slow_s[..., i]), ns) for i in (1, 2)]
+        return np.max(found, axis=0)
+
+    def tune(self, paths: Paths) -> float:
+        return float(np.quantile(self.statistic(paths).max(axis=1), 1.0 - GOAL, method="higher"))
+
+    def fails_at(self, paths: Paths, threshold: float) -> Ints:
+        failed = self.statistic(paths) > threshold
+        return np.where(failed.any(axis=1), np.argmax(failed, axis=1), NEVER)
+
+
+class MannWhitney:
+    """Kayenta's judge every 30 minutes. The statistic is how many of the 900 differences don't exceed a quarter of their median."""
+
+    name = "Mann-Whitney every 30 min"
+
+    def statistic(self, paths: Paths) -> Floats:
+        """[rollout, judgement]; smaller is stronger."""
+        minutes = [_summed(x, 2, 2) for x in (paths.bad_c, paths.total_c, paths.bad_s, paths.total_s, paths.asked_c, paths.asked_s)]
+        slow_c, slow_s = _summed(paths.slow_c, 2, 2), _summed(paths.slow_s, 2, 2)
+        pairs = [(_ratio(minutes[0], minutes[1]), _ratio(minutes[2], minutes[3])),
+                 (worlds.p99(minutes[4], slow_c), worlds.p99(minutes[5], slow_s))]
+        rollouts = paths.bad_c.shape[0]
+        out = np.full((rollouts, LOOKS // _WINDOW), 900.0)
+        for c, s in pairs:
+            for j in range(LOOKS // _WINDOW):
+                part = slice(j * _POINTS, (j + 1) * _POINTS)
+                differences = (c[:, part, None] - s[:, None, part]).reshape(rollouts, -1)
+                bound = 0.25 * np.abs(np.median(differences, axis=1))
+                out[:, j] = np.minimum(out[:, j], (differences <= bound[:, None]).sum(axis=1))
+        return out
+
+    def tune(self, paths: Paths) -> float:
+        smallest = np.sort(self.statistic(paths).min(axis=1))
+        allowed = int(GOAL * len(smallest))
+        return float(smallest[allowed]) - 1.0  # whole numbers: with "≤ the one below" at most so many fail
+
+    def fails_at(self, paths: Paths, threshold: float) -> Ints:
+        failed = self.statistic(paths) <= threshold
+        return np.where(failed.any(axis=1), (np.argmax(failed, axis=1) + 1) * _WINDOW - 1, NEVER)
+
+
+COUNTING = (
+    Counting("Argo Rollouts, 5 min, failureLimit 3", 10, 10, 4),
+    Counting("Argo Rollouts, each look, failureLimit 3", 1, 1, 4),
+    Counting("Argo Rollouts, 5 min each look, failureLimit 3", 10, 1, 4),
+    Counting("Argo Rollouts, 5 min each look, failureLimit 10", 10, 1, 11),
+    Counting("Flagger, threshold 5", 2, 2, 5, together=True),
+    Counting("fixed threshold, 3 in a row", 1, 1, 3, consecutive=True),
+    Counting("fixed threshold, 10 in a row", 1, 1, 10, consecutive=True),
+)
+
+
+class Rivals:
+    """All rules, tuned once on paths of the constant world."""
+
+    def __init__(self, rng: np.random.Generator, rollouts: int) -> None:
+        paths = draw("constant", rng, rollouts, worlds.Harm())
+        self.fixed = {r.name: (r, r.tune(paths)) for r in COUNTING}
+        self.z, self.mw = ZTest(), MannWhitney()
+        self.z_threshold, self.mw_threshold = self.z.tune(paths), self.mw.tune(paths)
+
+    def fails_at(self, paths: Paths) -> dict[str, Ints]:
+        """Rule → look of its rollback per rollout."""
+        out = {f"{name}, tuned": rule.fails_at(paths, thresholds) for name, (rule, thresholds) in self.fixed.items()}
+        out[f"{self.z.name}, tuned"] = self.z.fails_at(paths, self.z_threshold)
+        out[f"{self.mw.name}, tuned"] = self.mw.fails_at(paths, self.mw_threshold)
+        out["Argo Rollouts, customary (errors ≤ 5 %)"] = COUNTING[0].fails_at(paths, _CUSTOMARY_ARGO)
+        out["Flagger, customary (success ≥ 99 %)"] = COUNTING[-3].fails_at(paths, _CUSTOMARY_FLAGGER)
+        out["z-test, customary (|z| > 1.96)"] = self.z.fails_at(paths, 1.96)
+        out["Kayenta, customary (98 %, effect ¼)"] = self.mw.fails_at(paths, _KAYENTA_98)
+        return out
+
+    @property
+    def fixed_names(self) -> tuple[str, ...]:
+        """Those that the goals about fixed thresholds speak of."""
+        return tuple(f"{name}, tuned" for name in self.fixed)
+
+
+def requests_until(paths: Paths, looks: Ints, from_look: int = 0) -> Floats:
+    """Candidate requests from look `from_look` up to and with the rollback; inf if it never came. NaN if it came before."""
+    total = np.cumsum(paths.requests, axis=1)
+    before = total[:, from_look - 1] if from_look else np.zeros(len(total))
+    at = np.take_along_axis(total, np.minimum(looks, LOOKS - 1)[:, None], axis=1)[:, 0]
+    out = np.where(looks >= NEVER, np.inf, at - before)
+    return np.where(looks < from_look, np.nan, out)

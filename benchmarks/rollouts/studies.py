@@ -1,0 +1,175 @@
+"""What is simulated: each study is a list of independent tasks with seeds of their own, so any number of processes gives the same."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import climb
+import gate_runs
+import numpy as np
+import worlds
+from rich.progress import Progress
+
+from hafnium_rollout.intake import fail_tests
+from hafnium_rollout.objects import Gate
+from hafnium_rollout.planning import plan_rollout
+
+PHIS = 60
+"""Operators per world: each measured φ on a week of their own; rollouts take turns."""
+CHUNK = 4
+ERRORS_MARGIN = SLOW_MARGIN = climb.PACE.margin
+SCORE_MARGIN = climb.PACE.score_shift
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a world, a harm, and how the rollout is set up."""
+
+    name: str
+    world: str = "constant"
+    harm: worlds.Harm = field(default_factory=worlds.Harm)
+    shadow: bool = True
+    with_phi: bool = True
+    person_skips: bool = False
+    share: float = 1.0
+    """Of the wanted number of rollouts."""
+
+
+AA = tuple(Case(f"aa {w}", w, person_skips=True) for w in worlds.WORLDS)
+AA_PLAIN = tuple(Case(f"plain {w}", w, with_phi=False, person_skips=True, share=0.2) for w in ("constant", "retries", "noise"))
+
+
+def _bad(times: int) -> tuple[Case, ...]:
+    live = {"live_only": True}
+    return (
+        Case(f"errors ×{times}", harm=worlds.Harm(errors=times * ERRORS_MARGIN)),
+        Case(f"errors ×{times}, live only", harm=worlds.Harm(errors=times * ERRORS_MARGIN, **live)),
+        Case(f"slow ×{times}, live only", harm=worlds.Harm(slow=times * SLOW_MARGIN, **live)),
+        Case(f"scores ×{times}", harm=worlds.Harm(score=times * SCORE_MARGIN)),
+    )
+
+
+BAD = (*_bad(2), Case("errors ×2 among retries, live only", "retries", worlds.Harm(errors=2 * ERRORS_MARGIN, live_only=True)),
+       Case("drift PSI .25", harm=worlds.Harm(drift=0.25)))
+AT_MARGIN = _bad(1)
+LATE_LOOK = 120
+DELAYS = (
+    Case("+0.5 pt", harm=worlds.Harm(errors=0.005), shadow=False),
+    Case("+1 pt", harm=worlds.Harm(errors=0.01), shadow=False),
+    Case("+2 pt", harm=worlds.Harm(errors=0.02), shadow=False),
+    Case("p99 × 1.1", harm=worlds.Harm(latency=1.1), shadow=False),
+    Case("p99 × 1.3", harm=worlds.Harm(latency=1.3), shadow=False),
+    Case("+1 pt after 60 min", harm=worlds.Harm(errors=0.01, from_look=LATE_LOOK), shadow=False),
+)
+PLAIN_DELAYS = tuple(
+    Case(c.name, harm=c.harm, shadow=False, with_phi=False, share=0.5) for c in DELAYS)
+SCORES = (("0.02", 0.02), ("0.05", 0.05))
+
+
+def _seed(seed: int, name: str, index: int) -> tuple[int, ...]:
+    return (seed, *name.encode(), index)
+
+
+def _run(case: Case, seed: int, phis: tuple[tuple[float, float], ...], indexes: tuple[int, ...]) -> list[climb.Ending]:
+    out: list[climb.Ending] = []
+    for i in indexes:
+        phi = phis[i % len(phis)] if case.with_phi else None
+        out.append(climb.Climb(
+            case.world, _seed(seed, case.name, i), case.harm, phi, shadow=case.shadow, drift=case.shadow,
+            person_skips=case.person_skips,
+        ).run())
+    return out
+
+
+def _phi(world: str, seed: int, index: int) -> tuple[float, float]:
+    return climb.measure_phi(world, np.random.default_rng(np.random.SeedSequence(_seed(seed, f"phi {world}", index))))
+
+
+def _passes(shadow: bool, weight: int, base: float, seed: int, index: int) -> float:
+    rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"pass {shadow} {weight} {base}", index)))
+    share = 0.5 if shadow else weight / 100
+    return gate_runs.until(_gate("errors"), "Pass", gate_runs.counted(rng, share, 100, base, base), weight=weight, shadow=shadow,
+                           alpha_fail=1e-12, units_max=200_000)
+
+
+def _fails(weight: int, base: float, harm: float, seed: int, index: int) -> float:
+    rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"fail {weight} {base} {harm}", index)))
+    return gate_runs.until(_gate("errors"), "Fail", gate_runs.counted(rng, weight / 100, 40, base + harm, base), weight=weight,
+                           shadow=False, alpha_fail=_alpha(), units_max=200_000)
+
+
+def _shift(shift: float, seed: int, index: int) -> float:
+    gate = Gate.model_validate({"name": "scores", "scores": {}, "compare": {"margin": 0.02, "harmless": 0.0}})
+    rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"scores {shift}", index)))
+    return gate_runs.until(gate, "Fail", gate_runs.pairs(rng, shift), weight=0, shadow=True, alpha_fail=_alpha(), units_max=20_000)
+
+
+def _gate(name: str) -> Gate:
+    return next(g for g in climb.sample(None, None).spec.gates if g.name == name)
+
+
+def _alpha() -> float:
+    spec = climb.sample(None, None).spec
+    return spec.gates[0].compare.alpha / fail_tests(spec)
+
+
+class Laboratory:
+    """Runs studies on a pool of processes, with a bar for each."""
+
+    def __init__(self, pool: ProcessPoolExecutor, bars: Progress, rollouts: int, seed: int) -> None:
+        self.pool, self.bars, self.rollouts, self.seed = pool, bars, rollouts, seed
+        self.phis: dict[str, tuple[tuple[float, float], ...]] = {}
+
+    def _map(self, name: str, function: Any, items: list[Any]) -> list[Any]:
+        bar = self.bars.add_task(name, total=len(items))
+        out: list[Any] = []
+        for found in self.pool.map(function, items):
+            out.append(found)
+            self.bars.advance(bar)
+        return out
+
+    def phi(self, world: str) -> tuple[tuple[float, float], ...]:
+        """Dispersion as measured by the operators of a world."""
+        if world not in self.phis:
+            self.phis[world] = tuple(self._map(f"φ in {world}", partial(_phi, world, self.seed), list(range(PHIS))))
+        return self.phis[world]
+
+    def run(self, case: Case) -> list[climb.Ending]:
+        """All rollouts of a case."""
+        count = max(int(self.rollouts * case.share), 1)
+        chunks = [tuple(range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
+        phis = self.phi(case.world) if case.with_phi else ()
+        return [e for part in self._map(case.name, partial(_run, case, self.seed, phis), chunks) for e in part]
+
+    def plan(self) -> list[tuple[str, float, float]]:
+        """(what, planned, simulated) medians in candidate requests, for the sample without dispersion."""
+        some = list(range(max(self.rollouts // 4, 20)))
+        out: list[tuple[str, float, float]] = []
+        rollout = climb.sample(None, None)
+        for base in (0.002, 0.01):
+            rows = [r for r in plan_rollout(rollout, rate=worlds.RATE, base=base, regression=0.01) if r.gate == "errors"]
+            for row in rows:
+                if row.pass_requests is None:
+                    raise ValueError(f"the plan says that an equal candidate doesn't pass: {row}")
+                found = self._map(f"Pass at {_where(row.weight, row.shadow)}, base {base:.1%}",
+                                  partial(_passes, row.shadow, row.weight, base, self.seed), some)
+                out.append((f"Pass, {_where(row.weight, row.shadow)}, base {base:.1%}", row.pass_requests, float(np.median(found))))
+        for weight, harm in ((5, 0.005), (5, 0.01), (5, 0.02), (25, 0.01)):
+            rows = plan_rollout(rollout, rate=worlds.RATE, base=worlds.BASE, regression=harm)
+            row = next(r for r in rows if r.gate == "errors" and r.weight == weight and not r.shadow)
+            planned = (row.fail_s or float("inf")) * worlds.RATE * weight / 100
+            found = self._map(f"Fail at {weight} %, +{100 * harm:g} pt", partial(_fails, weight, worlds.BASE, harm, self.seed), some)
+            out.append((f"Fail, {weight} %, +{100 * harm:g} pt", planned, float(np.median(found))))
+        return out
+
+    def shifts(self) -> dict[str, list[float]]:
+        """Pairs until Fail for a shift of the mean score."""
+        some = list(range(max(self.rollouts // 4, 20)))
+        return {name: self._map(f"scores shifted by {name}", partial(_shift, s, self.seed), some) for name, s in SCORES}
+
+
+def _where(weight: int, shadow: bool) -> str:
+    return "shadow" if shadow else f"{weight} %"
