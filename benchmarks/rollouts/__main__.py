@@ -57,7 +57,7 @@ class Results:
     """Rule → world → (rolled back, of)."""
     aa_why: dict[str, dict[str, int]] = field(default_factory=dict[str, Any])
     aa_ends: dict[str, dict[str, int]] = field(default_factory=dict[str, Any])
-    phi: dict[str, tuple[float, float]] = field(default_factory=dict[str, Any])
+    phi: dict[str, tuple[float, ...]] = field(default_factory=dict[str, Any])
     bad: dict[str, dict[str, int]] = field(default_factory=dict[str, Any])
     delays: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, Any])
     """Harm → rule → median, p90, missed."""
@@ -101,8 +101,8 @@ def false_rollbacks(lab: studies.Laboratory, wanted: list[str], results: Results
                 "a person had to go on": sum(e.phase == "Promoted" and bool(e.skipped) for e in ends),
                 "rolled back": sum(e.rolled_back for e in ends), "looks": sum(e.looks for e in ends),
             }
-            phis = np.array(lab.phi(case.world))
-            results.phi[case.world] = (float(np.median(phis[:, 0])), float(np.median(phis[:, 1])))
+            results.phi[case.world] = tuple(  # φ at ½ and its clumps, of errors and of slow requests
+                float(np.median([getattr(p[i], part) for p in lab.phi(case.world)])) for i in (0, 1) for part in ("phi", "clump"))
 
 
 def bad_candidates(lab: studies.Laboratory, results: Results) -> None:
@@ -199,7 +199,7 @@ def tables(results: Results, wanted: list[str]) -> list[Table]:
         for what in ("promoted on evidence alone", "a person had to go on", "rolled back", "looks"):
             table.add_row(what, *(str(results.aa_ends.get(w, {}).get(what, "")) for w in wanted))
         table.add_row("rolled back by", *(", ".join(f"{k} {v}" for k, v in results.aa_why.get(w, {}).items()) for w in wanted))
-        table.add_row("φ measured (errors, slow)", *("{:.2f}, {:.2f}".format(*results.phi[w]) if w in results.phi else "" for w in wanted))
+        table.add_row("φ at ½ (its clumps): errors, slow", *("{:.2f} ({:.2f}), {:.2f} ({:.2f})".format(*results.phi[w]) if w in results.phi else "" for w in wanted))
         out.append(table)
     if results.bad:
         table = Table("Bad candidates", "promoted", "rolled back", "paused", "of", box=None)
@@ -261,7 +261,7 @@ def main() -> int:
     results = Results(args.rollouts, args.seed)
     began = time.monotonic()
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with (ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool,
+    with (ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn"), initializer=studies.settle) as pool,
           Progress(*columns, console=Console(stderr=True)) as bars):
         if everything:
             results.decide_ms = speed.decide_ms()

@@ -59,7 +59,7 @@ class Ending:
         return self.phase == "RolledBack"
 
 
-def sample(phi_errors: float | None, phi_latency: float | None, *, shadow: bool = True) -> ModelRollout:
+def sample(phi_errors: Phi | None, phi_latency: Phi | None, *, shadow: bool = True) -> ModelRollout:
     """The ModelRollout that `hafnium` writes for a bundle, with the dispersion that an operator measured (None: not measured)."""
     named = SimpleNamespace(manifest=SimpleNamespace(model_name="risk", model_version="2", digest=CANDIDATE), digest8="a" * 8)
     data: dict[str, Any] = model_rollout(cast(Bundle, named), "file:///bundles/2", Serving(), PACE)
@@ -72,32 +72,42 @@ def sample(phi_errors: float | None, phi_latency: float | None, *, shadow: bool 
     for gate in spec["gates"]:
         phi = {"errors": phi_errors, "latency": phi_latency}.get(gate["name"])
         if phi is not None:
-            gate["compare"] = {**gate["compare"], "dispersion": {"phi": phi, "weight": 0.5}}
+            gate["compare"] = {**gate["compare"], "dispersion": {"phi": phi.phi, "weight": 0.5, "clump": phi.clump}}
     return parse_rollout(data, "sample")
 
 
-def measure_phi(world: str, rng: np.random.Generator) -> tuple[float, float]:
-    """φ of errors and of slow requests from a week of the stable model's own two halves, as an operator measures it."""
-    shape = (1, HISTORY_LOOKS)
-    found = worlds.arms(world if world in ("wave", "retries", "noise") else "constant", rng, shape, 0, worlds.Harm())
-    half = np.full(shape, worlds.REQUESTS // 2)
-    (ba, ta), (bb, tb) = (worlds.bad_counts(world, rng, half, s)[0:2] for s in (found.bad_stable, found.bad_candidate))
-    errors = [dispersion.ArmsLook(*x) for x in zip(ba[0].tolist(), ta[0].tolist(), bb[0].tolist(), tb[0].tolist(), strict=True)]
-    slow = [worlds.slow_counts(rng, half, late)[0] for late in (found.late_stable, found.late_candidate)]
-    n = half[0].tolist()
-    latency = max(
-        dispersion.measure(
-            [dispersion.ArmsLook(*x) for x in zip(slow[0][:, i].tolist(), n, slow[1][:, i].tolist(), n, strict=True)], worlds.LOOK_S).phi
-        for i in (1, 2)
-    )
-    return dispersion.measure(errors, worlds.LOOK_S).phi, latency
+@dataclass(frozen=True)
+class Phi:
+    """Dispersion of one gate, as an operator measured it: at an even split, and the part that is the same at every weight."""
+
+    phi: float
+    clump: float
+
+
+def measure_phi(world: str, rng: np.random.Generator) -> tuple[Phi, Phi]:
+    """φ of errors and of slow requests from a week of the stable model: once with its pods in two halves, once with 5 % of them."""
+    found: list[list[dispersion.Measured]] = []
+    for share in (0.5, 0.05):
+        shape = (1, HISTORY_LOOKS)
+        arms = worlds.arms(world if world in ("wave", "retries", "noise") else "constant", rng, shape, 0, worlds.Harm())
+        na = rng.binomial(worlds.REQUESTS, share, shape)
+        nb = worlds.REQUESTS - na
+        (ba, ta), (bb, tb) = worlds.bad_counts(world, rng, na, arms.bad_candidate), worlds.bad_counts(world, rng, nb, arms.bad_stable)
+        sa, sb = worlds.slow_counts(rng, na, arms.late_candidate)[0], worlds.slow_counts(rng, nb, arms.late_stable)[0]
+        columns = [(ba[0], ta[0], bb[0], tb[0]), *((sa[:, i], na[0], sb[:, i], nb[0]) for i in (1, 2))]
+        found.append([
+            dispersion.measure([dispersion.ArmsLook(*x) for x in zip(*(c.tolist() for c in four), strict=True)], worlds.LOOK_S)
+            for four in columns
+        ])
+    each = [Phi(large.phi, dispersion.clump_of(large, small)) for large, small in zip(*found, strict=True)]
+    return each[0], Phi(max(p.phi for p in each[1:]), max(p.clump for p in each[1:]))
 
 
 class Climb:
     """A rollout and the world around it. `step` is one look."""
 
     def __init__(
-        self, world: str, seed: tuple[int, ...], harm: worlds.Harm, phi: tuple[float, float] | None, *, shadow: bool = True,
+        self, world: str, seed: tuple[int, ...], harm: worlds.Harm, phi: tuple[Phi, Phi] | None, *, shadow: bool = True,
         drift: bool = True, person_skips: bool = False,
     ) -> None:
         """`phi`: dispersion of errors and of slow requests as measured; None: not given. `person_skips`: at a deadline a person goes on,
@@ -121,7 +131,8 @@ class Climb:
         self.window_step = -1
         self.evidence: tuple[EvidenceSpec, ...] = ()
 
-    def run(self) -> Ending:
+    def run(self, *, to_end: bool = True) -> Ending:
+        """To the end of the rollout, or until the candidate gets all requests (which then counts as promoted)."""
         requests = pairs = looks = 0
         ends = ("Promoted", "RolledBack", *(() if self.person_skips else ("Paused",)))
         while self.status.phase not in ends and self.look < LOOKS_MAX - 1:
@@ -130,6 +141,8 @@ class Climb:
                 if had is not None and self.look - 1 >= self.harm.from_look:
                     requests, pairs, looks = requests + had[0], pairs + had[1], looks + 1
                 return self._ending("RolledBack", self.status.rollback.reason, self.status.rollback.message, requests, pairs, looks)
+            if not to_end and self.route.weight == 100:
+                return self._ending("Promoted", "reached 100 %", "", requests, pairs, looks)
             # A look that begins before the weight is seen counts for no rule, here and for the rivals.
             if had is None:
                 continue

@@ -33,7 +33,7 @@ def until(gate: Gate, wanted: str, draw: Callable[[], Seen], *, weight: int, sha
 def _context(now: datetime, weight: int, shadow: bool, alpha_fail: float) -> GateContext:
     return GateContext(
         now=now, shadow=shadow, weight=weight, digest="", step_since=START, counts_for_pass=True, counts_for_fail=True,
-        run_since=START, alpha_fail=alpha_fail, fresh=timedelta(minutes=1),
+        run_since=START, alpha_fail=alpha_fail, alpha_limit=alpha_fail, fresh=timedelta(minutes=1),
     )
 
 

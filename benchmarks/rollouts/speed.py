@@ -29,7 +29,7 @@ class Timed(climb.Climb):
     """A climb with 50 gates that notes how long each decision took."""
 
     def __init__(self) -> None:
-        super().__init__("constant", (1,), worlds.Harm(), (1.2, 1.2))
+        super().__init__("constant", (1,), worlds.Harm(), (climb.Phi(1.2, 1.0), climb.Phi(1.2, 1.0)))
         self.rollout = crowded(self.rollout)
         self.live_ms: list[float] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +14,15 @@ import numpy as np
 import worlds
 from rich.progress import Progress
 
-from hafnium_rollout.intake import fail_tests
+from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.planning import plan_rollout
 
-PHIS = 60
+PHIS = 50
 """Operators per world: each measured φ on a week of their own; rollouts take turns."""
 CHUNK = 4
+BAKED = 10
+"""Every so many false-rollback runs go on through the hour at weight 100, where only the hard limit and drift can still fail."""
 ERRORS_MARGIN = SLOW_MARGIN = climb.PACE.margin
 SCORE_MARGIN = climb.PACE.score_shift
 
@@ -73,18 +76,24 @@ def _seed(seed: int, name: str, index: int) -> tuple[int, ...]:
     return (seed, *name.encode(), index)
 
 
-def _run(case: Case, seed: int, phis: tuple[tuple[float, float], ...], indexes: tuple[int, ...]) -> list[climb.Ending]:
+def settle() -> None:
+    """For each process of the pool: what a rollout leaves behind has no cycles, so it need not be searched for them all the time."""
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 50)
+
+
+def _run(case: Case, seed: int, phis: tuple[tuple[climb.Phi, climb.Phi], ...], indexes: tuple[int, ...]) -> list[climb.Ending]:
     out: list[climb.Ending] = []
     for i in indexes:
         phi = phis[i % len(phis)] if case.with_phi else None
         out.append(climb.Climb(
             case.world, _seed(seed, case.name, i), case.harm, phi, shadow=case.shadow, drift=case.shadow,
             person_skips=case.person_skips,
-        ).run())
+        ).run(to_end=not case.person_skips or i % BAKED == 0))
     return out
 
 
-def _phi(world: str, seed: int, index: int) -> tuple[float, float]:
+def _phi(world: str, seed: int, index: int) -> tuple[climb.Phi, climb.Phi]:
     return climb.measure_phi(world, np.random.default_rng(np.random.SeedSequence(_seed(seed, f"phi {world}", index))))
 
 
@@ -98,22 +107,21 @@ def _passes(shadow: bool, weight: int, base: float, seed: int, index: int) -> fl
 def _fails(weight: int, base: float, harm: float, seed: int, index: int) -> float:
     rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"fail {weight} {base} {harm}", index)))
     return gate_runs.until(_gate("errors"), "Fail", gate_runs.counted(rng, weight / 100, 40, base + harm, base), weight=weight,
-                           shadow=False, alpha_fail=_alpha(), units_max=200_000)
+                           shadow=False, alpha_fail=_alpha("errors"), units_max=200_000)
 
 
 def _shift(shift: float, seed: int, index: int) -> float:
     gate = Gate.model_validate({"name": "scores", "scores": {}, "compare": {"margin": 0.02, "harmless": 0.0}})
     rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"scores {shift}", index)))
-    return gate_runs.until(gate, "Fail", gate_runs.pairs(rng, shift), weight=0, shadow=True, alpha_fail=_alpha(), units_max=20_000)
+    return gate_runs.until(gate, "Fail", gate_runs.pairs(rng, shift), weight=0, shadow=True, alpha_fail=_alpha("scores"), units_max=20_000)
 
 
 def _gate(name: str) -> Gate:
     return next(g for g in climb.sample(None, None).spec.gates if g.name == name)
 
 
-def _alpha() -> float:
-    spec = climb.sample(None, None).spec
-    return spec.gates[0].compare.alpha / fail_tests(spec)
+def _alpha(name: str) -> float:
+    return alphas_of(_gate(name), alpha_parts(climb.sample(None, None).spec))[0]
 
 
 class Laboratory:
@@ -121,7 +129,7 @@ class Laboratory:
 
     def __init__(self, pool: ProcessPoolExecutor, bars: Progress, rollouts: int, seed: int) -> None:
         self.pool, self.bars, self.rollouts, self.seed = pool, bars, rollouts, seed
-        self.phis: dict[str, tuple[tuple[float, float], ...]] = {}
+        self.phis: dict[str, tuple[tuple[climb.Phi, climb.Phi], ...]] = {}
 
     def _map(self, name: str, function: Any, items: list[Any]) -> list[Any]:
         bar = self.bars.add_task(name, total=len(items))
@@ -131,7 +139,7 @@ class Laboratory:
             self.bars.advance(bar)
         return out
 
-    def phi(self, world: str) -> tuple[tuple[float, float], ...]:
+    def phi(self, world: str) -> tuple[tuple[climb.Phi, climb.Phi], ...]:
         """Dispersion as measured by the operators of a world."""
         if world not in self.phis:
             self.phis[world] = tuple(self._map(f"φ in {world}", partial(_phi, world, self.seed), list(range(PHIS))))

@@ -46,6 +46,8 @@ class GateContext:
     """Start of the run: a job's Fail about the candidate counts from then on, whatever the step."""
     alpha_fail: float
     """The gate's share of alpha for Fail: the claim holds for all gates of the rollout together."""
+    alpha_limit: float
+    """The same for its hard limit."""
     fresh: timedelta
     """For how long a verdict stands without new data."""
     void: str = ""
@@ -166,11 +168,11 @@ def _phi(gate: Gate, s: Series) -> float:
     if d is None:
         return 1.0
     total = s.candidate.total + s.stable.total
-    return dispersion.at_weight(d.phi, d.weight, s.candidate.total / total if total else 0.0)
+    return dispersion.at_weight(d.phi, d.weight, s.candidate.total / total if total else 0.0, d.clump)
 
 
 def _over(limit: tilt.LimitState, context: GateContext) -> bool:
-    return tilt.log_e_limit(limit) >= math.log(1.0 / context.alpha_fail)
+    return tilt.log_e_limit(limit) >= math.log(1.0 / context.alpha_limit)
 
 
 def _stable_above(hard_limit: float, recent: tuple[float, float], look: Counts) -> bool:

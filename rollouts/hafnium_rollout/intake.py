@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from hafnium_rollout.gates import GateContext, judge
-from hafnium_rollout.objects import RolloutSpec
+from hafnium_rollout.objects import Gate, RolloutSpec
 from hafnium_rollout.observation import LiveRoute, Look
 from hafnium_rollout.statistics import sample_ratio
 from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus
@@ -108,26 +108,44 @@ def _judge_gates(turn: Turn, steady: bool) -> Turn:
     turn = _sample_ratio(turn, look if counts else None)
     before = {g.name: g for g in status.gates}
     gates: list[GateStatus] = []
-    tests = fail_tests(spec)
+    parts = alpha_parts(spec)
     base = GateContext(
         now=turn.now, shadow=step.shadow_observed and not step.weight_observed, weight=step.weight_observed or 0,
         digest=candidate.digest, step_since=step_since, run_since=status.started_at, counts_for_pass=counts,
-        counts_for_fail=counts or (steady and step_since is None), alpha_fail=1.0, fresh=_fresh(spec),
+        counts_for_fail=counts or (steady and step_since is None), alpha_fail=1.0, alpha_limit=1.0, fresh=_fresh(spec),
         void=turn.status.sample_ratio_message,
     )
-    contexts: dict[float, GateContext] = {}  # most gates share one alpha
+    contexts: dict[tuple[float, float], GateContext] = {}  # most gates share their alphas
     for gate in spec.gates:
-        alpha = gate.compare.alpha / (tests if gate.blocking else 1)
-        context = contexts.get(alpha) or contexts.setdefault(alpha, replace(base, alpha_fail=alpha))
+        alphas = alphas_of(gate, parts)
+        context = contexts.get(alphas) or contexts.setdefault(alphas, replace(base, alpha_fail=alphas[0], alpha_limit=alphas[1]))
         old = before.get(gate.name) or GateStatus(name=gate.name, role=gate.role)
         gates.append(judge(gate, old, look, turn.seen.evidence, turn.seen.evidence_error, context))
     turn = turn.update(gates=tuple(gates))
     return turn.update(step=_samples(turn, step, look if counts else None))
 
 
-def fail_tests(spec: RolloutSpec) -> int:
-    """How many ways there are to fail by chance: alpha is split over them. Findings of jobs carry their own error rate."""
-    return sum((g.counted or g.kind == "scores") + (g.hard_limit is not None) for g in spec.gates if g.blocking) or 1
+_PART_SCORES = 0.25
+_PART_LIMIT = 0.1
+"""Of the alpha that a comparison of counts gets. A crossed limit and a shifted score gather evidence so fast that a smaller alpha
+costs them a look at most, while it makes the comparisons of counts, which are slow, quicker by 6 %."""
+
+
+def alpha_parts(spec: RolloutSpec) -> float:
+    """Into how many parts the rollout's alpha is split: ways to fail by chance, weighted. Findings of jobs have their own error rate."""
+    return sum(_part(g) + (_PART_LIMIT if g.hard_limit is not None else 0.0) for g in spec.gates if g.blocking) or 1.0
+
+
+def alphas_of(gate: Gate, parts: float) -> tuple[float, float]:
+    """The gate's own alpha for its comparison and for its hard limit, out of `alpha_parts` of the rollout."""
+    alpha = gate.compare.alpha
+    if not gate.blocking:
+        return alpha, alpha
+    return alpha * _part(gate) / parts, alpha * _PART_LIMIT / parts
+
+
+def _part(gate: Gate) -> float:
+    return 1.0 if gate.counted else _PART_SCORES if gate.kind == "scores" else 0.0
 
 
 def _fresh(spec: RolloutSpec) -> timedelta:

@@ -201,6 +201,8 @@ class Dispersion(Strict):
     """1: every request is a coin of its own; 2: bad requests come in bursts that halve what they tell."""
     weight: float = Field(default=0.5, gt=0, lt=1)
     """The candidate's share of requests when φ was measured."""
+    clump: float | None = Field(default=None, ge=1, le=1000)
+    """The part of φ that is the same at every weight: retries, keep-alive. Measured at a second, smaller share. Not given: all of φ."""
 
 
 class Compare(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hafnium_rollout.intake import fail_tests
+from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.objects import Gate, ModelRollout, Step
 from hafnium_rollout.statistics import dispersion, plan
 
@@ -40,27 +40,27 @@ def plan_rollout(rollout: ModelRollout, *, rate: float, base: float, regression:
     """
     if rate <= 0 or not 0 <= base < 1 or not 0 < regression < 1 or base + regression > 1:
         raise ValueError("rate must be above 0 requests/s, base in [0, 1) and regression above 0, together at most 1")
-    tests = fail_tests(rollout.spec)
+    parts = alpha_parts(rollout.spec)
     return [
-        _gate(i, step, gate, tests if gate.blocking else 1, rate, base, regression)
+        _gate(i, step, gate, alphas_of(gate, parts)[0], rate, base, regression)
         for i, step in enumerate(rollout.spec.strategy.steps) if step.shadow or step.live_weight < 100
         for gate in rollout.spec.gates if gate.counted
     ]
 
 
-def _gate(index: int, step: Step, gate: Gate, tests: int, rate: float, base: float, regression: float) -> GatePlan:
+def _gate(index: int, step: Step, gate: Gate, alpha_fail: float, rate: float, base: float, regression: float) -> GatePlan:
     weight = 0.5 if step.shadow else min(step.live_weight / 100.0, _AT_100)
     per_s = rate if step.shadow else rate * weight
     d = gate.compare.dispersion
-    phi = dispersion.at_weight(d.phi, d.weight, weight) if d is not None else 1.0
+    phi = dispersion.at_weight(d.phi, d.weight, weight, d.clump) if d is not None else 1.0
     alpha = gate.compare.alpha
     median, late = (
         plan.requests_to_pass(base, base, weight, alpha, gate.margin, phi=phi, quantile=q) for q in (0.5, 0.9)
     )
-    fail = plan.requests_to_fail(base + regression, base, weight, alpha / tests, harmless=gate.harmless, phi=phi)
+    fail = plan.requests_to_fail(base + regression, base, weight, alpha_fail, harmless=gate.harmless, phi=phi)
     step_s = None if median is None else max(step.min_dwell.total_seconds(), step.min_samples / per_s, median / per_s)
     seen = (step_s if step_s is not None else step.deadline.total_seconds()) * per_s
-    chance = plan.chance_of_fail(base + regression, base, weight, alpha / tests, seen, harmless=gate.harmless, phi=phi)
+    chance = plan.chance_of_fail(base + regression, base, weight, alpha_fail, seen, harmless=gate.harmless, phi=phi)
     return GatePlan(
         step=index, weight=step.live_weight, shadow=step.shadow, gate=gate.name, pass_requests=median,
         pass_s=None if median is None else median / per_s, pass_s_p90=None if late is None else late / per_s, step_s=step_s,

@@ -98,8 +98,10 @@ def _condition(
     old: Condition | None, kind: str, value: bool | None, reason: str, message: str, turn: Turn,
 ) -> Condition:
     text: Literal["True", "False", "Unknown"] = "Unknown" if value is None else "True" if value else "False"
+    reason, message, generation = reason or "None", message[:MESSAGE_CHARACTERS_MAX], turn.rollout.metadata.generation
+    if old is not None and (old.status, old.reason, old.message, old.observed_generation) == (text, reason, message, generation):
+        return old
     changed = old.last_transition_time if old is not None and old.status == text else turn.now
     return Condition(
-        type=kind, status=text, observed_generation=turn.rollout.metadata.generation, reason=reason or "None",
-        message=message[:MESSAGE_CHARACTERS_MAX], last_transition_time=changed,
+        type=kind, status=text, observed_generation=generation, reason=reason, message=message, last_transition_time=changed,
     )

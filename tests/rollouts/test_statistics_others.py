@@ -179,10 +179,45 @@ def test_a_short_or_faultless_history_says_so() -> None:
         dispersion.measure([], 0.0)
 
 
-def test_dispersion_grows_with_the_weight_and_never_falls_below_one() -> None:
+def test_dispersion_of_an_unknown_cause_is_taken_at_its_worst() -> None:
     assert dispersion.at_weight(3.0, 0.5, 0.5) == pytest.approx(3.0)
-    assert dispersion.at_weight(3.0, 0.5, 0.05) == pytest.approx(1.38)
+    assert dispersion.at_weight(3.0, 0.5, 0.05) == pytest.approx(3.0)  # retries make the same φ at every weight
+    assert dispersion.at_weight(1.38, 0.05, 0.5) == pytest.approx(3.0)  # noise of an arm grows with what it gets
     assert dispersion.at_weight(1.0, 0.5, 0.25) == 1.0
     assert dispersion.at_weight(3.0, 0.5, 0.0) == 1.0
     with pytest.raises(ValueError, match="between 0 and 1"):
         dispersion.at_weight(3.0, 1.0, 0.5)
+
+
+def test_dispersion_whose_clumps_are_known_grows_with_the_weight_only_in_the_rest() -> None:
+    assert dispersion.at_weight(3.0, 0.5, 0.05, clump=1.0) == pytest.approx(1.38)
+    assert dispersion.at_weight(3.0, 0.5, 0.05, clump=3.0) == pytest.approx(3.0)
+    assert dispersion.at_weight(5.0, 0.5, 0.05, clump=3.0) == pytest.approx(3.38)
+
+
+def _split_history(rng: np.random.Generator, share: float, clump: int, sd: float) -> dispersion.Measured:
+    """Two days at 100 requests/s: failures in clumps, and noise of each arm that stays for five minutes."""
+    looks: list[dispersion.ArmsLook] = []
+    for i in range(2 * 2880):
+        if i % 10 == 0:
+            pa, pb = (0.01 * math.exp(rng.normal(0, sd)) for _ in range(2))
+        na = round(3000 * share)
+        a, b = int(rng.binomial(na // clump, pa)) * clump, int(rng.binomial((3000 - na) // clump, pb)) * clump
+        looks.append(dispersion.ArmsLook(a, na, b, 3000 - na))
+    return dispersion.measure(looks, 30.0)
+
+
+@pytest.mark.parametrize(("clump", "sd"), [(4, 0.0), (1, 0.2), (4, 0.2)], ids=["retries", "noise", "both"])
+def test_two_measurements_tell_clumps_from_noise_of_an_arm(clump: int, sd: float) -> None:
+    """What they foretell for 25 % is what is measured there."""
+    rng = np.random.default_rng(8)
+    large, small = _split_history(rng, 0.5, clump, sd), _split_history(rng, 0.05, clump, sd)
+    found = dispersion.clump_of(large, small)
+    assert 0.6 * clump <= found <= 1.6 * clump
+    there = _split_history(rng, 0.25, clump, sd).phi
+    assert dispersion.at_weight(large.phi, large.weight, 0.25, found) == pytest.approx(there, rel=0.35)
+
+
+def test_measurements_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="more even"):
+        dispersion.clump_of(dispersion.Measured(2, 0.05, 99), dispersion.Measured(2, 0.5, 99))

@@ -36,7 +36,7 @@ class ArmsLook:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """φ and the weight (share of arm a) at which it was measured: it grows with the weight, see `at_weight`."""
+    """φ and the weight (share of arm a) at which it was measured; for other weights see `at_weight`."""
 
     phi: float
     weight: float
@@ -78,10 +78,32 @@ def _arrays(looks: Sequence[ArmsLook]) -> tuple[_Floats, _Floats, _Floats, _Floa
     return table[:, 1], table[:, 1] + table[:, 3], table[:, 0] + table[:, 2], table[:, 0]
 
 
-def at_weight(phi: float, weight_measured: float, weight: float) -> float:
-    """φ at the candidate's share `weight` (0..1): 1 + (φ − 1)·w(1−w)/(w₀(1−w₀)). Never below 1."""
+def at_weight(phi: float, weight_measured: float, weight: float, clump: float | None = None) -> float:
+    """φ at the candidate's share `weight` (0..1). Never below 1.
+
+    Clumps within one arm (retries, keep-alive) make the same φ at every weight. Noise of a whole arm (a slow pod) grows with what the
+    arm gets: its part of φ is proportional to w(1−w). `clump` is the part of φ that doesn't depend on the weight. Without it the cause
+    is unknown and the larger of the two answers is taken: φ itself at smaller shares, all of φ − 1 grown at larger ones.
+    """
     if not 0 < weight_measured < 1:
         raise ValueError(f"the weight at which φ was measured lies between 0 and 1, got {weight_measured}")
+    phi = max(phi, 1.0)
     if not 0 < weight < 1:
         return 1.0 if weight <= 0 else phi
-    return 1.0 + max(phi - 1.0, 0.0) * weight * (1.0 - weight) / (weight_measured * (1.0 - weight_measured))
+    scale = weight * (1.0 - weight) / (weight_measured * (1.0 - weight_measured))
+    if clump is None:
+        return 1.0 + (phi - 1.0) * max(scale, 1.0)
+    fixed = min(max(clump, 1.0), phi)
+    return fixed + (phi - fixed) * scale
+
+
+def clump_of(large: Measured, small: Measured) -> float:
+    """The part of φ that doesn't depend on the weight, from two measurements: at a share near ½, and at one as small as the first step.
+
+    Solves φ(w) = clump + s·w(1−w). A φ that is smaller at the larger share (chance) is all clump.
+    """
+    v_large, v_small = (x.weight * (1.0 - x.weight) for x in (large, small))
+    if v_large <= v_small:
+        raise ValueError(f"the first measurement needs the more even split, got shares {large.weight:g} and {small.weight:g}")
+    slope = max(large.phi - small.phi, 0.0) / (v_large - v_small)
+    return min(max(small.phi - slope * v_small, 1.0), large.phi)
