@@ -4,7 +4,8 @@
     python benchmarks/rollouts --rollouts 100           a tenth of it
     python benchmarks/rollouts --world wave,retries     false rollbacks in these worlds only
 
-Every rollout is the whole climb of the sample ModelRollout through `decide`, with all of its gates. docs/rollout-figures.md explains.
+Whole climbs of the sample ModelRollout go through `decide` with all of its gates; the 1,000 in each world are the same gates' evidence over
+arrays, which a test holds equal to production's `judge`. docs/rollout-figures.md explains.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from scipy.stats import beta
 
 OURS = "Hafnium, φ measured"
 PLAIN = "Hafnium, φ not given"
+CLIMBS = "Hafnium, whole climbs through decide"
 AA_GOAL, BAD_GOAL, MARGIN_GOAL, PLAN_GOAL, DECIDE_MS_GOAL = 10.0, 1.0, 2.0, 0.2, 5.0
 DELAY_GOALS = {
     "+0.5 pt": ("0_5pt", 0.75, 0.45), "+1 pt": ("1pt", 1.05, 0.95), "+2 pt": ("2pt", 1.35, 1.15), "p99 × 1.3": ("p99_x1_3", 0.8, 0.45),
@@ -52,6 +54,7 @@ class Results:
     """All that is printed, plotted and written."""
 
     rollouts: int
+    climbs: int
     seed: int
     aa: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict[str, Any])
     """Rule → world → (rolled back, of)."""
@@ -87,22 +90,35 @@ def gate_of(e: Ending) -> str:
 
 
 def false_rollbacks(lab: studies.Laboratory, wanted: list[str], results: Results) -> None:
-    for case in (*studies.AA, *studies.AA_PLAIN):
+    """All gates together: the counted ones on paths of each world, scores and drift beside them, rollout by rollout."""
+    for world in wanted:
+        nothing = worlds.Harm()
+        counted = lab.counted(f"paths of {world}", world, nothing, shadow=studies.SHADOW, with_phi=True)[0] < rivals.NEVER
+        scores, drift = (np.array(x) for x in lab.false_otherwise(world))
+        any_gate = counted | scores | drift
+        results.aa.setdefault(OURS, {})[world] = (int(any_gate.sum()), len(any_gate))
+        results.aa_why[world] = {"errors, latency": int(counted.sum()), "scores": int(scores.sum()), "drift": int(drift.sum())}
+        results.phi[world] = tuple(  # φ at ½ and its clumps, of errors and of slow requests
+            float(np.median([getattr(p[i], part) for p in lab.phi(world)])) for i in (0, 1) for part in ("phi", "clump"))
+        if world in studies.PLAIN_WORLDS:
+            plain = lab.counted(f"paths of {world}, no φ", world, nothing, shadow=studies.SHADOW, with_phi=False)[0] < rivals.NEVER
+            results.aa.setdefault(PLAIN, {})[world] = (int((plain | scores | drift).sum()), len(plain))
+
+
+def whole_climbs(lab: studies.Laboratory, wanted: list[str], results: Results) -> None:
+    """Equal candidates through the whole of `decide`."""
+    for case in studies.AA:
         if case.world not in wanted:
             continue
         ends = lab.run(case)
-        name = OURS if case.with_phi else PLAIN
-        results.aa.setdefault(name, {})[case.world] = (sum(e.rolled_back for e in ends), len(ends))
-        why = Counter(gate_of(e) for e in ends if e.rolled_back)
-        if case.with_phi:
-            results.aa_why[case.world] = dict(why)
-            results.aa_ends[case.world] = {
-                "promoted on evidence alone": sum(e.phase == "Promoted" and not e.skipped for e in ends),
-                "a person had to go on": sum(e.phase == "Promoted" and bool(e.skipped) for e in ends),
-                "rolled back": sum(e.rolled_back for e in ends), "looks": sum(e.looks for e in ends),
-            }
-            results.phi[case.world] = tuple(  # φ at ½ and its clumps, of errors and of slow requests
-                float(np.median([getattr(p[i], part) for p in lab.phi(case.world)])) for i in (0, 1) for part in ("phi", "clump"))
+        results.aa.setdefault(CLIMBS, {})[case.world] = (sum(e.rolled_back for e in ends), len(ends))
+        results.aa_ends[case.world] = {
+            "promoted on evidence alone": sum(e.phase == "Promoted" and not e.skipped for e in ends),
+            "a person had to go on": sum(e.phase == "Promoted" and bool(e.skipped) for e in ends),
+            "rolled back": sum(e.rolled_back for e in ends), "looks": sum(e.looks for e in ends),
+        }
+        for gate, count in Counter(gate_of(e) for e in ends if e.rolled_back).items():
+            results.aa_ends[case.world][f"by {gate}"] = count
 
 
 def bad_candidates(lab: studies.Laboratory, results: Results) -> None:
@@ -113,13 +129,10 @@ def bad_candidates(lab: studies.Laboratory, results: Results) -> None:
 
 
 def delays(lab: studies.Laboratory, results: Results) -> None:
-    for case in (*studies.DELAYS, *studies.PLAIN_DELAYS):
-        late = case.harm.from_look > 0
-        values = [
-            float("inf") if not e.rolled_back else float("nan") if e.requests == 0 else e.minutes if late else float(e.requests)
-            for e in lab.run(case)
-        ]
-        results.delays.setdefault(case.name, {})[OURS if case.with_phi else PLAIN] = quantiles(np.array(values))
+    for case in studies.DELAYS:
+        for name, with_phi in ((OURS, True), (PLAIN, False)):
+            values = lab.counted(f"{case.name}{'' if with_phi else ', no φ'}", case.world, case.harm, shadow=0, with_phi=with_phi)[1]
+            results.delays.setdefault(case.name, {})[name] = quantiles(values)
     results.scores = {name: quantiles(np.array(v)) for name, v in lab.shifts().items()}
 
 
@@ -141,10 +154,7 @@ def others(rollouts: int, seed: int, wanted: list[str], with_delays: bool, bars:
         for count in chunks:
             paths = rivals.draw("constant", rng, count, case.harm)
             for name, looks in rules.fails_at(paths).items():
-                start = case.harm.from_look
-                value = rivals.requests_until(paths, looks, start)
-                if start:
-                    value = np.where(np.isfinite(value), (looks - start + 1) * worlds.LOOK_S / 60, value)
+                value = rivals.delay(paths, looks, case.harm.from_look)
                 gathered.setdefault(name, []).append(value)
             bars.advance(bar)
         for name, parts in gathered.items():
@@ -165,8 +175,9 @@ def figures(results: Results) -> dict[str, Figure]:
         out[f"aa_false_rollbacks_per_1000_{world}"] = Figure(1000 * found / of, "", "lower", AA_GOAL, (low, high))
     if results.bad:
         for key, cases, goal in (("bad_promoted_per_1000", studies.BAD, BAD_GOAL), ("bad_promoted_at_margin_per_1000", studies.AT_MARGIN, MARGIN_GOAL)):
-            shares = tuple(1000 * results.bad[c.name]["promoted"] / results.bad[c.name]["of"] for c in cases)
-            out[key] = Figure(max(shares), "", "lower", goal, shares)
+            rows = [results.bad[c.name] for c in cases]
+            of_all = 1000 * sum(r["promoted"] for r in rows) / sum(r["of"] for r in rows)
+            out[key] = Figure(of_all, "", "lower", goal, tuple(1000 * r["promoted"] / r["of"] for r in rows))
     for name, (key, median_goal, p90_goal) in DELAY_GOALS.items():
         row = results.delays.get(name)
         if row is None or OURS not in row:
@@ -195,10 +206,10 @@ def tables(results: Results, wanted: list[str]) -> list[Table]:
                          else f"{1000 * found / of:.0f}" if of else "")
         out[-1].add_row(rule, *cells)
     if results.aa_ends:
-        table = Table("Good candidates", *wanted, box=None)
-        for what in ("promoted on evidence alone", "a person had to go on", "rolled back", "looks"):
+        table = Table("Good candidates, whole climbs", *wanted, box=None)
+        for what in dict.fromkeys(k for row in results.aa_ends.values() for k in row):
             table.add_row(what, *(str(results.aa_ends.get(w, {}).get(what, "")) for w in wanted))
-        table.add_row("rolled back by", *(", ".join(f"{k} {v}" for k, v in results.aa_why.get(w, {}).items()) for w in wanted))
+        table.add_row("of the 1,000: rolled back by", *(", ".join(f"{k} {v}" for k, v in results.aa_why.get(w, {}).items()) for w in wanted))
         table.add_row("φ at ½ (its clumps): errors, slow", *("{:.2f} ({:.2f}), {:.2f} ({:.2f})".format(*results.phi[w]) if w in results.phi else "" for w in wanted))
         out.append(table)
     if results.bad:
@@ -247,7 +258,9 @@ def markdown(table: Table) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=1000, help="in each world and case")
+    parser.add_argument("--rollouts", type=int, default=1000, help="in each world, and for each delay")
+    parser.add_argument("--climbs", type=int, default=300, help="of equal candidates in each world, and of each kind of bad one, "
+                        "through the whole of decide")
     parser.add_argument("--world", default="", help=f"comma-separated, of: {', '.join(worlds.WORLDS)}; false rollbacks only")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -255,23 +268,25 @@ def main() -> int:
     wanted = [w for w in args.world.split(",") if w] or list(worlds.WORLDS)
     if unknown := set(wanted) - set(worlds.WORLDS):
         parser.error(f"no such world: {', '.join(sorted(unknown))}")
-    if args.rollouts < 1 or args.processes < 1:
-        parser.error("--rollouts and --processes must be at least 1")
+    if min(args.rollouts, args.processes, args.climbs) < 1:
+        parser.error("--rollouts, --climbs and --processes must be at least 1")
     everything = not args.world
-    results = Results(args.rollouts, args.seed)
+    results = Results(args.rollouts, args.climbs, args.seed)
     began = time.monotonic()
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn"), initializer=studies.settle) as pool,
           Progress(*columns, console=Console(stderr=True)) as bars):
         if everything:
             results.decide_ms = speed.decide_ms()
-        lab = studies.Laboratory(pool, bars, args.rollouts, args.seed)
+        lab = studies.Laboratory(pool, bars, args.rollouts, args.climbs, args.seed)
         false_rollbacks(lab, wanted, results)
         if everything:
-            bad_candidates(lab, results)
             delays(lab, results)
             results.plan = lab.plan()
         others(args.rollouts, args.seed, wanted, everything, bars, results)
+        whole_climbs(lab, wanted, results)
+        if everything:
+            bad_candidates(lab, results)
     results.seconds = time.monotonic() - began
     console = Console(width=240)
     made = tables(results, wanted)
@@ -282,7 +297,7 @@ def main() -> int:
     (OUT / "rollouts.md").write_text("\n\n".join(markdown(t) for t in made) + "\n", encoding="utf-8")
     (OUT / "rollouts-details.json").write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plots.draw(results, wanted, OUT)
-    print(f"{args.rollouts} rollouts in each world, seed {args.seed}, {results.seconds:.0f} s")
+    print(f"{args.rollouts} rollouts and {args.climbs} whole climbs in each world, seed {args.seed}, {results.seconds:.0f} s")
     return 1 if publish("rollouts", figures(results)) else 0
 
 

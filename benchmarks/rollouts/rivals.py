@@ -23,7 +23,7 @@ from worlds import Floats, Ints
 
 STEP = 240
 LOOKS = 2 * STEP
-NEVER = LOOKS + 1
+NEVER = 10**6
 GOAL = 0.01
 _WINDOW = 60
 _POINTS = 30
@@ -52,13 +52,14 @@ class Paths:
         return self.asked_c
 
 
-def draw(world: str, rng: np.random.Generator, rollouts: int, harm: worlds.Harm) -> Paths:
-    """Traffic of live steps."""
-    shape = (rollouts, LOOKS)
-    arms = worlds.arms(world, rng, shape, STEP, harm)
-    weight = np.where(np.arange(LOOKS) < STEP, 0.05, 0.25)
+def draw(world: str, rng: np.random.Generator, rollouts: int, harm: worlds.Harm, shadow: int = 0) -> Paths:
+    """Traffic of the live steps, after `shadow` looks in which both arms answer all requests."""
+    shape = (rollouts, shadow + LOOKS)
+    arms = worlds.arms(world, rng, shape, shadow + STEP, harm)
+    weight = np.where(np.arange(shape[1]) < shadow + STEP, 0.05, 0.25)
     nc = rng.binomial(worlds.REQUESTS, weight, shape)
     ns = worlds.REQUESTS - nc
+    nc[:, :shadow] = ns[:, :shadow] = worlds.REQUESTS
     cb, ct = worlds.bad_counts(world, rng, nc, arms.bad_candidate)
     sb, st = worlds.bad_counts(world, rng, ns, arms.bad_stable)
     return Paths(cb, ct, sb, st, nc, ns, worlds.slow_counts(rng, nc, arms.late_candidate, harm.slow),
@@ -222,10 +223,14 @@ class Rivals:
         return tuple(f"{name}, tuned" for name in self.fixed)
 
 
-def requests_until(paths: Paths, looks: Ints, from_look: int = 0) -> Floats:
-    """Candidate requests from look `from_look` up to and with the rollback; inf if it never came. NaN if it came before."""
+def delay(paths: Paths, looks: Ints, from_look: int) -> Floats:
+    """Candidate requests up to and with the rollback; for harm that begins at look `from_look` > 0, minutes since then.
+
+    inf: it never came. NaN: it came before there was harm.
+    """
     total = np.cumsum(paths.requests, axis=1)
-    before = total[:, from_look - 1] if from_look else np.zeros(len(total))
-    at = np.take_along_axis(total, np.minimum(looks, LOOKS - 1)[:, None], axis=1)[:, 0]
-    out = np.where(looks >= NEVER, np.inf, at - before)
-    return np.where(looks < from_look, np.nan, out)
+    last = total.shape[1] - 1
+    at = np.take_along_axis(total, np.minimum(looks, last)[:, None], axis=1)[:, 0].astype(np.float64)
+    if from_look:
+        at = (looks - from_look + 1) * worlds.LOOK_S / 60.0
+    return np.where(looks >= NEVER, np.inf, np.where(looks < from_look, np.nan, at))

@@ -9,18 +9,24 @@ from functools import partial
 from typing import Any
 
 import climb
+import findings
 import gate_runs
 import numpy as np
+import paths
+import rivals
 import worlds
 from rich.progress import Progress
 
 from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.planning import plan_rollout
+from worlds import Floats, Ints
 
-PHIS = 50
+PHIS = 40
 """Operators per world: each measured φ on a week of their own; rollouts take turns."""
 CHUNK = 4
+BLOCK = 100
+SHADOW = 10
 BAKED = 10
 """Every so many false-rollback runs go on through the hour at weight 100, where only the hard limit and drift can still fail."""
 ERRORS_MARGIN = SLOW_MARGIN = climb.PACE.margin
@@ -35,14 +41,12 @@ class Case:
     world: str = "constant"
     harm: worlds.Harm = field(default_factory=worlds.Harm)
     shadow: bool = True
-    with_phi: bool = True
     person_skips: bool = False
-    share: float = 1.0
-    """Of the wanted number of rollouts."""
 
 
-AA = tuple(Case(f"aa {w}", w, person_skips=True) for w in worlds.WORLDS)
-AA_PLAIN = tuple(Case(f"plain {w}", w, with_phi=False, person_skips=True, share=0.2) for w in ("constant", "retries", "noise"))
+AA = tuple(Case(f"climb {w}", w, person_skips=True) for w in worlds.WORLDS)
+PLAIN_WORLDS = ("constant", "retries", "noise")
+"""Where the sample is also tried without a measured dispersion."""
 
 
 def _bad(times: int) -> tuple[Case, ...]:
@@ -67,8 +71,6 @@ DELAYS = (
     Case("p99 × 1.3", harm=worlds.Harm(latency=1.3), shadow=False),
     Case("+1 pt after 60 min", harm=worlds.Harm(errors=0.01, from_look=LATE_LOOK), shadow=False),
 )
-PLAIN_DELAYS = tuple(
-    Case(c.name, harm=c.harm, shadow=False, with_phi=False, share=0.5) for c in DELAYS)
 SCORES = (("0.02", 0.02), ("0.05", 0.05))
 
 
@@ -85,9 +87,8 @@ def settle() -> None:
 def _run(case: Case, seed: int, phis: tuple[tuple[climb.Phi, climb.Phi], ...], indexes: tuple[int, ...]) -> list[climb.Ending]:
     out: list[climb.Ending] = []
     for i in indexes:
-        phi = phis[i % len(phis)] if case.with_phi else None
         out.append(climb.Climb(
-            case.world, _seed(seed, case.name, i), case.harm, phi, shadow=case.shadow, drift=case.shadow,
+            case.world, _seed(seed, case.name, i), case.harm, phis[i % len(phis)], shadow=case.shadow, drift=case.shadow,
             person_skips=case.person_skips,
         ).run(to_end=not case.person_skips or i % BAKED == 0))
     return out
@@ -124,11 +125,39 @@ def _alpha(name: str) -> float:
     return alphas_of(_gate(name), alpha_parts(climb.sample(None, None).spec))[0]
 
 
+def _counted(world: str, harm: worlds.Harm, shadow: int, phis: tuple[tuple[climb.Phi, climb.Phi], ...] | None, seed: int,
+             part: tuple[int, int]) -> tuple[Ints, Floats]:
+    """Look of the first Fail of the counted gates for rollouts part[0] … part[1], and candidate requests (minutes, for late harm)."""
+    first, last = part
+    rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"paths {world} {harm} {shadow} {phis is None}", first)))
+    drawn = rivals.draw(world, rng, last - first, harm, shadow)
+    phi = None if phis is None else [phis[i % len(phis)] for i in range(first, last)]
+    looks = paths.evidence(drawn, climb.sample(None, None).spec, phi).fails_at()
+    return looks, rivals.delay(drawn, looks, harm.from_look)
+
+
+def _score_false(seed: int, index: int) -> bool:
+    """Does the scores gate fail an equal candidate within the pairs of its shadow step?"""
+    rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, "scores aa", index)))
+    found = gate_runs.until(_gate("scores"), "Fail", gate_runs.pairs(rng, 0.0, worlds.REQUESTS), weight=0, shadow=True,
+                            alpha_fail=_alpha("scores"), units_max=SHADOW * worlds.REQUESTS)
+    return bool(np.isfinite(found))
+
+
+def _drift_false(world: str, seed: int, index: int) -> bool:
+    """Does the drift job fail an equal candidate in any window of a rollout: two at 5 %, two at 25 %, one at 100 %?"""
+    drift = findings.Drift(np.random.default_rng(np.random.SeedSequence(_seed(seed, f"drift {world}", index))), world, 0.0)
+    total = worlds.REQUESTS * climb.DRIFT_LOOKS
+    rows = [round(total * w) for w in (0.05, 0.05, 0.25, 0.25, 1.0)]
+    return any(drift.window(n, total - n).verdict == "Fail" for n in rows)
+
+
 class Laboratory:
     """Runs studies on a pool of processes, with a bar for each."""
 
-    def __init__(self, pool: ProcessPoolExecutor, bars: Progress, rollouts: int, seed: int) -> None:
-        self.pool, self.bars, self.rollouts, self.seed = pool, bars, rollouts, seed
+    def __init__(self, pool: ProcessPoolExecutor, bars: Progress, rollouts: int, climbs: int, seed: int) -> None:
+        self.pool, self.bars, self.rollouts, self.climbs, self.seed = pool, bars, rollouts, climbs, seed
+        self.others: dict[str, list[bool]] = {}
         self.phis: dict[str, tuple[tuple[climb.Phi, climb.Phi], ...]] = {}
 
     def _map(self, name: str, function: Any, items: list[Any]) -> list[Any]:
@@ -141,16 +170,33 @@ class Laboratory:
 
     def phi(self, world: str) -> tuple[tuple[climb.Phi, climb.Phi], ...]:
         """Dispersion as measured by the operators of a world."""
+        world = world if world in ("wave", "retries", "noise") else "constant"  # before an incident or a step nothing is seen of it
         if world not in self.phis:
             self.phis[world] = tuple(self._map(f"φ in {world}", partial(_phi, world, self.seed), list(range(PHIS))))
         return self.phis[world]
 
     def run(self, case: Case) -> list[climb.Ending]:
         """All rollouts of a case."""
-        count = max(int(self.rollouts * case.share), 1)
-        chunks = [tuple(range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
-        phis = self.phi(case.world) if case.with_phi else ()
+        chunks = [tuple(range(i, min(i + CHUNK, self.climbs))) for i in range(0, self.climbs, CHUNK)]
+        phis = self.phi(case.world)
         return [e for part in self._map(case.name, partial(_run, case, self.seed, phis), chunks) for e in part]
+
+    def counted(self, name: str, world: str, harm: worlds.Harm, *, shadow: int, with_phi: bool) -> tuple[Ints, Floats]:
+        """The counted gates over many rollouts: look of the first Fail, and candidate requests (minutes for late harm) until then."""
+        parts = [(i, min(i + BLOCK, self.rollouts)) for i in range(0, self.rollouts, BLOCK)]
+        phis = self.phi(world) if with_phi else None
+        found = self._map(name, partial(_counted, world, harm, shadow, phis, self.seed), parts)
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
+
+    def false_otherwise(self, world: str) -> tuple[list[bool], list[bool]]:
+        """Rollouts that the scores gate, and that the drift job fails. Traffic's ups and downs don't touch them, so worlds share them."""
+        every = list(range(self.rollouts))
+        kind = "moved" if world in findings.MOVED else "still"
+        if "scores" not in self.others:
+            self.others["scores"] = self._map("scores of equal models", partial(_score_false, self.seed), every)
+        if kind not in self.others:
+            self.others[kind] = self._map(f"drift of equal models, {kind}", partial(_drift_false, world, self.seed), every)
+        return self.others["scores"], self.others[kind]
 
     def plan(self) -> list[tuple[str, float, float]]:
         """(what, planned, simulated) medians in candidate requests, for the sample without dispersion."""

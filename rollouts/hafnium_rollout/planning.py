@@ -57,10 +57,11 @@ def _gate(index: int, step: Step, gate: Gate, alpha_fail: float, rate: float, ba
     median, late = (
         plan.requests_to_pass(base, base, weight, alpha, gate.margin, phi=phi, quantile=q) for q in (0.5, 0.9)
     )
-    fail = plan.requests_to_fail(base + regression, base, weight, alpha_fail, harmless=gate.harmless, phi=phi)
+    fail = plan.requests_to_fail(base + regression, base, weight, alpha_fail, harmless=gate.harmless, phi=phi, restarts=d is not None)
     step_s = None if median is None else max(step.min_dwell.total_seconds(), step.min_samples / per_s, median / per_s)
     seen = (step_s if step_s is not None else step.deadline.total_seconds()) * per_s
-    chance = plan.chance_of_fail(base + regression, base, weight, alpha_fail, seen, harmless=gate.harmless, phi=phi)
+    chance = plan.chance_of_fail(base + regression, base, weight, alpha_fail, seen, harmless=gate.harmless, phi=phi,
+                                 restarts=d is not None)
     return GatePlan(
         step=index, weight=step.live_weight, shadow=step.shadow, gate=gate.name, pass_requests=median,
         pass_s=None if median is None else median / per_s, pass_s_p90=None if late is None else late / per_s, step_s=step_s,

@@ -27,18 +27,22 @@ def test_the_hitting_time_is_the_inverse_gaussian() -> None:
         assert plan._quantile(level, mu, var, q) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("base", "effect"), [(0.01, 0.02), (0.01, 0.01), (0.005, 0.01)])
-def test_time_to_fail_is_foretold_within_a_fifth(base: float, effect: float) -> None:
+@pytest.mark.parametrize(("base", "effect", "weight", "restarts"), [
+    (0.01, 0.02, 0.05, False), (0.01, 0.01, 0.05, False), (0.005, 0.01, 0.05, False), (0.01, 0.02, 0.5, False), (0.01, 0.02, 0.05, True),
+])
+def test_time_to_fail_is_foretold_within_a_fifth(base: float, effect: float, weight: float, restarts: bool) -> None:
     rng = np.random.default_rng(1)
     found: list[int] = []
-    for _ in range(100):
+    others = round(LOOK * (1 - weight) / weight)
+    for _ in range(150):
         state, seen = tilt.FailState(), 0
         while tilt.log_e_fail([state], 0.0) < GOAL and seen < 20_000:
-            state = tilt.add_fail(state, int(rng.binomial(LOOK, base + effect)), LOOK, int(rng.binomial(19 * LOOK, base)), 19 * LOOK)
+            state = tilt.add_fail(state, int(rng.binomial(LOOK, base + effect)), LOOK, int(rng.binomial(others, base)), others,
+                                  look_s=8.0, restarts=restarts)
             seen += LOOK
         found.append(seen)
-    foretold = plan.requests_to_fail(base + effect, base, 0.05, 0.01)
-    assert foretold == pytest.approx(sorted(found)[50], rel=0.2)
+    foretold = plan.requests_to_fail(base + effect, base, weight, 0.01, restarts=restarts)
+    assert foretold == pytest.approx(sorted(found)[75], rel=0.2)
 
 
 @pytest.mark.parametrize("base", [0.002, 0.01])

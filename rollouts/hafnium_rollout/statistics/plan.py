@@ -2,8 +2,10 @@
 
 For one tilt the log e-value moves per candidate request with mean μ and variance σ²; the time at which such a walk first
 reaches a level L is about inverse Gaussian with mean L/μ and shape L²/σ² (Schrödinger 1915; Wald 1947). The best tilt decides.
-The level is ln(1/alpha) plus the price of the mean over the grid: ln 14 for Fail; ln 5 for Pass, whose neighbouring tilts help
-each other (calibrated against simulation: within 15 % at base rates of .2 to 2 %, tests/rollouts/test_plan.py).
+The level is ln(1/alpha) plus the price of the mean over the grid. That is less than ln of its size, since neighbouring tilts help each
+other, the more so the more even the split is: ln 10(1 − w) for Fail at the candidate's share w, ln 5 for Pass (calibrated against
+simulation: within 20 % at base rates of .05 to 3 % and shares of 5 to 50 %, tests/rollouts/test_plan.py and `make bench-rollouts`).
+Restarts hold half of the money, which is ln 2 more.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ import math
 
 from hafnium_rollout.statistics import tilt
 
-PRICE_FAIL = math.log(len(tilt.FAIL_RATIOS))
 PRICE_PASS = math.log(5.0)
+
+
+def _level_fail(alpha: float, weight: float, restarts: bool) -> float:
+    return math.log(1.0 / alpha) + math.log(10.0 * (1.0 - weight)) + (math.log(2.0) if restarts else 0.0)
 
 
 def requests_to_fail(
     candidate: float, stable: float, weight: float, alpha: float, *, harmless: float = 0.0, phi: float = 1.0, quantile: float = 0.5,
+    restarts: bool = False,
 ) -> float | None:
     """Candidate requests until Fail, at true shares of bad requests `candidate` and `stable`. None: it doesn't come."""
-    level = math.log(1.0 / alpha) + PRICE_FAIL
+    level = _level_fail(alpha, weight, restarts)
     times = [
         _quantile(level * phi, mu, var * phi, quantile)
         for mu, var in (_fail_step(r, candidate, stable, weight, harmless) for r in tilt.FAIL_RATIOS) if mu > 0
@@ -42,9 +48,10 @@ def requests_to_pass(
 
 def chance_of_fail(
     candidate: float, stable: float, weight: float, alpha: float, requests: float, *, harmless: float = 0.0, phi: float = 1.0,
+    restarts: bool = False,
 ) -> float:
     """About the chance that Fail has come within so many candidate requests."""
-    level = (math.log(1.0 / alpha) + PRICE_FAIL) * phi
+    level = _level_fail(alpha, weight, restarts) * phi
     steps = (_fail_step(r, candidate, stable, weight, harmless) for r in tilt.FAIL_RATIOS)
     return max((_reached(level, mu, var * phi, requests) for mu, var in steps if mu > 0), default=0.0)
 
