@@ -10,7 +10,7 @@ space := $(empty) $(empty)
 STAMP := $(VENV)/.installed
 PARTS := contract predictors transformers training monitoring rollouts local
 
-.PHONY: help install demo kills test test-cluster check bench bench-serving overload soak bench-training generate lock clean
+.PHONY: help install demo kills test test-cluster check bench bench-serving overload soak bench-training bench-rollouts generate lock clean
 
 help:                    ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -56,7 +56,7 @@ generate: $(STAMP)       ## rewrite what is generated from the code
 kills: $(STAMP)          ## the demo, with each of its processes killed once (six minutes)
 	$(BIN)/python benchmarks/kills.py $(ARGS)
 
-bench: bench-serving bench-training  ## all figures, into build/bench
+bench: bench-serving bench-training bench-rollouts  ## all figures, into build/bench
 
 bench-serving: $(STAMP)  ## servers against their peers (twelve minutes); needs wrk and redis-server, ARGS="--rounds 1"
 	$(BIN)/python benchmarks/serving $(ARGS)
@@ -69,6 +69,9 @@ soak: $(STAMP)           ## ten minutes of mixed load: does anything grow? ARGS=
 
 bench-training: $(STAMP) ## how good models are; HAFNIUM_ULB=creditcard.csv for the real data too
 	$(BIN)/python benchmarks/training.py
+
+bench-rollouts: $(STAMP) ## how often rollouts decide wrongly, beside the rules of others (15 minutes); ARGS="--rollouts 100 --climbs 10"
+	$(BIN)/python benchmarks/rollouts $(ARGS)
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 lock: $(STAMP)           ## resolve the dependencies anew: everything, and from that what each image holds

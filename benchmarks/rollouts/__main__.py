@@ -24,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+# ruff: noqa: E402 - siblings are imported once their folder is known
 import numpy as np
 import plots
 import rivals
@@ -131,7 +132,8 @@ def bad_candidates(lab: studies.Laboratory, results: Results) -> None:
 def delays(lab: studies.Laboratory, results: Results) -> None:
     for case in studies.DELAYS:
         for name, with_phi in ((OURS, True), (PLAIN, False)):
-            values = lab.counted(f"{case.name}{'' if with_phi else ', no φ'}", case.world, case.harm, shadow=0, with_phi=with_phi)[1]
+            label = case.name if with_phi else f"{case.name}, no φ"
+            values = lab.counted(label, case.world, case.harm, shadow=0, with_phi=with_phi)[1]
             results.delays.setdefault(case.name, {})[name] = quantiles(values)
     results.scores = {name: quantiles(np.array(v)) for name, v in lab.shifts().items()}
 
@@ -174,7 +176,8 @@ def figures(results: Results) -> dict[str, Figure]:
         low, high = interval(found, of)
         out[f"aa_false_rollbacks_per_1000_{world}"] = Figure(1000 * found / of, "", "lower", AA_GOAL, (low, high))
     if results.bad:
-        for key, cases, goal in (("bad_promoted_per_1000", studies.BAD, BAD_GOAL), ("bad_promoted_at_margin_per_1000", studies.AT_MARGIN, MARGIN_GOAL)):
+        for key, cases, goal in (("bad_promoted_per_1000", studies.BAD, BAD_GOAL),
+                                 ("bad_promoted_at_margin_per_1000", studies.AT_MARGIN, MARGIN_GOAL)):
             rows = [results.bad[c.name] for c in cases]
             of_all = 1000 * sum(r["promoted"] for r in rows) / sum(r["of"] for r in rows)
             out[key] = Figure(of_all, "", "lower", goal, tuple(1000 * r["promoted"] / r["of"] for r in rows))
@@ -209,8 +212,10 @@ def tables(results: Results, wanted: list[str]) -> list[Table]:
         table = Table("Good candidates, whole climbs", *wanted, box=None)
         for what in dict.fromkeys(k for row in results.aa_ends.values() for k in row):
             table.add_row(what, *(str(results.aa_ends.get(w, {}).get(what, "")) for w in wanted))
-        table.add_row("of the 1,000: rolled back by", *(", ".join(f"{k} {v}" for k, v in results.aa_why.get(w, {}).items()) for w in wanted))
-        table.add_row("φ at ½ (its clumps): errors, slow", *("{:.2f} ({:.2f}), {:.2f} ({:.2f})".format(*results.phi[w]) if w in results.phi else "" for w in wanted))
+        why = [", ".join(f"{k} {v}" for k, v in results.aa_why.get(w, {}).items()) for w in wanted]
+        table.add_row("of the rollouts as arrays: rolled back by", *why)
+        phis = ["{:.2f} ({:.2f}), {:.2f} ({:.2f})".format(*results.phi[w]) if w in results.phi else "" for w in wanted]
+        table.add_row("φ at ½ (its clumps): errors, slow", *phis)
         out.append(table)
     if results.bad:
         table = Table("Bad candidates", "promoted", "rolled back", "paused", "of", box=None)
@@ -251,7 +256,8 @@ def _delay(row: dict[str, float] | None) -> str:
 
 def markdown(table: Table) -> str:
     """The same table for a document."""
-    rows = [[str(c.header) for c in table.columns], *([str(cell) for cell in row] for row in zip(*(c.cells for c in table.columns), strict=True))]
+    cells = zip(*(c.cells for c in table.columns), strict=True)
+    rows = [[str(c.header) for c in table.columns], *([str(cell) for cell in row] for row in cells)]
     lines = [f"| {' | '.join(r)} |" for r in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
+from hafnium_monitoring.bh import level
 from hafnium_monitoring.comparison import Finding, judged
 from hafnium_monitoring.psi import psi_test
 from hafnium_monitoring.settings import DriftRules
-from hafnium_monitoring.bh import level
 from hafnium_monitoring.verdict import Comparisons, Judgement, judge
 
 FEATURES = 50

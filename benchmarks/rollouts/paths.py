@@ -75,12 +75,17 @@ def evidence(paths: Paths, spec: RolloutSpec, phi: list[tuple[climb.Phi, climb.P
             return np.ones(nc.shape)
         shares = nc / (nc + ns)
         return np.array([
-            [dispersion.at_weight(p[which].phi, 0.5, w, p[which].clump) for w in row] for p, row in zip(phi, shares.tolist(), strict=True)
+            [dispersion.at_weight(p[which].phi, 0.5, w, p[which].clump) for w in row]
+            for p, row in zip(phi, shares.tolist(), strict=True)
         ])
 
-    errors = log_e_fail(paths.bad_c, paths.total_c, paths.bad_s, paths.total_s, phis(0, paths.total_c, paths.total_s), restarts=phi is not None)
-    slow_phi = phis(1, paths.asked_c, paths.asked_s)
-    slow = [log_e_fail(paths.slow_c[..., k], paths.asked_c, paths.slow_s[..., k], paths.asked_s, slow_phi, restarts=phi is not None) for k in (1, 2)]
+    restarts = phi is not None
+    errors = log_e_fail(
+        paths.bad_c, paths.total_c, paths.bad_s, paths.total_s, phis(0, paths.total_c, paths.total_s), restarts=restarts)
+    asked = phis(1, paths.asked_c, paths.asked_s)
+    slow = [
+        log_e_fail(paths.slow_c[..., k], paths.asked_c, paths.slow_s[..., k], paths.asked_s, asked, restarts=restarts) for k in (1, 2)
+    ]
     parts = alpha_parts(spec)
     goals = {g.name: math.log(1.0 / alphas_of(g, parts)[0]) for g in spec.gates if g.counted}
     return Evidence(errors, np.logaddexp(slow[0], slow[1]) - math.log(2.0), goals["errors"], goals["latency"])

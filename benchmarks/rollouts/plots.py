@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
 
 mpl.use("svg")
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "hafnium", "font.size": 9})
-
-import matplotlib.pyplot as plt
-import numpy as np
 
 SHOWN = (
     ("Hafnium, φ measured", "#1b6ca8"), ("Argo Rollouts, 5 min each look, failureLimit 3, tuned", "#d1733c"),

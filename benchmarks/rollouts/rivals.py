@@ -10,7 +10,8 @@
 
 - k measurements in a row above a fixed threshold: neither tool counts so for bad values, but people write it into queries.
 
-"Tuned" rules have the threshold that gives 10 false rollbacks per 1,000 at a constant base, over both of their metrics together. It is found on paths of the constant world itself: they know the base rate and its noise, which no one does in production.
+"Tuned" rules have the threshold that gives 10 false rollbacks per 1,000 at a constant base, over both of their metrics together. It is
+found on paths of the constant world itself: they know the base rate and its noise, which no one does in production.
 """
 
 from __future__ import annotations

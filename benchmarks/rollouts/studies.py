@@ -16,16 +16,18 @@ import paths
 import rivals
 import worlds
 from rich.progress import Progress
+from worlds import Floats, Ints
 
 from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.planning import plan_rollout
-from worlds import Floats, Ints
 
 PHIS = 40
 """Operators per world: each measured φ on a week of their own; rollouts take turns."""
 CHUNK = 4
-BLOCK = 100
+BLOCK = 50
+PLAN_SHARE = 5
+"""Medians need fewer rollouts than rare events."""
 SHADOW = 10
 BAKED = 10
 """Every so many false-rollback runs go on through the hour at weight 100, where only the hard limit and drift can still fail."""
@@ -85,13 +87,13 @@ def settle() -> None:
 
 
 def _run(case: Case, seed: int, phis: tuple[tuple[climb.Phi, climb.Phi], ...], indexes: tuple[int, ...]) -> list[climb.Ending]:
-    out: list[climb.Ending] = []
-    for i in indexes:
-        out.append(climb.Climb(
+    return [
+        climb.Climb(
             case.world, _seed(seed, case.name, i), case.harm, phis[i % len(phis)], shadow=case.shadow, drift=case.shadow,
             person_skips=case.person_skips,
-        ).run(to_end=not case.person_skips or i % BAKED == 0))
-    return out
+        ).run(to_end=not case.person_skips or i % BAKED == 0)
+        for i in indexes
+    ]
 
 
 def _phi(world: str, seed: int, index: int) -> tuple[climb.Phi, climb.Phi]:
@@ -200,7 +202,7 @@ class Laboratory:
 
     def plan(self) -> list[tuple[str, float, float]]:
         """(what, planned, simulated) medians in candidate requests, for the sample without dispersion."""
-        some = list(range(max(self.rollouts // 4, 20)))
+        some = list(range(max(self.rollouts // PLAN_SHARE, 20)))
         out: list[tuple[str, float, float]] = []
         rollout = climb.sample(None, None)
         for base in (0.002, 0.01):
@@ -221,7 +223,7 @@ class Laboratory:
 
     def shifts(self) -> dict[str, list[float]]:
         """Pairs until Fail for a shift of the mean score."""
-        some = list(range(max(self.rollouts // 4, 20)))
+        some = list(range(max(self.rollouts // PLAN_SHARE, 20)))
         return {name: self._map(f"scores shifted by {name}", partial(_shift, s, self.seed), some) for name, s in SCORES}
 
 

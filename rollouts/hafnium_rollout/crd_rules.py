@@ -65,8 +65,9 @@ OBJECTS: Mapping[str, Mapping[str, Any]] = {
               "compare.harmless must not exceed compare.margin (by default .02)", ".compare"),
     ),
     "RolloutSpec": _rules(
-        _rule("!self.gates.exists(g, has(g.scores)) || self.strategy.steps.exists(s, s.shadow)",
-              "a scores gate compares answers to the same request and needs a step with shadow: true", ".gates"),
+        _rule("!self.gates.exists(g, has(g.scores) && !(has(g.scores.unpaired) && g.scores.unpaired)) || "
+              "self.strategy.steps.exists(s, s.shadow)",
+              "a scores gate compares answers to the same request and needs a step with shadow: true, unless it is unpaired", ".gates"),
         _rule("self.approvals.required.size() == 0 || has(self.model.trainedBy)",
               "model.trainedBy is required where approvals are: nobody approves their own model, so it must be known whose it is",
               ".model"),

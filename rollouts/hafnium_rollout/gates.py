@@ -79,7 +79,7 @@ def new_step(status: GateStatus) -> GateStatus:
     """The gate at the start of a step: evidence for Pass begins anew, evidence for Fail goes on."""
     state = status.state.model_copy(update={
         "passing": (), "counts": (0.0, 0.0, 0.0, 0.0), "last_seen_at": None, "last_data_at": None,
-        "last_verdict": "NoData", "expected": 0.0,
+        "last_verdict": "NoData", "expected": 0.0, "betting_step": None,
     })
     keep_scores = status.state.betting is not None
     return status.model_copy(update={
@@ -241,46 +241,57 @@ def _percent(x: float) -> str:
     return f"{100.0 * x:.3g} %"
 
 
-# --- paired scores ------------------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------------------------
 
 
 def _scores(gate: Gate, before: GateStatus, seen: GateLook | None, context: GateContext) -> GateStatus:
-    """Both models' scores of the same requests. Only in shadow; later steps keep what shadow found."""
-    state = before.state
-    if not context.shadow:
+    """Score differences: of the same requests in shadow, and where wanted across the arms of live traffic (statistics/across.py).
+
+    Fail rests on all bets of the run, Pass on those of this step. Without `unpaired`, later steps keep what shadow found.
+    """
+    across = gate.scores is not None and gate.scores.unpaired and not context.shadow
+    if not context.shadow and (not across or _alone(context)):
         return before
-    bets = state.betting or betting.begin(gate.margin, gate.harmless)
-    differences = () if seen is None or seen.error else seen.differences
-    update: dict[str, object] = {"betting": bets}
+    state = before.state
+    run = state.betting or betting.begin(gate.margin, gate.harmless)
+    step = (state.betting_step or betting.begin(gate.margin, gate.harmless)) if across else run
+    differences = () if seen is None or seen.error or (across and context.void) else seen.differences
+    update: dict[str, object] = {}
     if differences and context.counts_for_pass:
-        bets = betting.add(bets, differences)
-        update = {"betting": bets, "last_seen_at": context.now, "last_data_at": context.now}
+        run = betting.add(run, differences)
+        step = betting.add(step, differences) if across else run
+        update = {"last_seen_at": context.now, "last_data_at": context.now}
     elif seen is not None and not seen.error and seen.series and all(s.candidate.total == 0 for s in seen.series):
         update["last_seen_at"] = context.now
-    state = state.model_copy(update=update)
+    state = state.model_copy(update={**update, "betting": run, "betting_step": step if across else None})
     goal_pass, goal_fail = math.log(1.0 / gate.compare.alpha), math.log(2.0 / context.alpha_fail)
-    e_pass = min(betting.log_e_below(bets, gate.margin), betting.log_e_above(bets, -gate.margin))
-    e_fail = max(betting.log_e_above(bets, gate.harmless), betting.log_e_below(bets, -gate.harmless))
-    missing = betting.missing_for_pass(bets, gate.margin, gate.compare.alpha)
-    mean = bets.total / bets.count if bets.count else 0.0
-    base = before.model_copy(update={
-        "state": state, "lower": betting.lower_bound(bets, gate.compare.alpha), "samples": bets.count, "missing": missing,
-        "upper": betting.upper_bound(bets, gate.compare.alpha), "statistic": max(e_pass, e_fail),
-        "window_start": context.step_since, "window_end": state.last_data_at,
-    })
-    shown = f"scores move by {mean:+.4f} on average over {bets.count} pairs"
-    if e_fail >= goal_fail:
-        text = f"{shown}: more than {gate.harmless:g}, proven"
-        return base.model_copy(update={"verdict": "Fail", "statistic": e_fail, "message": text})
+    e_pass = min(betting.log_e_below(step, gate.margin), betting.log_e_above(step, -gate.margin))
+    e_fail = max(betting.log_e_above(run, gate.harmless), betting.log_e_below(run, -gate.harmless))
+    missing = betting.missing_for_pass(step, gate.margin, gate.compare.alpha)
+    noun = "differences across arms" if across else "pairs"
+
+    def found(verdict: Verdict, text: str, statistic: float | None = None) -> GateStatus:
+        return before.model_copy(update={
+            "state": state, "lower": betting.lower_bound(step, gate.compare.alpha), "samples": step.count, "missing": missing,
+            "upper": betting.upper_bound(step, gate.compare.alpha), "window_start": context.step_since, "window_end": state.last_data_at,
+            "statistic": max(e_pass, e_fail) if statistic is None else statistic, "verdict": verdict, "message": text,
+        })
+
+    def shown(bets: betting.BettingState) -> str:
+        return f"scores move by {bets.total / bets.count if bets.count else 0.0:+.4f} on average over {bets.count} {noun}"
+
+    if e_fail >= goal_fail and not (across and context.void):
+        return found("Fail", f"{shown(run)}: more than {gate.harmless:g}, proven", e_fail)
+    if across and context.void:
+        return found("Error", context.void)
     if seen is not None and seen.error:
-        return base.model_copy(update={"verdict": "Error", "message": f"can't be measured: {seen.error}"})
+        return found("Error", f"can't be measured: {seen.error}")
     if state.last_data_at is None or context.now - state.last_data_at > context.fresh:
-        return base.model_copy(update={"verdict": "NoData", "message": f"no new pairs; {shown}"})
+        return found("NoData", f"no new {noun}; {shown(step)}")
     if e_pass >= goal_pass:
-        text = f"{shown}: less than {gate.margin:g}, proven"
-        return base.model_copy(update={"verdict": "Pass", "statistic": e_pass, "message": text})
-    need = f"; about {missing} more pairs are needed" if missing is not None else "; at this mean it won't pass"
-    return base.model_copy(update={"verdict": "Inconclusive", "message": shown + need})
+        return found("Pass", f"{shown(step)}: less than {gate.margin:g}, proven", e_pass)
+    need = f"; about {missing} more are needed" if missing is not None else "; at this mean it won't pass"
+    return found("Inconclusive", shown(step) + need)
 
 
 # --- evidence of jobs -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, w
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.objects import Gate, ModelRollout, UserAction
 from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen, Series, ServiceSeen
-from hafnium_rollout.score_pairs import ScorePairs
+from hafnium_rollout.score_pairs import ScorePairs, ScoresAcross
 from hafnium_rollout.state_folder import (
     MANAGED_BY_LABEL,
     MANAGER,
@@ -48,6 +48,7 @@ class LocalBackend:
         self._state = state
         self._evidence = EvidenceReader(state.evidence)
         self._pairs: dict[str, tuple[str, ScorePairs]] = {}
+        self._across: dict[str, tuple[str, ScoresAcross]] = {}
         self._labels: dict[Path, tuple[int, str]] = {}
 
     # --- seeing ---------------------------------------------------------------------------------------------------------------
@@ -129,20 +130,33 @@ class LocalBackend:
     def _differences(
         self, rollout: ModelRollout, status: RolloutStatus, live: LiveRoute | None, cursor: dict[str, Any],
     ) -> tuple[tuple[float, ...], str]:
-        """New score pairs while the candidate gets copies."""
+        """New score differences: of pairs while the candidate gets copies, across the arms while it gets live traffic."""
         stable, candidate = status.stable, status.candidate
         if stable is None or candidate is None or not any(g.kind == "scores" for g in rollout.spec.gates):
             return (), ""
-        if live is None or candidate.service not in live.mirrors:
+        mirrored = live is not None and candidate.service in live.mirrors
+        unpaired = any(g.scores is not None and g.scores.unpaired for g in rollout.spec.gates)
+        weight = 0 if live is None else live.weights.get(candidate.service, 0)
+        known = cursor.get("log")
+        if isinstance(known, dict) and bool(cast("dict[str, Any]", known).get("live")) == mirrored:
+            known = None  # the other kind of step: what lies there came before this one
+        reader: ScorePairs | ScoresAcross
+        if mirrored:
+            run, pairs = self._pairs.get(rollout.name, ("", ScorePairs()))
+            key, reader = status.run_id, pairs
+            self._pairs[rollout.name] = (key, pairs)
+        elif unpaired and 0 < weight < 100:
+            run, across = self._across.get(rollout.name, ("", ScoresAcross()))
+            key, reader = f"{status.run_id} {weight}", across
+            self._across[rollout.name] = (key, across)
+        else:
             cursor.pop("log", None)
             return (), ""
-        run, pairs = self._pairs.get(rollout.name, ("", ScorePairs()))
-        if run != status.run_id:
-            pairs.forget()
-        self._pairs[rollout.name] = (status.run_id, pairs)
-        known = cursor.get("log")
+        if run != key:
+            reader.forget()
+            known = known if mirrored else None
         try:
-            differences, after = pairs.read(
+            differences, after = reader.read(
                 self._state.log(stable.service), self._state.log(candidate.service), candidate.digest,
                 cast("Mapping[str, Any]", known) if isinstance(known, dict) else {},
             )

@@ -159,7 +159,15 @@ def _step_text(step: Step) -> str:
 
 
 class Empty(Strict):
-    """`requests: {}`, `scores: {}`: a kind that needs no settings."""
+    """`requests: {}`: a kind that needs no settings."""
+
+
+class Scores(Strict):
+    """Scores of both models, compared as differences."""
+
+    unpaired: bool = False
+    """Also compare scores of different requests, one of each arm, in steps with live traffic. It needs many more of them than
+    pairs in shadow do, and no shadow step."""
 
 
 class PrometheusCounts(Strict):
@@ -235,8 +243,8 @@ class Gate(Strict):
     """Share of bad requests, counted by two Prometheus queries."""
     latency: Slower | None = None
     """Share of requests that were slower than a bound."""
-    scores: Empty | None = None
-    """Scores of the same request by both models, in shadow."""
+    scores: Scores | None = None
+    """Scores of the same request by both models, in shadow; unpaired, also of different requests."""
     drift: DriftEvidence | None = None
     """What the drift job found about the candidate's inputs and scores."""
     evidence: Evidence | None = None
@@ -248,7 +256,7 @@ class Gate(Strict):
     required_in: Annotated[
         tuple[Literal["shadow", "weight"], ...], Field(max_length=2), AfterValidator(_each_once)] = ("shadow", "weight")
     """Kinds of step that wait for this gate's Pass; a Quality gate may name none. Its Fail counts in all of them. Scores are
-    compared in shadow only."""
+    compared in shadow only, unless they are unpaired."""
     failure_limit: int = Field(default=1, ge=1, le=1000)
     """Quality only: looks in a row with Fail before the rollout goes back. Safety always goes back at once."""
 
@@ -272,7 +280,7 @@ class Gate(Strict):
     def waits_in(self, step: Step) -> bool:
         """The step may not be left without this gate's Pass."""
         here = "shadow" if step.shadow else "weight"
-        return self.blocking and here in self.required_in and not (self.kind == "scores" and not step.shadow)
+        return self.blocking and here in self.required_in and (step.shadow or self.scores is None or self.scores.unpaired)
 
     @cached_property
     def kind(self) -> GateKind:
@@ -286,8 +294,8 @@ class Gate(Strict):
     def __copy__(self) -> Self:
         """A copy may be given other settings (model_copy), so what was derived from these doesn't go with it."""
         copied = super().__copy__()
-        for name in ("kind", "config", "margin", "harmless", "counted"):
-            copied.__dict__.pop(name, None)
+        fields = type(self).model_fields
+        object.__setattr__(copied, "__dict__", {k: v for k, v in vars(copied).items() if k in fields})
         return copied
 
     @cached_property
@@ -371,8 +379,12 @@ class RolloutSpec(Strict):
         if self.approvals.required and self.model.trained_by is None:
             raise ValueError("model.trainedBy is required where approvals are: nobody approves their own model, so it must be known whose "
                              "it is")
-        if any(g.kind == "scores" for g in self.gates) and not any(s.shadow for s in self.strategy.steps):
-            raise ValueError("gates: a scores gate compares answers to the same request and needs a step with shadow: true")
+        paired = [g.name for g in self.gates if g.scores is not None and not g.scores.unpaired]
+        if paired and not any(s.shadow for s in self.strategy.steps):
+            raise ValueError(
+                f"gates: {', '.join(paired)}: a scores gate compares answers to the same request and needs a step with shadow: true; "
+                "without one, `scores: {unpaired: true}` compares those to different requests"
+            )
         if not isinstance(self.service.get("predictor"), dict):
             raise ValueError("service: expected an InferenceServiceSpec with `predictor`")
         return self

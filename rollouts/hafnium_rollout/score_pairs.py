@@ -2,7 +2,7 @@
 
 Each file is read once. Rows wait in memory, bounded, until their partner comes: the arms flush at their own times. What waits
 is lost when the controller restarts, which costs a few pairs and favours nobody; which files were read is in the status, so
-no pair is counted twice.
+no pair is counted twice. `ScoresAcross` does the same for live answers, where no request has two.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from hafnium_contract.inference_log import log_files, read_files
 from hafnium_rollout.errors import StateError
+from hafnium_rollout.statistics import across
 
 NAMES_MAX = 256
 """File names remembered per arm. Names begin with their time; one below the oldest remembered came far too late and is left out."""
@@ -51,6 +52,53 @@ class ScorePairs:
         return differences, {"stable": names_stable, "candidate": names_candidate}
 
 
+class ScoresAcross:
+    """Scores of both arms' live answers, held back until both logs have come as far: the arms flush at their own times."""
+
+    def __init__(self) -> None:
+        self._stable: list[tuple[float, float]] = []
+        self._candidate: list[tuple[float, float]] = []
+
+    def forget(self) -> None:
+        """Between steps: scores from another weight are another mixture of times."""
+        self._stable.clear()
+        self._candidate.clear()
+
+    def read(self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
+        """New differences across the arms and the cursor after them; arguments and errors as in ScorePairs.read."""
+        names_stable, new_stable = _new_files(stable, cursor.get("stable"))
+        names_candidate, new_candidate = _new_files(candidate, cursor.get("candidate"))
+        self._stable = sorted([*self._stable, *_timed(new_stable, "stable", None)])[-WAITING_MAX:]
+        self._candidate = sorted([*self._candidate, *_timed(new_candidate, "candidate", digest)])[-WAITING_MAX:]
+        found: tuple[float, ...] = ()
+        if self._stable and self._candidate:
+            until = min(self._stable[-1][0], self._candidate[-1][0])
+            ready = [[score for time, score in rows if time <= until] for rows in (self._candidate, self._stable)]
+            if ready[0] and ready[1]:
+                found = across.differences(ready[0], ready[1])
+                self._candidate, self._stable = ([x for x in rows if x[0] > until] for rows in (self._candidate, self._stable))
+        return found, {"stable": names_stable, "candidate": names_candidate, "live": True}
+
+
+def _timed(files: Sequence[Path], arm: str, digest: str | None) -> list[tuple[float, float]]:
+    """(time in s, score) of the arm's answers."""
+    table = _table(files, ["time", *_COLUMNS])
+    if table is None:
+        return []
+    columns = [table.column(name).to_pylist() for name in ("time", "arm", "score", "model_digest")]
+    return [
+        (time.timestamp(), score) for time, found, score, model in zip(*columns, strict=True)
+        if found == arm and time is not None and score is not None and 0.0 <= score <= 1.0 and (digest is None or model == digest)
+    ]
+
+
+def _table(files: Sequence[Path], columns: list[str]) -> pa.Table | None:
+    try:
+        return read_files(files, columns)
+    except (OSError, pa.ArrowException) as e:
+        raise StateError(f"inference log: a file can't be read: {e}") from e
+
+
 def _new_files(folder: Path, known: Any) -> tuple[list[str], list[Path]]:
     """Names to remember, and files not read yet (the oldest first, bounded)."""
     files = log_files(folder)
@@ -64,10 +112,7 @@ def _new_files(folder: Path, known: Any) -> tuple[list[str], list[Path]]:
 
 
 def _rows(files: Sequence[Path], arm: str, digest: str | None) -> dict[str, float]:
-    try:
-        table = read_files(files, _COLUMNS)
-    except (OSError, pa.ArrowException) as e:
-        raise StateError(f"inference log: a file can't be read: {e}") from e
+    table = _table(files, _COLUMNS)
     if table is None:
         return {}
     columns = {name: table.column(name).to_pylist() for name in _COLUMNS}

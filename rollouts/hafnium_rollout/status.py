@@ -94,7 +94,9 @@ class GateState(Strict):
     stable_recent: tuple[float, float] = (0.0, 0.0)
     """(bad, total) of the stable arm, decayed by a fifth each look: is it above the hard limit too?"""
     betting: BettingState | None = None
-    """Evidence of paired scores."""
+    """Bets on score differences of the whole run."""
+    betting_step: BettingState | None = None
+    """Those of this step alone, where scores are compared across arms: Pass rests on them there."""
     counts: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """(bad, total) of the candidate and of the stable arm in this step, for people."""
     counts_run: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)

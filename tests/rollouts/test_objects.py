@@ -9,7 +9,7 @@ import pytest
 from hafnium_rollout_world import rollout
 
 from hafnium_rollout.errors import RolloutFileError
-from hafnium_rollout.objects import load_rollout
+from hafnium_rollout.objects import Compare, Gate, load_rollout
 
 YAML = """\
 apiVersion: hafnium.dev/v1alpha1
@@ -99,3 +99,11 @@ SAFE: dict[str, Any] = {"name": "errors", "role": "Safety", "requests": {}}
 def test_what_makes_no_sense_is_refused_in_words(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RolloutFileError, match=message):
         rollout(**changes)
+
+
+def test_what_is_worked_out_from_a_gates_settings_does_not_outlive_them() -> None:
+    gate = Gate.model_validate({"name": "a", "requests": {}, "compare": {"margin": 0.02}})
+    assert (gate.kind, gate.margin, '"margin":0.02' in gate.config) == ("requests", 0.02, True)
+    other = gate.model_copy(update={"compare": Compare(margin=0.03)})
+    assert (other.margin, '"margin":0.03' in other.config) == (0.03, True)
+    assert (gate.margin, gate == Gate.model_validate(gate.model_dump())) == (0.02, True)

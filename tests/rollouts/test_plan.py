@@ -13,6 +13,7 @@ from scipy.stats import invgauss
 
 from hafnium_contract.errors import InputError
 from hafnium_rollout import commands
+from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.statistics import plan, tilt
 
 GOAL = math.log(100.0)
@@ -83,3 +84,17 @@ def test_the_command_prints_every_step_with_traffic_to_compare(tmp_path: Path) -
     assert 300 <= found["gates"][1]["pass_requests"] <= 600  # no errors, margin .02: about 380 are needed
     with pytest.raises(InputError, match="rate must be"):
         commands.plan(file, rate=0, base=0.01, regression=0.02)
+
+
+def test_the_alphas_of_all_gates_and_limits_add_up_to_the_rollouts() -> None:
+    gates = [
+        {"name": "errors", "role": "Safety", "requests": {}, "hardLimit": 0.2}, {"name": "slow", "latency": {"slowerThan": "100ms"}},
+        {"name": "scores", "scores": {}}, {"name": "drift", "drift": {}}, {"name": "shown", "role": "Advisory", "requests": {}},
+    ]
+    spec = rollout(gates=gates).spec
+    parts = alpha_parts(spec)
+    each = {g.name: alphas_of(g, parts) for g in spec.gates}
+    used = each["errors"][0] + each["errors"][1] + each["slow"][0] + each["scores"][0] + each["drift"][0]
+    assert used == pytest.approx(0.01)
+    assert each["errors"][0] == each["slow"][0] > each["scores"][0] > each["errors"][1] > 0
+    assert each["shown"] == (0.01, 0.01)  # it can't take the candidate back

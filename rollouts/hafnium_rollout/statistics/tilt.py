@@ -247,7 +247,8 @@ def add_limit(state: LimitState, bad: float, total: float, limit: float, *, phi:
     running = state.running or (_NOTHING,) * len(FAIL_RATIOS)
     bad, total = bad / phi, total / phi * limit
     grown = tuple([
-        max(_log_add(m, fresh) + bad * log_r - total * (r - 1.0), _NOTHING) for m, r, log_r in zip(running, FAIL_RATIOS, _FAIL_LOGS, strict=True)
+        max(_log_add(m, fresh) + bad * log_r - total * (r - 1.0), _NOTHING)
+        for m, r, log_r in zip(running, FAIL_RATIOS, _FAIL_LOGS, strict=True)
     ])
     return LimitState(grown, begun)
 
