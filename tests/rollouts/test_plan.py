@@ -80,7 +80,10 @@ def test_the_command_prints_every_step_with_traffic_to_compare(tmp_path: Path) -
     lines = commands.plan_table(file, rate=100, base=0.01, regression=0.02).splitlines()
     assert [x.split()[0] for x in lines[1:4]] == ["shadow", "5%", "25%"]
     assert "at most 1 % of rollouts" in lines[-1]
+    assert "+2 points is not failed by the end of the steps in at most" in lines[-2]
     found = commands.plan(file, rate=100, base=0.0, regression=0.02)
+    assert 0 <= found["missedMax"] <= min(g["missed"] for g in found["gates"])
+    assert found["falseRollbackMax"] == 0.01
     assert 300 <= found["gates"][1]["pass_requests"] <= 600  # no errors, margin .02: about 380 are needed
     with pytest.raises(InputError, match="rate must be"):
         commands.plan(file, rate=0, base=0.01, regression=0.02)
