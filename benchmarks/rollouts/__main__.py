@@ -66,6 +66,8 @@ class Results:
     delays: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, Any])
     """Harm → rule → median, p90, missed."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict[str, Any])
+    across: dict[str, dict[str, float]] = field(default_factory=dict[str, Any])
+    """The same for scores compared across arms."""
     plan: list[tuple[str, float, float]] = field(default_factory=list[Any])
     decide_ms: list[float] = field(default_factory=list[float])
     seconds: float = 0.0
@@ -136,6 +138,7 @@ def delays(lab: studies.Laboratory, results: Results) -> None:
             values = lab.counted(label, case.world, case.harm, shadow=0, with_phi=with_phi)[1]
             results.delays.setdefault(case.name, {})[name] = quantiles(values)
     results.scores = {name: quantiles(np.array(v)) for name, v in lab.shifts().items()}
+    results.across = {name: quantiles(np.array(v)) for name, v in lab.across().items()}
 
 
 def others(rollouts: int, seed: int, wanted: list[str], with_delays: bool, bars: Progress, results: Results) -> None:
@@ -237,12 +240,21 @@ def tables(results: Results, wanted: list[str]) -> list[Table]:
         for name, row in results.scores.items():
             table.add_row(name, f"{row['median']:.0f}", f"{row['p90']:.0f}")
         out.append(table)
+    if results.across:
+        table = Table("Scores across arms at 5 %, margin .05", "of 1,000", "median scores", "p90", box=None)
+        for name, row in results.across.items():
+            table.add_row(name, f"{1000 * (1 - row['missed']):.0f}", _count(row["median"]), _count(row["p90"]))
+        out.append(table)
     if results.plan:
         table = Table("Median candidate requests", "planned", "simulated", "error", box=None)
         for what, planned, found in results.plan:
             table.add_row(what, f"{planned:,.0f}", f"{found:,.0f}", f"{planned / found - 1:+.0%}")
         out.append(table)
     return out
+
+
+def _count(value: float) -> str:
+    return "∞" if np.isinf(value) else f"{value:,.0f}"
 
 
 def _delay(row: dict[str, float] | None) -> str:

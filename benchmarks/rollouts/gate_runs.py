@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
@@ -11,6 +12,7 @@ from climb import START, score_differences
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.observation import Counts, GateLook, Look, Series
+from hafnium_rollout.statistics import across
 from hafnium_rollout.status import GateStatus
 
 Seen = tuple[GateLook, int]
@@ -56,5 +58,21 @@ def pairs(rng: np.random.Generator, shift: float, count: int = 10) -> Callable[[
     def draw() -> Seen:
         series = (Series(Counts(0, count), Counts(0, count)),)
         return GateLook(series, tuple(score_differences(rng, count, shift).tolist())), count
+
+    return draw
+
+
+def arms(rng: np.random.Generator, shift: float, requests: int = 3000, share: float = 0.05) -> Callable[[], Seen]:
+    """Looks of scores across arms: one in five is high, and how many moves by half over an hour, in both arms alike."""
+    look = 0
+
+    def draw() -> Seen:
+        nonlocal look
+        high = 0.2 * (1 + 0.5 * math.sin(2 * math.pi * look / 120))
+        look += 1
+        nc = int(rng.binomial(requests, share))
+        candidate, stable = (np.where(rng.random(n) < p, 0.95, 0.02) for n, p in ((nc, high + shift / 0.93), (requests - nc, high)))
+        found = across.differences(candidate.tolist(), stable.tolist())
+        return GateLook((Series(Counts(0, requests - nc), Counts(0, nc)),), found), nc
 
     return draw

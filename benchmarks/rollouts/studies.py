@@ -73,6 +73,8 @@ DELAYS = (
     Case("p99 × 1.3", harm=worlds.Harm(latency=1.3), shadow=False),
     Case("+1 pt after 60 min", harm=worlds.Harm(errors=0.01, from_look=LATE_LOOK), shadow=False),
 )
+ACROSS = (("Fail", 0.0), ("Pass", 0.05), ("Pass", 0.0), ("Fail", 0.05), ("Fail", 0.1))
+"""Verdict and shift: the first two are wrong, at alpha .004 and .01."""
 SCORES = (("0.02", 0.02), ("0.05", 0.05))
 
 
@@ -117,6 +119,14 @@ def _shift(shift: float, seed: int, index: int) -> float:
     gate = Gate.model_validate({"name": "scores", "scores": {}, "compare": {"margin": 0.02, "harmless": 0.0}})
     rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"scores {shift}", index)))
     return gate_runs.until(gate, "Fail", gate_runs.pairs(rng, shift), weight=0, shadow=True, alpha_fail=_alpha("scores"), units_max=20_000)
+
+
+def _across(wanted: str, shift: float, seed: int, index: int) -> float:
+    """Candidate scores until the verdict, compared across arms at 5 %, margin .05; inf when four hours of looks don't bring it."""
+    gate = Gate.model_validate({"name": "scores", "scores": {"unpaired": True}, "compare": {"margin": 0.05, "harmless": 0.0}})
+    rng = np.random.default_rng(np.random.SeedSequence(_seed(seed, f"across {wanted} {shift}", index)))
+    return gate_runs.until(gate, wanted, gate_runs.arms(rng, shift), weight=5, shadow=False, alpha_fail=_alpha("errors"),
+                           units_max=rivals.LOOKS * worlds.REQUESTS // 20)
 
 
 def _gate(name: str) -> Gate:
@@ -225,6 +235,16 @@ class Laboratory:
         """Pairs until Fail for a shift of the mean score."""
         some = list(range(max(self.rollouts // PLAN_SHARE, 20)))
         return {name: self._map(f"scores shifted by {name}", partial(_shift, s, self.seed), some) for name, s in SCORES}
+
+
+    def across(self) -> dict[str, list[float]]:
+        """Scores compared across arms: candidate scores until the verdict, inf for never."""
+        some = list(range(max(self.rollouts // 2 // PLAN_SHARE, 20)))
+        return {
+            f"{verdict} at a shift of {shift:g}": self._map(f"across arms, {verdict} at {shift:g}",
+                                                             partial(_across, verdict, shift, self.seed), some)
+            for verdict, shift in ACROSS
+        }
 
 
 def _where(weight: int, shadow: bool) -> str:
