@@ -214,7 +214,7 @@ class Rivals:
         out[f"{self.mw.name}, tuned"] = self.mw.fails_at(paths, self.mw_threshold)
         out["Argo Rollouts, customary (errors ≤ 5 %)"] = COUNTING[0].fails_at(paths, _CUSTOMARY_ARGO)
         out["Flagger, customary (success ≥ 99 %)"] = COUNTING[-3].fails_at(paths, _CUSTOMARY_FLAGGER)
-        out["z-test, customary (|z| > 1.96)"] = self.z.fails_at(paths, 1.96)
+        out["z-test, customary (z > 1.96)"] = self.z.fails_at(paths, 1.96)
         out["Kayenta, customary (98 %, effect ¼)"] = self.mw.fails_at(paths, _KAYENTA_98)
         return out
 
