@@ -27,7 +27,7 @@ def draw(results: Any, wanted: list[str], folder: Path) -> None:
         axes.bar(np.arange(len(wanted)) + i * 0.16, np.maximum(values, 0.5), 0.15, color=colour, label=name)
     axes.axhline(10, color="black", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
-    axes.set_ylim(0.5, 1500)
+    axes.set_ylim(0.3, 1500)
     axes.set_xticks(np.arange(len(wanted)) + 0.16 * (len(rules) - 1) / 2, wanted)
     axes.set_ylabel("false rollbacks per 1,000 (0 drawn as .5)")
     _save(figure, axes, folder / "rollouts-false.svg")
