@@ -19,9 +19,10 @@ from hafnium_contract.inference_log import FIXED, partition
 from hafnium_rollout import commands
 from hafnium_rollout.actions import EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.approvals import count
+from hafnium_rollout.arm_looks import latency_look, thresholds
 from hafnium_rollout.envoy_counters import ArmCounters
 from hafnium_rollout.errors import StateError, UnknownRollout
-from hafnium_rollout.local_backend import LocalBackend, _latency_look, _thresholds
+from hafnium_rollout.local_backend import LocalBackend
 from hafnium_rollout.score_pairs import ScorePairs
 from hafnium_rollout.state_folder import EvidenceReader, StateFolder, read_approvals, read_route, read_services
 from hafnium_rollout.status import ModelSeen, RolloutStatus
@@ -109,18 +110,18 @@ def test_what_waits_for_its_partner_is_bounded(tmp_path: Path, monkeypatch: pyte
 
 def test_a_threshold_between_two_buckets_follows_both() -> None:
     bounds = (25.0, 50.0, 100.0, 250.0)
-    assert _thresholds(100.0, bounds) == (100.0,)
-    assert _thresholds(60.0, bounds) == (50.0, 100.0)
-    assert _thresholds(10.0, bounds) == (25.0,)
-    assert _thresholds(300.0, bounds) == ()
+    assert thresholds(100.0, bounds) == (100.0,)
+    assert thresholds(60.0, bounds) == (50.0, 100.0)
+    assert thresholds(10.0, bounds) == (25.0,)
+    assert thresholds(300.0, bounds) == ()
 
 
 def test_slow_requests_are_those_above_the_bucket() -> None:
     before = ArmCounters("x", 0, 0, 0, 10, {50.0: 8, 100.0: 9})
     after = ArmCounters("x", 0, 0, 0, 30, {50.0: 20, 100.0: 27})
-    look = _latency_look(60.0, ((before, after), (before, before)))
+    look = latency_look(60.0, ((before, after), (before, before)))
     assert [(s.stable.bad, s.stable.total, s.candidate.total) for s in look.series] == [(8, 20, 0), (2, 20, 0)]
-    assert "largest bucket" in _latency_look(5000.0, ((before, after), (before, after))).error
+    assert "largest bucket" in latency_look(5000.0, ((before, after), (before, after))).error
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------------

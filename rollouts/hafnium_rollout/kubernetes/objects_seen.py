@@ -1,0 +1,285 @@
+"""API objects → what was seen. Pure: JSON in, frozen values out. Nobody beyond this module reads raw fields of a status.
+
+A field that is missing is read as "not known", which never counts as good: a service without a Ready condition isn't ready, a
+route whose status speaks about an older generation isn't live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from hafnium_contract.evidence import EvidenceError, EvidenceSpec, parse_evidence
+from hafnium_contract.wire import DIGEST_LABEL, VERSION_LABEL
+from hafnium_rollout.errors import StateError
+from hafnium_rollout.kubernetes.client import FIELD_MANAGER, Json
+from hafnium_rollout.objects import ApprovalSpec, ModelApproval
+from hafnium_rollout.observation import LiveRoute, RouteSeen, ServiceSeen
+from hafnium_rollout.state_folder import MANAGED_BY_LABEL, MANAGER, ROLLOUT_LABEL
+from hafnium_rollout.status import RolloutStatus
+
+DIGEST_ANNOTATION = "hafnium.dev/model-digest"
+"""The whole digest; the label of this name holds eight digits, since a label's value is too short for it."""
+SERVICE_LABEL = "serving.kserve.io/inferenceservice"
+COMPONENT_LABEL = "component"
+COMPONENTS = ("transformer", "predictor")
+"""Requests come in at the first that an InferenceService has."""
+FOREIGN = "(not of our form)"
+"""Stable service of a route that we didn't write and can't read: it equals no route that is wanted."""
+
+
+def dig(data: Any, *path: str | int) -> Any:
+    """The value at a path of keys and indices; None when any of it isn't there."""
+    for key in path:
+        if isinstance(key, int) and isinstance(data, list):
+            items = cast("list[Any]", data)
+            data = items[key] if -len(items) <= key < len(items) else None
+        elif isinstance(key, str) and isinstance(data, dict):
+            data = cast("Json", data).get(key)
+        else:
+            return None
+    return data
+
+
+def rows(data: Any, *path: str | int) -> list[Json]:
+    """The objects of a list at a path; empty when there is none."""
+    found = dig(data, *path)
+    return [cast("Json", x) for x in cast("list[Any]", found) if isinstance(x, dict)] if isinstance(found, list) else []
+
+
+def texts(data: Any, *path: str | int) -> dict[str, str]:
+    """Labels or annotations at a path."""
+    found = dig(data, *path)
+    return {str(k): str(v) for k, v in cast("Json", found).items()} if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What every object has."""
+
+    namespace: str
+    name: str
+    uid: str
+    resource_version: str
+    generation: int
+    deleting: bool
+    finalizers: tuple[str, ...]
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+
+
+def meta_of(item: Json) -> Meta:
+    m = cast("Json", item.get("metadata") or {})
+    return Meta(
+        str(m.get("namespace") or ""), str(m.get("name") or ""), str(m.get("uid") or ""), str(m.get("resourceVersion") or ""),
+        int(m.get("generation") or 0), bool(m.get("deletionTimestamp")), tuple(m.get("finalizers") or ()),
+        texts(m, "labels"), texts(m, "annotations"),
+    )
+
+
+def status_of(item: Json) -> RolloutStatus:
+    """The status as written. Raises StateError when it can't be understood: then nothing may be moved."""
+    found = item.get("status")
+    if not found:
+        return RolloutStatus()
+    try:
+        return RolloutStatus.model_validate(found)
+    except ValidationError as e:
+        meta, first = meta_of(item), e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise StateError(
+            f"ModelRollout {meta.namespace}/{meta.name}: status.{where}: {first['msg']}; nothing is moved until it can be read") from e
+
+
+@dataclass(frozen=True, slots=True)
+class PodSeen:
+    """One pod of an InferenceService."""
+
+    name: str
+    service: str
+    component: str
+    ready: bool
+    restarts: int
+    message: str = ""
+    """Why a container of it isn't running."""
+    revision: str = ""
+    """Knative's revision; empty in Standard mode."""
+
+
+def pod_seen(item: Json) -> PodSeen:
+    meta = meta_of(item)
+    containers = rows(item, "status", "containerStatuses") + rows(item, "status", "initContainerStatuses")
+    waiting = [
+        f"{c.get('name')}: {dig(c, 'state', 'waiting', 'reason')}" + (
+            f" ({dig(c, 'state', 'waiting', 'message')})" if dig(c, "state", "waiting", "message") else "")
+        for c in containers if dig(c, "state", "waiting", "reason") not in (None, "PodInitializing", "ContainerCreating")
+    ]
+    return PodSeen(
+        meta.name, meta.labels.get(SERVICE_LABEL, ""), meta.labels.get(COMPONENT_LABEL, ""),
+        ready=condition(item, "Ready") == "True" and not meta.deleting,
+        restarts=sum(int(c.get("restartCount") or 0) for c in containers), message="; ".join(waiting)[:300],
+        revision=meta.labels.get("serving.knative.dev/revision", ""),
+    )
+
+
+def condition(item: Json, kind: str) -> str:
+    """Status of a condition: True, False, Unknown; empty when there is none."""
+    return next((str(c.get("status")) for c in rows(item, "status", "conditions") if c.get("type") == kind), "")
+
+
+def components(item: Json) -> tuple[str, ...]:
+    """Components that the InferenceService's spec has, the one that takes requests first."""
+    return tuple(c for c in COMPONENTS if isinstance(dig(item, "spec", c), dict))
+
+
+def service_seen(item: Json, pods: Sequence[PodSeen]) -> ServiceSeen:
+    """An InferenceService with its pods. Ready: KServe says so, and each component has a pod that is."""
+    meta = meta_of(item)
+    ready = condition(item, "Ready") == "True" and not meta.deleting
+    lacking = [c for c in components(item) if not any(p.component == c and p.ready for p in pods)]
+    return ServiceSeen(
+        meta.name, meta.annotations.get(DIGEST_ANNOTATION, ""), ready and not lacking, sum(p.restarts for p in pods),
+        version=meta.labels.get(VERSION_LABEL, ""), message="" if ready and not lacking else _why_not_ready(item, pods, lacking),
+        storage_uri=str(dig(item, "spec", "predictor", "model", "storageUri") or ""),
+    )
+
+
+def _why_not_ready(item: Json, pods: Sequence[PodSeen], lacking: Sequence[str]) -> str:
+    said = [f"{p.name}: {p.message}" for p in pods if p.message][:2]
+    said += [
+        f"{c.get('type')}: {c.get('reason') or ''} {c.get('message') or ''}".strip()
+        for c in rows(item, "status", "conditions") if c.get("status") != "True" and (c.get("message") or c.get("reason"))
+    ][:2]
+    if not said and lacking:
+        said = [f"no ready pod of {' and '.join(lacking)}"]
+    return "; ".join(said)[:500] or "KServe does not say that it is ready"
+
+
+def is_ours(item: Json, rollout: str) -> bool:
+    """Made by this rollout."""
+    labels = meta_of(item).labels
+    return labels.get(MANAGED_BY_LABEL) == MANAGER and labels.get(ROLLOUT_LABEL) == rollout
+
+
+# --- routes -------------------------------------------------------------------------------------------------------------------
+
+
+def service_of_backend(name: str) -> str:
+    """InferenceService behind a Service that KServe made (`<name>-transformer`, `<name>-predictor`)."""
+    for end in COMPONENTS:
+        if name.endswith(f"-{end}"):
+            return name.removesuffix(f"-{end}")
+    return name
+
+
+def route_seen(item: Json) -> RouteSeen:
+    """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right."""
+    manager = other_manager(item)
+    rules = rows(item, "spec", "rules")
+    if len(rules) != 1:
+        return RouteSeen(FOREIGN, None, 0, False, manager)
+    rule = rules[0]
+    matches = rows(rule, "matches")
+    everything = all(dig(m, "path", "value") in (None, "/") and set(m) <= {"path"} for m in matches)
+    filters = rows(rule, "filters")
+    mirrors = [str(dig(f, "requestMirror", "backendRef", "name")) for f in filters if f.get("type") == "RequestMirror"]
+    refs = [(service_of_backend(str(r.get("name"))), int(1 if r.get("weight") is None else r["weight"])) for r in rows(rule, "backendRefs")]
+    total = sum(w for _, w in refs)
+    ours = everything and 1 <= len(refs) <= 2 and total > 0 and len(mirrors) == len(filters) <= 1 and not (mirrors and len(refs) == 2)
+    if not ours:
+        return RouteSeen(FOREIGN, None, 0, False, manager)
+    if len(refs) == 1:
+        return RouteSeen(refs[0][0], service_of_backend(mirrors[0]) if mirrors else None, 0, bool(mirrors), manager)
+    # The first is the stable one by our order; a stranger's order is another route, and is put back like any other change.
+    (stable, _), (candidate, weight) = refs
+    return RouteSeen(stable, candidate, round(100 * weight / total), False, manager)
+
+
+def other_manager(item: Json, own: str = FIELD_MANAGER) -> str:
+    """Who wrote the spec last besides us, by managedFields: `kubectl-edit (Update, 12:00:01 UTC)`; empty when nobody did."""
+    found = [
+        m for m in rows(item, "metadata", "managedFields")
+        if m.get("manager") != own and m.get("subresource") != "status" and dig(m, "fieldsV1", "f:spec") is not None
+    ]
+    if not found:
+        return ""
+    last = max(found, key=lambda m: str(m.get("time") or ""))
+    when = _clock_time(str(last.get("time") or ""))
+    return f"{last.get('manager')} ({last.get('operation')}{when})"
+
+
+def _clock_time(text: str) -> str:
+    try:
+        return f", {datetime.fromisoformat(text):%H:%M:%S} UTC"
+    except ValueError:
+        return ""
+
+
+def live_route(item: Json, gateway: tuple[str, str]) -> tuple[LiveRoute | None, str]:
+    """What the gateway says that it does with this route, and why that isn't known.
+
+    The gateway's controller writes `status.parents`. Only a status about the present generation counts. Accepted with references
+    that resolve: it does what the spec says. Not accepted: it does nothing. Whether requests then really go there, counters tell.
+    """
+    meta = meta_of(item)
+    parents = [
+        p for p in rows(item, "status", "parents")
+        if (dig(p, "parentRef", "namespace") or meta.namespace, dig(p, "parentRef", "name")) == gateway
+    ]
+    if not parents:
+        return None, f"gateway {'/'.join(gateway)} has not taken up HTTPRoute {meta.namespace}/{meta.name} yet"
+    for wanted in ("Accepted", "ResolvedRefs"):
+        for parent in parents:
+            found = next((c for c in rows(parent, "conditions") if c.get("type") == wanted), None)
+            if found is None or int(found.get("observedGeneration") or 0) < meta.generation:
+                return None, f"gateway {'/'.join(gateway)} has not taken up the last change of HTTPRoute {meta.namespace}/{meta.name} yet"
+            if found.get("status") != "True":
+                why = f"{wanted} is {found.get('status')}: {found.get('reason')}: {found.get('message') or 'no message'}"
+                return LiveRoute({}), f"HTTPRoute {meta.namespace}/{meta.name} does not work: {why}"
+    seen = route_seen(item)
+    if seen.stable == FOREIGN:
+        return LiveRoute({FOREIGN: 100}), ""
+    weights = {seen.stable: 100 - seen.weight} if seen.weight < 100 else {}
+    if seen.candidate is not None and seen.weight:
+        weights[seen.candidate] = seen.weight
+    return LiveRoute(weights, frozenset({seen.candidate}) if seen.shadow and seen.candidate else frozenset()), ""
+
+
+# --- evidence and approvals ---------------------------------------------------------------------------------------------------
+
+
+def evidence_seen(items: Iterable[Json]) -> tuple[tuple[EvidenceSpec, ...], str]:
+    """All evidence that can be read, and the first error. One that can't be read may be the Fail that matters: it is said."""
+    found: list[EvidenceSpec] = []
+    error = ""
+    for item in items:
+        meta = meta_of(item)
+        try:
+            plain = {"apiVersion": item.get("apiVersion") or "hafnium.dev/v1alpha1", "kind": "ModelEvidence",
+                     "metadata": {"name": meta.name}, "spec": item.get("spec")}
+            found.append(parse_evidence(plain, f"ModelEvidence {meta.namespace}/{meta.name}").spec)
+        except EvidenceError as e:
+            error = error or str(e)
+    return tuple(found), error
+
+
+def approvals_seen(items: Iterable[Json]) -> list[ApprovalSpec]:
+    """All approvals. An object that can't be read approves nothing, nor does one that is being deleted."""
+    out: list[ApprovalSpec] = []
+    for item in items:
+        meta = meta_of(item)
+        try:
+            found = ModelApproval.model_validate({"metadata": {"name": meta.name}, "kind": "ModelApproval", "spec": item.get("spec")})
+        except ValidationError:
+            continue
+        if not meta.deleting:
+            out.append(found.spec)
+    return out
+
+
+def label_digest(item: Json) -> str:
+    return meta_of(item).labels.get(DIGEST_LABEL, "")
