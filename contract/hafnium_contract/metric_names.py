@@ -48,7 +48,33 @@ MODEL_INFO = Metric(
     "model_info", "gauge", "1 for the model that is loaded", ("model_name", "model_version", "model_digest", "contract_digest")
 )
 
+_ROLLOUT = ("namespace", "rollout")
+
+ROLLOUT_INFO = Metric(
+    "modelrollout_info", "gauge", "1 for a ModelRollout, with the models that it is about",
+    (*_ROLLOUT, "backend", "stable_version", "stable_digest", "candidate_version", "candidate_digest"))
+ROLLOUT_PHASE = Metric("modelrollout_phase", "gauge", "1 for the phase that the rollout is in, 0 for the others", (*_ROLLOUT, "phase"))
+ROLLOUT_WEIGHT = Metric(
+    "modelrollout_weight", "gauge", "Percent of live answers for the candidate: desired, and observed at the gateway", (*_ROLLOUT, "kind"))
+ROLLOUT_GATE_VERDICT = Metric(
+    "modelrollout_gate_verdict", "gauge", "1 for the gate's verdict, 0 for the others", (*_ROLLOUT, "gate", "role", "verdict"))
+ROLLOUT_GATE_SAMPLES = Metric(
+    "modelrollout_gate_samples", "gauge", "Candidate requests, pairs or rows that the gate rests on", (*_ROLLOUT, "gate"))
+ROLLOUT_GATE_STATISTIC = Metric("modelrollout_gate_statistic", "gauge", "ln of the gate's e-value", (*_ROLLOUT, "gate"))
+ROLLOUT_GATE_BOUND = Metric(
+    "modelrollout_gate_bound", "gauge", "Bounds of candidate − stable at the gate's alpha", (*_ROLLOUT, "gate", "bound"))
+ROLLOUT_BLIND = Metric("modelrollout_blind_seconds", "gauge", "Since when a Safety gate has no data; 0 while it has", (*_ROLLOUT, "gate"))
+ROLLBACK_LATENCY = Metric(
+    "modelrollout_rollback_latency_seconds", "histogram", "Time from the verdict until counters show that no request reaches the candidate",
+    _ROLLOUT, (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0))
+EXTERNAL_CHANGES = Metric("modelrollout_external_change_total", "counter", "Times that somebody else changed the route", _ROLLOUT)
+RECONCILE_ERRORS = Metric(
+    "modelrollout_reconcile_errors_total", "counter", "Turns that ended in an error; of all rollouts, or of one", (*_ROLLOUT, "type"))
+ROLLOUT_LEADER = Metric("modelrollout_leader", "gauge", "1 while this process leads and writes")
+
 ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_STALENESS,
     FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
+    ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
+    ROLLOUT_BLIND, ROLLBACK_LATENCY, EXTERNAL_CHANGES, RECONCILE_ERRORS, ROLLOUT_LEADER,
 )

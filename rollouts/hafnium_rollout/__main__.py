@@ -1,4 +1,8 @@
-"""`python -m hafnium_rollout --state DIR --look-seconds 5`: guards all rollouts of a state folder until SIGTERM."""
+"""The rollout loop as a process.
+
+`python -m hafnium_rollout --state DIR` guards the rollouts of a state folder on one machine (`local` may be written before it);
+`python -m hafnium_rollout operator` guards the ModelRollouts of a Kubernetes cluster. Both until SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,52 @@ import argparse
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
-from hafnium_rollout.controller import run
-from hafnium_rollout.state_folder import StateFolder
+from hafnium_contract.errors import HafniumError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["operator"]:
+            return _operator(given[1:])
+        return _local(given[1:] if given[:1] == ["local"] else given)
+    except HafniumError as e:
+        sys.stderr.write(f"hafnium_rollout: {e}\n")
+        return e.exit_status
+
+
+def _local(arguments: Sequence[str]) -> int:
+    from hafnium_rollout.controller import run
+    from hafnium_rollout.state_folder import StateFolder
+
     parser = argparse.ArgumentParser(prog="hafnium_rollout", description="Moves traffic between models as the evidence allows.")
     parser.add_argument("--state", type=Path, required=True, help="state folder of `hafnium up`")
     parser.add_argument("--look-seconds", type=float, default=5.0, help="time between two looks (default: 5)")
     given = parser.parse_args(arguments)
     if not 0.1 <= given.look_seconds <= 3600:
         parser.error(f"--look-seconds must lie between 0.1 and 3600, got {given.look_seconds:g}")
+    run(StateFolder(given.state), given.look_seconds, _until_asked())
+    return 0
+
+
+def _operator(arguments: Sequence[str]) -> int:
+    # One machine needs neither the `kubernetes` package nor the second that it takes to load.
+    from hafnium_rollout.kubernetes.operator import run
+    from hafnium_rollout.kubernetes.settings import parse_settings
+
+    run(parse_settings(arguments), _until_asked())
+    return 0
+
+
+def _until_asked() -> threading.Event:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    run(StateFolder(given.state), given.look_seconds, stop)
-    return 0
+    return stop
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""What this cluster can do for a rollout, found out before anything moves. Pure, over a snapshot.
+
+A finding that `refuses` keeps a rollout from beginning; one under way is never stopped by it, since it must be able to go back.
+A gateway says in its class which features it has. One that says nothing is believed only if its controller is known to mirror:
+a route's status is no proof (Traefik accepts a RequestMirror and then answers 500 to everybody).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hafnium_rollout.kubernetes.kinds import GATEWAY, HTTP_ROUTE, INFERENCE_SERVICE, MODEL_APPROVAL, MODEL_EVIDENCE, Kind
+from hafnium_rollout.kubernetes.objects_seen import condition, dig, rows
+from hafnium_rollout.kubernetes.paired_services import owner_of_route, parent_of
+from hafnium_rollout.kubernetes.settings import Settings
+from hafnium_rollout.kubernetes.snapshot import Snapshot
+from hafnium_rollout.objects import ModelRollout
+
+MIRROR = "HTTPRouteRequestMirror"
+ARM_HEADERS = "HTTPRouteBackendRequestHeaderModification"
+_WHAT_FOR: Mapping[str, str] = {
+    INFERENCE_SERVICE.name: "install KServe",
+    HTTP_ROUTE.name: "install the Gateway API (standard channel) and a gateway",
+    GATEWAY.name: "install the Gateway API (standard channel) and a gateway",
+    MODEL_EVIDENCE.name: "install Hafnium's CRDs; until then gates over jobs' evidence have no data",
+    MODEL_APPROVAL.name: "install Hafnium's CRDs; until then nothing is approved",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that isn't there, what that means, and what to do."""
+
+    reason: str
+    message: str
+    refuses: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayAbility:
+    mirrors: Literal["yes", "no", "unknown"]
+    marks_arms: bool
+    controller: str = ""
+
+
+def missing_kinds(snapshot: Snapshot) -> tuple[Finding, ...]:
+    """Kinds that the API server doesn't know."""
+    wanted: tuple[Kind, ...] = (INFERENCE_SERVICE, HTTP_ROUTE, GATEWAY, MODEL_EVIDENCE, MODEL_APPROVAL)
+    return tuple(
+        Finding("KindMissing", f"the API server doesn't know {k.name} ({k.api_version}): {_WHAT_FOR[k.name]}",
+                refuses=k not in (MODEL_EVIDENCE, MODEL_APPROVAL))
+        for k in wanted if k.name in snapshot.missing)
+
+
+def ability(snapshot: Snapshot, gateway: tuple[str, str], mirroring: frozenset[str]) -> GatewayAbility | None:
+    """What the gateway can do, by its class; None when the gateway or its class can't be read or isn't there."""
+    item = (snapshot.gateways or {}).get(gateway)
+    found = (snapshot.classes or {}).get(("", str(dig(item, "spec", "gatewayClassName")))) if item is not None else None
+    if found is None:
+        return None
+    controller = str(dig(found, "spec", "controllerName") or "")
+    listed = dig(found, "status", "supportedFeatures")
+    names = {str(f.get("name")) for f in rows(found, "status", "supportedFeatures")}
+    if controller in mirroring or MIRROR in names:
+        mirrors: Literal["yes", "no", "unknown"] = "yes"
+    else:
+        mirrors = "no" if isinstance(listed, list) and listed else "unknown"
+    return GatewayAbility(mirrors, ARM_HEADERS in names or controller in mirroring, controller)
+
+
+def findings(
+    rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings: Settings, query_problems: Sequence[str] = (),
+) -> tuple[Finding, ...]:
+    """All that stands against this rollout on this cluster, the gravest first."""
+    out: list[Finding] = [*missing_kinds(snapshot)]
+    backend = rollout.spec.routing.backend or "PairedServices"
+    if backend == "Local":
+        out.append(Finding("BackendNotHere", "routing.backend Local is Envoy on one machine; on a cluster write PairedServices"))
+    if backend == "PairedServices":
+        out += _gateway(rollout, namespace, snapshot, settings)
+        out += _names(rollout, namespace, snapshot)
+    if any(g.counted for g in rollout.spec.gates) and not settings.prometheus_url:
+        out.append(Finding("NoPrometheus", "gates over counted requests need Prometheus: start the operator with --prometheus_url"))
+    if any(g.kind == "scores" for g in rollout.spec.gates) and not settings.inference_log:
+        out.append(Finding("NoInferenceLog", "a scores gate reads the inference log: start the operator with --inference_log"))
+    out += [Finding("QueryInvalid", p) for p in query_problems]
+    return tuple(sorted(out, key=lambda f: not f.refuses))
+
+
+def _gateway(rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings: Settings) -> list[Finding]:
+    gateway = parent_of(rollout, namespace, settings.default_gateway)
+    shown = "/".join(gateway)
+    if snapshot.gateways is None or GATEWAY.name in snapshot.missing:
+        return []  # unread is not missing; missing kinds have a finding of their own
+    if gateway not in snapshot.gateways:
+        return [Finding("GatewayMissing", f"there is no Gateway {shown}: make it, or name another in routing.gatewayRef")]
+    out: list[Finding] = []
+    if condition(snapshot.gateways[gateway], "Programmed") == "False":
+        out.append(Finding("GatewayNotProgrammed", f"Gateway {shown} is not programmed; its controller says why", refuses=False))
+    if not any(s.shadow for s in rollout.spec.strategy.steps):
+        return out
+    can = ability(snapshot, gateway, settings.mirroring)
+    if can is None or can.mirrors == "unknown":
+        which = f"its controller ({can.controller})" if can is not None else "its class"
+        out.append(Finding("MirrorUnknown", f"the step with shadow: true needs a gateway that mirrors requests, and {which} doesn't say "
+                           f"that Gateway {shown} does. Try it, then add the controller to --mirroring_controllers; or remove the step"))
+    elif can.mirrors == "no":
+        out.append(Finding("MirrorNotSupported", f"the step with shadow: true needs a gateway that mirrors requests, and Gateway {shown} "
+                           f"({can.controller}) doesn't: name one that does (Envoy Gateway, Contour, Istio), or remove the step"))
+    return out
+
+
+def _names(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[Finding]:
+    route = (snapshot.routes or {}).get((namespace, rollout.name))
+    owner = owner_of_route(route) if route is not None else ""
+    if owner:
+        return [Finding("NameTaken", f"HTTPRoute {namespace}/{rollout.name} is made by {owner}, which would undo every change: give the "
+                        "ModelRollout another name")]
+    if (snapshot.services or {}).get((namespace, rollout.name)) is not None:
+        return [Finding("NameTaken", f"InferenceService {namespace}/{rollout.name} has the rollout's name, so KServe makes an HTTPRoute of "
+                        "that name too: give the ModelRollout another name")]
+    return []

@@ -1,0 +1,120 @@
+"""The operator's metrics, drawn from the last statuses at each scrape: a rollout that is gone leaves no series behind.
+
+While this process doesn't lead it knows nothing, and says nothing but that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hafnium_contract import metric_names as names
+from hafnium_rollout.kubernetes.snapshot import Key
+from hafnium_rollout.objects import ModelRollout
+from hafnium_rollout.status import GateStatus, RolloutStatus
+
+PHASES = ("Pending", "Progressing", "Paused", "Promoted", "RolledBack")
+VERDICTS = ("Pass", "Fail", "Inconclusive", "NoData", "Error")
+
+
+class Metrics(Collector):
+    """Statuses in, exposition out. Safe between threads."""
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._seen: dict[Key, tuple[ModelRollout, RolloutStatus]] = {}
+        self._leads = False
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self._errors = Counter(
+            names.RECONCILE_ERRORS.name.removesuffix("_total"), names.RECONCILE_ERRORS.help, names.RECONCILE_ERRORS.labels,
+            registry=self._registry)
+        self._external = Counter(
+            names.EXTERNAL_CHANGES.name.removesuffix("_total"), names.EXTERNAL_CHANGES.help, names.EXTERNAL_CHANGES.labels,
+            registry=self._registry)
+        self._rollback = Histogram(
+            names.ROLLBACK_LATENCY.name, names.ROLLBACK_LATENCY.help, names.ROLLBACK_LATENCY.labels, buckets=names.ROLLBACK_LATENCY.buckets,
+            registry=self._registry)
+
+    def leads(self, value: bool) -> None:
+        with self._lock:
+            self._leads = value
+            if not value:
+                self._seen.clear()
+
+    def turned(self, key: Key, rollout: ModelRollout | None, status: RolloutStatus | None, error: str, external: int,
+               rollback_s: float | None) -> None:
+        """What one turn came to."""
+        if rollout is not None and status is not None:
+            with self._lock:
+                self._seen[key] = (rollout, status)
+            self._external.labels(*key).inc(external)  # with 0 too: the series begins before its first event
+        if error:
+            self._errors.labels(*key, error).inc()
+        if rollback_s is not None:
+            self._rollback.labels(*key).observe(rollback_s)
+
+    def failed(self, error: str) -> None:
+        """An error of the whole turn, of no rollout in particular."""
+        self._errors.labels("", "", error).inc()
+
+    def keep(self, alive: set[Key]) -> None:
+        with self._lock:
+            gone = set(self._seen) - alive
+            for key in gone:
+                del self._seen[key]
+        for key in gone:
+            self._external.remove(*key)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            seen, leads = dict(self._seen), self._leads
+        now = self._now()
+        families = {m.name: GaugeMetricFamily(m.name, m.help, labels=m.labels) for m in (
+            names.ROLLOUT_INFO, names.ROLLOUT_PHASE, names.ROLLOUT_WEIGHT, names.ROLLOUT_GATE_VERDICT, names.ROLLOUT_GATE_SAMPLES,
+            names.ROLLOUT_GATE_STATISTIC, names.ROLLOUT_GATE_BOUND, names.ROLLOUT_BLIND, names.ROLLOUT_LEADER)}
+        families[names.ROLLOUT_LEADER.name].add_metric([], 1.0 if leads else 0.0)
+        for key, (rollout, status) in sorted(seen.items()):
+            _add(families, key, rollout, status, now)
+        yield from families.values()
+
+
+def _add(families: dict[str, GaugeMetricFamily], key: Key, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> None:
+    def put(metric: names.Metric, value: float, *labels: str) -> None:
+        families[metric.name].add_metric([*key, *labels], value)
+
+    stable, candidate = status.stable, status.candidate
+    put(names.ROLLOUT_INFO, 1.0, rollout.spec.routing.backend or "PairedServices",
+        *((stable.version, stable.digest) if stable else ("", "")), *((candidate.version, candidate.digest) if candidate else ("", "")))
+    for phase in PHASES:
+        put(names.ROLLOUT_PHASE, float(phase == status.phase), phase)
+    step = status.step
+    put(names.ROLLOUT_WEIGHT, float(step.weight_desired if step is not None else 0), "desired")
+    if step is None or step.weight_observed is not None:  # what isn't seen is absent, not zero
+        put(names.ROLLOUT_WEIGHT, float(step.weight_observed or 0) if step is not None else 0.0, "observed")
+    for gate in status.gates:
+        for verdict in VERDICTS:
+            put(names.ROLLOUT_GATE_VERDICT, float(verdict == gate.verdict), gate.name, gate.role, verdict)
+        put(names.ROLLOUT_GATE_SAMPLES, float(gate.samples), gate.name)
+        put(names.ROLLOUT_GATE_STATISTIC, gate.statistic, gate.name)
+        for bound, value in (("lower", gate.lower), ("upper", gate.upper)):
+            if value is not None:
+                put(names.ROLLOUT_GATE_BOUND, value, gate.name, bound)
+        if gate.role == "Safety" and step is not None:
+            put(names.ROLLOUT_BLIND, blind_seconds(gate, step.entered_at, now), gate.name)
+
+
+def blind_seconds(gate: GateStatus, entered_at: datetime, now: datetime) -> float:
+    """For how long a gate has had no data; 0 while it has."""
+    if gate.verdict not in ("NoData", "Error"):
+        return 0.0
+    return max(0.0, (now - max(entered_at, gate.state.last_seen_at or entered_at)).total_seconds())

@@ -1,0 +1,129 @@
+"""Counters of pods at two scrapes → what each arm's requests did in between. Pure.
+
+A pod's counters of one scrape belong together (Prometheus stores a scrape at one time), so bad and total are of the same requests.
+Increments are per pod and between two *scrapes*, whose times are known: a look begins where the oldest of them began.
+
+What isn't known is left out for both arms, never counted as zero:
+- a pod that wasn't there at the last look is only a baseline: its counters may hold requests from before;
+- a pod that is gone takes its last requests along, bad and good alike;
+- a counter that fell began anew: how much it held is lost, so this look is left out;
+- a pod that wasn't scraped since: there is no look yet.
+In the first two the arm's number of requests isn't whole, so the sample ratio isn't judged in that look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hafnium_contract.metric_names import DURATION, ERRORS, REQUESTS
+from hafnium_rollout.envoy_counters import ArmCounters
+from hafnium_rollout.kubernetes.prometheus_client import Sample
+
+FAMILIES = (REQUESTS.name, ERRORS.name, f"{DURATION.name}_bucket", f"{DURATION.name}_count")
+_MS = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class PodCounters:
+    """One pod's counters at one scrape."""
+
+    scraped_at: float
+    """Unix seconds, by Prometheus' clock."""
+    requests: float = 0.0
+    errors: float = 0.0
+    timed: float = 0.0
+    not_slower: Mapping[float, float] | None = None
+    """Bucket bound in ms → requests that took at most that long."""
+
+    def as_data(self) -> dict[str, Any]:
+        """For the cursor in the status."""
+        slow = {f"{k:g}": v for k, v in (self.not_slower or {}).items()}
+        return {"at": self.scraped_at, "requests": self.requests, "errors": self.errors, "timed": self.timed, "notSlower": slow}
+
+
+def from_data(data: Any) -> PodCounters | None:
+    """A cursor's counters; None when they have another form (the pod is then one that wasn't there)."""
+    try:
+        return PodCounters(float(data["at"]), float(data["requests"]), float(data["errors"]), float(data["timed"]),
+                           {float(k): float(v) for k, v in data["notSlower"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def by_pod(samples: Iterable[Sample], scraped: Iterable[Sample]) -> dict[str, PodCounters]:
+    """Samples of FAMILIES, and of `timestamp(requests)`, per pod. A pod without a request counter isn't one of ours."""
+    at: dict[str, float] = {}
+    for s in scraped:
+        pod = s.labels.get("pod", "")
+        at[pod] = min(s.value, at.get(pod, s.value))
+    sums: dict[str, dict[str, float]] = {}
+    buckets: dict[str, dict[float, float]] = {}
+    for s in samples:
+        pod, family = s.labels.get("pod", ""), s.labels.get("__name__", "")
+        if pod not in at:
+            continue
+        if family == FAMILIES[2]:
+            bound = s.labels.get("le", "+Inf")
+            if bound != "+Inf":
+                mine = buckets.setdefault(pod, {})
+                # in ms and rounded: 0.025 s is 25 ms and not 25.000000000000004
+                key = round(float(bound) * _MS, 6)
+                mine[key] = mine.get(key, 0.0) + s.value
+        elif family in FAMILIES:
+            mine_sums = sums.setdefault(pod, {})
+            mine_sums[family] = mine_sums.get(family, 0.0) + s.value
+    return {
+        pod: PodCounters(
+            at[pod], found.get(FAMILIES[0], 0.0), found.get(FAMILIES[1], 0.0), found.get(FAMILIES[3], 0.0), buckets.get(pod, {}))
+        for pod, found in sums.items() if FAMILIES[0] in found
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ArmIncrease:
+    """What one arm's requests did between two looks."""
+
+    requests: float = 0.0
+    errors: float = 0.0
+    timed: float = 0.0
+    not_slower: Mapping[float, float] | None = None
+    whole: bool = True
+    """Every pod of the arm was there at both looks."""
+    started: float | None = None
+    """When the oldest of its increments began; None without any pod."""
+    reset: str = ""
+    """The pod whose counters began anew."""
+    waits: str = ""
+    """The pod that wasn't scraped since the last look."""
+
+    def counters(self) -> tuple[ArmCounters, ArmCounters]:
+        """As (before, after), from zero: the form that looks are made of."""
+        bad = min(self.errors, self.requests)
+        after = ArmCounters(
+            "", round(self.requests - bad), round(bad), round(self.requests), round(self.timed),
+            {k: round(v) for k, v in (self.not_slower or {}).items()})
+        return ArmCounters("", 0, 0, 0, 0, dict.fromkeys(after.not_slower, 0)), after
+
+
+def increase(before: Mapping[str, PodCounters], after: Mapping[str, PodCounters], pods: Sequence[str]) -> ArmIncrease:
+    """Increments of an arm's pods. `before` holds those of the last look, of the same arm alone."""
+    both = [p for p in pods if p in before and p in after]
+    whole = set(both) == {p for p in (*pods, *before) if p in before or p in after}
+    requests = errors = timed = 0.0
+    not_slower: dict[float, float] = {}
+    for pod in both:
+        old, new = before[pod], after[pod]
+        if new.scraped_at <= old.scraped_at:
+            return ArmIncrease(waits=pod)
+        slower_fell = any(new_n < (old.not_slower or {}).get(b, 0.0) for b, new_n in (new.not_slower or {}).items())
+        if new.requests < old.requests or new.errors < old.errors or new.timed < old.timed or slower_fell:
+            return ArmIncrease(reset=pod)
+        requests += new.requests - old.requests
+        errors += new.errors - old.errors
+        timed += new.timed - old.timed
+        for bound, count in (new.not_slower or {}).items():
+            not_slower[bound] = not_slower.get(bound, 0.0) + count - (old.not_slower or {}).get(bound, 0.0)
+    started = min((before[p].scraped_at for p in both), default=None)
+    return ArmIncrease(requests, errors, timed, not_slower, whole, started)

@@ -1,0 +1,287 @@
+"""One turn for one ModelRollout: observe → decide → write the status (intent first) → act. The same `decide` as on one machine.
+
+After a crash between any two writes the next turn, of whichever leader, sees either the old route (the intent is done again) or the
+new one. The status is written only if nobody wrote the object since it was read, so two leaders can't both count one look.
+
+A finalizer is on the object while a run is under way and no longer: then somebody has to take the candidate's traffic back before
+the object goes. A ModelRollout at rest can be deleted while no operator runs; its stable service and route stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from hafnium_contract.errors import HafniumError
+from hafnium_rollout.actions import Decision
+from hafnium_rollout.decide import decide
+from hafnium_rollout.errors import RolloutFileError
+from hafnium_rollout.kubernetes import conditions, events
+from hafnium_rollout.kubernetes.capabilities import Finding, findings
+from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, LeaseLost, NotFound
+from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT
+from hafnium_rollout.kubernetes.objects_seen import Meta, meta_of, route_seen, status_of
+from hafnium_rollout.kubernetes.paired_backend import NotYet, PairedBackend
+from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
+from hafnium_rollout.kubernetes.prometheus_queries import query_problems
+from hafnium_rollout.kubernetes.settings import Settings
+from hafnium_rollout.kubernetes.snapshot import Key, Snapshot
+from hafnium_rollout.objects import ModelRollout, parse_rollout
+from hafnium_rollout.status import RolloutStatus, stored
+
+FINALIZER = "hafnium.dev/traffic"
+Log = Callable[[dict[str, Any]], None]
+_SOON_S = 1.0
+_RETRY_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """What a turn came to. `requeue_s`: look again this soon; None: at the regular time."""
+
+    rollout: ModelRollout | None
+    status: RolloutStatus | None
+    requeue_s: float | None = None
+    error: str = ""
+    external_changes: int = 0
+    rollback_s: float | None = None
+    """A rollback was seen to be done in this turn: time since it was asked for."""
+
+
+def under_way(status: RolloutStatus) -> bool:
+    """A candidate may have traffic, or is about to."""
+    return status.rollback is not None or (bool(status.run_id) and status.phase in ("Pending", "Progressing", "Paused"))
+
+
+class Reconciler:
+    """All rollouts, one at a time each. Safe between threads as long as one rollout is turned by one of them."""
+
+    def __init__(
+        self, client: KubernetesClient, backend: PairedBackend, settings: Settings, log: Log, identity: str,
+        prometheus: Prometheus | None,
+    ) -> None:
+        self._client, self._backend, self._settings = client, backend, settings
+        self._log, self._identity, self._prometheus = log, identity, prometheus
+        self._good: dict[Key, ModelRollout] = {}
+        """Last object that could be understood: one that can't be must not leave a candidate unguarded."""
+        self._looked: dict[Key, datetime] = {}
+        self._queries: dict[tuple[str, str, int], tuple[str, ...]] = {}
+        """Problems of queries per object and generation; they are checked once."""
+        self._said: dict[tuple[Key, str], str] = {}
+        self._lock = threading.Lock()
+
+    def turn(self, item: Json, snapshot: Snapshot, now: datetime) -> Turned:
+        """One turn. Never raises but for LeaseLost: an error is told, counted and tried again."""
+        meta = meta_of(item)
+        key = (meta.namespace, meta.name)
+        try:
+            turned = self._turn(item, meta, snapshot, now)
+        except LeaseLost:
+            raise
+        except Conflict as e:
+            self._tell(key, now, "info", "Conflict", f"somebody wrote in between, so it is looked at anew: {e}")
+            return Turned(self._good.get(key), None, _RETRY_S)
+        except NotYet as e:
+            self._once(key, "waits", now, "info", "Waiting", str(e))
+            return Turned(self._good.get(key), None, _SOON_S)
+        except (HafniumError, OSError) as e:
+            self._once(key, "error", now, "error", "TurnFailed", str(e))
+            after = e.retry_after_s if isinstance(e, KubernetesError) and e.retry_after_s is not None else _SOON_S
+            return Turned(self._good.get(key), None, after, error=type(e).__name__)
+        except Exception as e:  # noqa: BLE001 - one rollout's trouble must not stop the guard over the others
+            self._once(key, "error", now, "error", "TurnFailed", str(e), trace=traceback.format_exc())
+            return Turned(self._good.get(key), None, _SOON_S, error=type(e).__name__)
+        self._forget(key, "error")
+        return turned
+
+    def forget(self, alive: set[Key]) -> None:
+        """Drops what is remembered about objects that are gone."""
+        with self._lock:
+            for gone in set(self._good) - alive:
+                self._good.pop(gone, None)
+                self._looked.pop(gone, None)
+            self._said = {k: v for k, v in self._said.items() if k[0] in alive}
+            self._queries = {k: v for k, v in self._queries.items() if k[:2] in alive}
+
+    # --- one object -----------------------------------------------------------------------------------------------------------
+
+    def _turn(self, item: Json, meta: Meta, snapshot: Snapshot, now: datetime) -> Turned:
+        before = status_of(item)
+        rollout = self._parse(item, meta, before, now)
+        if meta.deleting:
+            return self._deleted(rollout, meta, before, snapshot, now)
+        if rollout is None:
+            return Turned(None, before, error="SpecInvalid")
+        found = findings(rollout, meta.namespace, snapshot, self._settings, self._query_problems(rollout, meta, now))
+        refused = next((f for f in found if f.refuses), None)
+        if refused is not None and before.step is None and before.rollback is None and before.phase == "Pending":
+            return self._refused(rollout, meta, before, found, refused, now)
+        seen = self._backend.observe(self._patient(rollout), meta, before, snapshot, now, look=self._look_due(meta, before, now))
+        decision = decide(self._patient(rollout), before, seen, now)
+        status = conditions.with_condition(decision.status, before, conditions.accepted(found, meta.generation, now))
+        meta = self._write(meta, before, status)
+        self._tell_decision(meta, decision, seen.problems, now)
+        waits = self._act(rollout, meta, decision, snapshot, now)
+        requeue = _SOON_S if waits else decision.requeue_s
+        done = before.rollback is not None and status.rollback is None
+        return Turned(
+            rollout, status, requeue, external_changes=sum(e.name == "ExternalChange" for e in decision.events),
+            rollback_s=(now - before.rollback.requested_at).total_seconds() if done and before.rollback is not None else None)
+
+    def _parse(self, item: Json, meta: Meta, before: RolloutStatus, now: datetime) -> ModelRollout | None:
+        key = (meta.namespace, meta.name)
+        try:
+            rollout = parse_rollout(item, f"ModelRollout {meta.namespace}/{meta.name}")
+        except RolloutFileError as e:
+            kept = self._good.get(key)
+            more = "; going on with the last good one" if kept is not None else ""
+            self._once(key, "spec", now, "error", "SpecInvalid", f"{e}{more}")
+            if kept is None and not meta.deleting:
+                status = conditions.with_condition(before, before, conditions.invalid(str(e), meta.generation, now))
+                self._write(meta, before, status)
+            return kept
+        self._forget(key, "spec")
+        with self._lock:
+            self._good[key] = rollout
+        return rollout
+
+    def _patient(self, rollout: ModelRollout) -> ModelRollout:
+        """With Prometheus a look can say nothing about the moment itself: two scrapes must lie between a weight and what counts."""
+        strategy = rollout.spec.strategy
+        least = self._settings.scrape_interval_s * 2
+        if strategy.scrape_lag.total_seconds() >= least:
+            return rollout
+        changed = strategy.model_copy(update={"scrape_lag": timedelta(seconds=least)})
+        return rollout.model_copy(update={"spec": rollout.spec.model_copy(update={"strategy": changed})})
+
+    def _look_due(self, meta: Meta, status: RolloutStatus, now: datetime) -> bool:
+        """A look is due now and then while traffic is watched. Wake-ups in between see routes and services, not counters."""
+        if status.step is None and status.rollback is None:
+            return False
+        key = (meta.namespace, meta.name)
+        last = self._looked.get(key)
+        # A rollback is over when counters say so: for that they are asked each time.
+        if status.rollback is None and last is not None and (now - last).total_seconds() < self._settings.look_s * 0.9:
+            return False
+        with self._lock:
+            self._looked[key] = now
+        return True
+
+    def _query_problems(self, rollout: ModelRollout, meta: Meta, now: datetime) -> tuple[str, ...]:
+        if self._prometheus is None or not any(g.prometheus for g in rollout.spec.gates):
+            return ()
+        key = (meta.namespace, meta.name, meta.generation)
+        if key not in self._queries:
+            try:
+                problems = query_problems(self._prometheus, rollout, meta.namespace)
+            except PrometheusError as e:
+                self._once(key[:2], "queries", now, "warning", "QueriesUnchecked", f"queries can't be checked now: {e}")
+                return ()
+            with self._lock:
+                self._queries[key] = problems
+        return self._queries[key]
+
+    def _refused(
+        self, rollout: ModelRollout, meta: Meta, before: RolloutStatus, found: tuple[Finding, ...], refused: Finding, now: datetime,
+    ) -> Turned:
+        """Nothing begins here; the status says what is missing. One that is under way is never refused."""
+        status = before.model_copy(update={
+            "phase": "Pending", "reason": refused.reason, "message": refused.message[:500], "observed_generation": meta.generation,
+            **({"started_at": now} if self._was_late(before, now) else {})})
+        status = conditions.with_condition(status, before, conditions.accepted(found, meta.generation, now))
+        self._write(meta, before, status, guard=before.run_id != "")
+        self._once((meta.namespace, meta.name), "refused", now, "warning", refused.reason, refused.message)
+        return Turned(rollout, status)
+
+    @staticmethod
+    def _was_late(before: RolloutStatus, now: datetime) -> bool:
+        """The candidate's time to get ready must not run out while it isn't allowed to begin; moved on once a minute, not at each turn."""
+        return before.started_at is not None and now - before.started_at > timedelta(minutes=1)
+
+    # --- writing --------------------------------------------------------------------------------------------------------------
+
+    def _write(self, meta: Meta, before: RolloutStatus, status: RolloutStatus, *, guard: bool | None = None) -> Meta:
+        """Finalizer as needed, then the status if it changed. Returns the object's meta after it. Raises Conflict."""
+        needed = under_way(status) if guard is None else guard
+        if needed != (FINALIZER in meta.finalizers) and not meta.deleting and needed:
+            meta = self._finalizers(meta, (*meta.finalizers, FINALIZER))
+        if status != before:
+            written = self._client.apply_status(
+                MODEL_ROLLOUT, meta.namespace, meta.name, stored(status), resource_version=meta.resource_version)
+            meta = meta_of(written)
+        if not needed and FINALIZER in meta.finalizers and not meta.deleting:
+            meta = self._finalizers(meta, tuple(f for f in meta.finalizers if f != FINALIZER))
+        return meta
+
+    def _finalizers(self, meta: Meta, wanted: tuple[str, ...]) -> Meta:
+        change = {"metadata": {"resourceVersion": meta.resource_version, "finalizers": list(wanted)}}
+        return meta_of(self._client.merge(MODEL_ROLLOUT, meta.namespace, meta.name, change))
+
+    def _act(self, rollout: ModelRollout, meta: Meta, decision: Decision, snapshot: Snapshot, now: datetime) -> bool:
+        """Does the actions in order. Returns whether one of them waits for something."""
+        key = (meta.namespace, meta.name)
+        for action in decision.actions:
+            try:
+                done = self._backend.apply(rollout, meta, action, snapshot)
+            except NotYet as e:
+                self._once(key, "waits", now, "info", "Waiting", str(e), action=type(action).__name__)
+                return True
+            self._forget(key, "waits")
+            self._tell(key, now, "info", "Action", done, action=type(action).__name__)
+        return False
+
+    def _deleted(
+        self, rollout: ModelRollout | None, meta: Meta, before: RolloutStatus, snapshot: Snapshot, now: datetime,
+    ) -> Turned:
+        """Under way, the candidate's traffic goes back first: nobody watches it any more. What is stable stays and answers."""
+        if FINALIZER not in meta.finalizers:
+            return Turned(rollout, before)
+        key = (meta.namespace, meta.name)
+        stable = before.stable.service if before.stable is not None else ""
+        if rollout is not None:
+            self._backend.leave(rollout, meta, stable, snapshot)
+        else:
+            item = (snapshot.routes or {}).get(key)
+            if snapshot.routes is None or (item is not None and stable and route_seen(item).candidate is not None):
+                raise NotYet("the deleted ModelRollout can't be understood, and its route still has two arms; set it by hand")
+        with contextlib.suppress(NotFound):
+            self._finalizers(meta, tuple(f for f in meta.finalizers if f != FINALIZER))
+        self._tell(key, now, "warning", "Deleted", f"the ModelRollout was deleted under way; {stable or 'nobody'} answers all requests")
+        return Turned(rollout, before)
+
+    # --- telling --------------------------------------------------------------------------------------------------------------
+
+    def _tell_decision(self, meta: Meta, decision: Decision, problems: tuple[str, ...], now: datetime) -> None:
+        key, status = (meta.namespace, meta.name), decision.status
+        for event in decision.events:
+            self._tell(key, now, "warning" if event.alert else "info", event.name, event.message, reason=event.reason, phase=status.phase,
+                       weight=status.step.weight_desired if status.step else None, run=status.run_id, alert=event.alert)
+            problem = events.record(self._client, meta, event, now, self._identity)
+            if problem:
+                self._once(key, "events", now, "warning", "EventNotWritten", problem)
+        text = "; ".join(problems)
+        if text:
+            self._once(key, "problems", now, "warning", "Unreadable", text)
+        else:
+            self._forget(key, "problems")
+
+    def _tell(self, key: Key, now: datetime, level: str, event: str, message: str, **more: Any) -> None:
+        self._log({"time": now, "level": level, "rollout": "/".join(key), "event": event, "message": message, **more})
+
+    def _once(self, key: Key, about: str, now: datetime, level: str, event: str, message: str, **more: Any) -> None:
+        """The same complaint is made once, not at every look."""
+        with self._lock:
+            if self._said.get((key, about)) == message:
+                return
+            self._said[(key, about)] = message
+        self._tell(key, now, level, event, message, **more)
+
+    def _forget(self, key: Key, about: str) -> None:
+        with self._lock:
+            self._said.pop((key, about), None)
