@@ -6,11 +6,11 @@ While this process doesn't lead it knows nothing, and says nothing but that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from hafnium_contract import metric_names as names
@@ -30,17 +30,12 @@ class Metrics(Collector):
         self._lock = threading.Lock()
         self._seen: dict[Key, tuple[ModelRollout, RolloutStatus]] = {}
         self._leads = False
+        self._errors: dict[tuple[str, str, str], int] = {}
+        self._external: dict[Key, int] = {}
+        self._rollbacks: dict[Key, list[float]] = {}
+        """Per rollout: how many within each bucket, then how many in all, then their sum."""
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._errors = Counter(
-            names.RECONCILE_ERRORS.name.removesuffix("_total"), names.RECONCILE_ERRORS.help, names.RECONCILE_ERRORS.labels,
-            registry=self._registry)
-        self._external = Counter(
-            names.EXTERNAL_CHANGES.name.removesuffix("_total"), names.EXTERNAL_CHANGES.help, names.EXTERNAL_CHANGES.labels,
-            registry=self._registry)
-        self._rollback = Histogram(
-            names.ROLLBACK_LATENCY.name, names.ROLLBACK_LATENCY.help, names.ROLLBACK_LATENCY.labels, buckets=names.ROLLBACK_LATENCY.buckets,
-            registry=self._registry)
 
     def leads(self, value: bool) -> None:
         with self._lock:
@@ -51,26 +46,32 @@ class Metrics(Collector):
     def turned(self, key: Key, rollout: ModelRollout | None, status: RolloutStatus | None, error: str, external: int,
                rollback_s: float | None) -> None:
         """What one turn came to."""
-        if rollout is not None and status is not None:
-            with self._lock:
+        with self._lock:
+            if rollout is not None and status is not None:
                 self._seen[key] = (rollout, status)
-            self._external.labels(*key).inc(external)  # with 0 too: the series begins before its first event
-        if error:
-            self._errors.labels(*key, error).inc()
-        if rollback_s is not None:
-            self._rollback.labels(*key).observe(rollback_s)
+                self._external[key] = self._external.get(key, 0) + external  # with 0 too: the series begins before its first event
+            if error:
+                self._errors[(*key, error)] = self._errors.get((*key, error), 0) + 1
+            if rollback_s is not None:
+                bounds = names.ROLLBACK_LATENCY.buckets
+                counts = self._rollbacks.setdefault(key, [0.0] * (len(bounds) + 2))
+                for i, bound in enumerate(bounds):
+                    counts[i] += rollback_s <= bound
+                counts[-2] += 1
+                counts[-1] += rollback_s
 
     def failed(self, error: str) -> None:
         """An error of the whole turn, of no rollout in particular."""
-        self._errors.labels("", "", error).inc()
+        with self._lock:
+            self._errors[("", "", error)] = self._errors.get(("", "", error), 0) + 1
 
     def keep(self, alive: set[Key]) -> None:
+        """Forgets rollouts that are gone."""
         with self._lock:
-            gone = set(self._seen) - alive
-            for key in gone:
-                del self._seen[key]
-        for key in gone:
-            self._external.remove(*key)
+            self._seen = {k: v for k, v in self._seen.items() if k in alive}
+            self._external = {k: v for k, v in self._external.items() if k in alive}
+            self._rollbacks = {k: v for k, v in self._rollbacks.items() if k in alive}
+            self._errors = {k: v for k, v in self._errors.items() if k[:2] in alive or k[:2] == ("", "")}
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
@@ -78,6 +79,8 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             seen, leads = dict(self._seen), self._leads
+            errors, external = dict(self._errors), dict(self._external)
+            rollbacks = {k: list(v) for k, v in self._rollbacks.items()}
         now = self._now()
         families = {m.name: GaugeMetricFamily(m.name, m.help, labels=m.labels) for m in (
             names.ROLLOUT_INFO, names.ROLLOUT_PHASE, names.ROLLOUT_WEIGHT, names.ROLLOUT_GATE_VERDICT, names.ROLLOUT_GATE_SAMPLES,
@@ -86,6 +89,20 @@ class Metrics(Collector):
         for key, (rollout, status) in sorted(seen.items()):
             _add(families, key, rollout, status, now)
         yield from families.values()
+        yield _counter(names.EXTERNAL_CHANGES, external)
+        yield _counter(names.RECONCILE_ERRORS, errors)
+        latency = HistogramMetricFamily(names.ROLLBACK_LATENCY.name, names.ROLLBACK_LATENCY.help, labels=names.ROLLBACK_LATENCY.labels)
+        for key, counts in sorted(rollbacks.items()):
+            buckets = [(f"{b:g}", n) for b, n in zip(names.ROLLBACK_LATENCY.buckets, counts, strict=False)]
+            latency.add_metric(key, [*buckets, ("+Inf", counts[-2])], counts[-1])
+        yield latency
+
+
+def _counter(metric: names.Metric, values: Mapping[tuple[str, ...], int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in sorted(values.items()):
+        family.add_metric(labels, value)
+    return family
 
 
 def _add(families: dict[str, GaugeMetricFamily], key: Key, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> None:

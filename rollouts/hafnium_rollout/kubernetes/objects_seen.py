@@ -14,7 +14,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from hafnium_contract.evidence import EvidenceError, EvidenceSpec, parse_evidence
-from hafnium_contract.wire import DIGEST_LABEL, VERSION_LABEL
+from hafnium_contract.wire import VERSION_LABEL
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes.client import FIELD_MANAGER, Json
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval
@@ -152,7 +152,8 @@ def _why_not_ready(item: Json, pods: Sequence[PodSeen], lacking: Sequence[str]) 
     said = [f"{p.name}: {p.message}" for p in pods if p.message][:2]
     said += [
         f"{c.get('type')}: {c.get('reason') or ''} {c.get('message') or ''}".strip()
-        for c in rows(item, "status", "conditions") if c.get("status") != "True" and (c.get("message") or c.get("reason"))
+        for c in rows(item, "status", "conditions")
+        if c.get("status") != "True" and c.get("severity") != "Info" and (c.get("message") or c.get("reason"))
     ][:2]
     if not said and lacking:
         said = [f"no ready pod of {' and '.join(lacking)}"]
@@ -279,7 +280,3 @@ def approvals_seen(items: Iterable[Json]) -> list[ApprovalSpec]:
         if not meta.deleting:
             out.append(found.spec)
     return out
-
-
-def label_digest(item: Json) -> str:
-    return meta_of(item).labels.get(DIGEST_LABEL, "")

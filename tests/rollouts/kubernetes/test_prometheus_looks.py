@@ -1,0 +1,375 @@
+"""Looks from Prometheus: increments per pod between scrapes, and everything that makes a number unknown. It is never zero then."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+from hafnium_rollout_world import rollout
+from hafnium_scripted_api import Answer, Asked, scripted_api
+
+from hafnium_rollout.kubernetes.objects_seen import PodSeen
+from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
+from hafnium_rollout.kubernetes.prometheus_queries import LookMade, PrometheusLooks, query_problems
+from hafnium_rollout.observation import Counts, Look
+from hafnium_rollout.status import ModelSeen, RollbackStatus, RolloutStatus, stored
+
+T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+SCRAPE_S = 15.0
+
+
+@dataclass
+class Pod:
+    scraped: float = 0.0
+    requests: float = 0.0
+    errors: float | None = None
+    slow: float = 0.0
+    """Requests above 100 ms."""
+
+
+@dataclass
+class World:
+    """Two services with a pod each, Prometheus before them, and a clock."""
+
+    now: datetime = T0
+    pods: dict[str, Pod] = field(default_factory=lambda: {"s-1": Pod(), "c-1": Pod()})
+    ready: dict[str, bool] = field(default_factory=dict[str, bool])
+    queries: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """Answers of further queries by their text: values."""
+    fault: Answer | None = None
+    skew_s: float = 0.0
+    asked: list[str] = field(default_factory=list[str])
+    status: RolloutStatus = field(default_factory=lambda: RolloutStatus(
+        stable=ModelSeen(service="stable"), candidate=ModelSeen(service="candidate"), run_id="r"))
+    url: str = ""
+    spec: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def scrape(self, **changes: Pod) -> None:
+        """Time goes on by a scrape, and every pod is scraped."""
+        self.now += timedelta(seconds=SCRAPE_S)
+        self.pods |= {k.replace("_", "-"): v for k, v in changes.items()}
+        for pod in self.pods.values():
+            pod.scraped = self.now.timestamp() - 3
+
+    def answer(self, asked: Asked) -> Answer:
+        if self.fault is not None:
+            return self.fault
+        query = parse_qs(asked.body.decode())["query"][0]
+        self.asked.append(query)
+        at = self.now.timestamp() + self.skew_s
+        if query == "time()":
+            return _ok("scalar", [at, str(at)])
+        if query in self.queries:
+            return _ok("vector", [{"metric": {"i": str(i)}, "value": [at, v]} for i, v in enumerate(self.queries[query])])
+        match = re.search(r'pod=~"([^"]*)"', query)
+        assert match is not None, query
+        found = {n: p for n, p in self.pods.items() if re.fullmatch(match[1].replace("\\\\", "\\"), n)}
+        if query.startswith("timestamp("):
+            return _ok("vector", [{"metric": {"pod": n}, "value": [at, str(p.scraped)]} for n, p in found.items()])
+        rows: list[tuple[dict[str, str], float]] = []
+        for name, p in found.items():
+            rows.append(({"__name__": "inference_requests_total", "pod": name}, p.requests))
+            if p.errors is not None:
+                rows.append(({"__name__": "inference_errors_total", "pod": name, "type": "internal"}, p.errors))
+            rows.append(({"__name__": "inference_duration_seconds_count", "pod": name}, p.requests))
+            for le, n in (("0.05", p.requests - p.slow), ("0.1", p.requests - p.slow), ("+Inf", p.requests)):
+                rows.append(({"__name__": "inference_duration_seconds_bucket", "pod": name, "le": le}, n))
+        return _ok("vector", [{"metric": labels, "value": [at, str(v)]} for labels, v in rows])
+
+    def look(self, *, keep: bool = True) -> LookMade:
+        looks = PrometheusLooks(Prometheus(self.url), scrape_interval_s=SCRAPE_S, clock_skew_s_max=5.0)
+        pods = {service: tuple(PodSeen(n, service, "predictor", self.ready.get(n, True), 0) for n in sorted({*self.pods, *self.ready})
+                               if n.startswith(service[0])) for service in ("stable", "candidate")}
+        made = looks.look(rollout(**self.spec), "ns", self.status, pods, self.now)
+        if keep:  # as the API server would keep it
+            cursor = json.loads(json.dumps(stored(self.status.model_copy(update={"cursor": made.cursor}))))["cursor"]
+            self.status = self.status.model_copy(update={"cursor": cursor})
+        return made
+
+
+def _ok(kind: str, result: list[Any]) -> Answer:
+    return Answer(200, json.dumps({"status": "success", "data": {"resultType": kind, "result": result}}).encode())
+
+
+@pytest.fixture
+def world() -> Generator[World]:
+    found = World()
+    with scripted_api(found.answer) as api:
+        found.url = api.url
+        yield found
+
+
+def _made(made: LookMade) -> Look:
+    assert made.look is not None, made.problems
+    return made.look
+
+
+def _counts(made: LookMade, gate: str = "errors") -> tuple[Counts, Counts]:
+    series = _made(made).gates[gate].series[0]
+    return series.stable, series.candidate
+
+
+def test_the_first_reading_is_only_a_beginning(world: World) -> None:
+    world.scrape(s_1=Pod(requests=1000), c_1=Pod(requests=50))
+    assert world.look().look is None
+
+
+def test_increments_of_both_arms_between_two_scrapes(world: World) -> None:
+    world.scrape(s_1=Pod(requests=1000, errors=10), c_1=Pod(requests=50))
+    world.look()
+    began = world.pods["s-1"].scraped
+    world.scrape(s_1=Pod(requests=1900, errors=13), c_1=Pod(requests=150, errors=2))
+    made = world.look()
+    assert _counts(made) == (Counts(3, 900), Counts(2, 100))
+    look = _made(made)
+    assert (look.routed_stable, look.routed_candidate) == (900, 100)
+    assert look.started.timestamp() == began, "a look begins where the oldest of its increments began, at a scrape"
+    assert look.ended == world.now
+
+
+def test_errors_that_appear_for_the_first_time_are_counted_from_zero(world: World) -> None:
+    """A series with a label begins with its first event. The pod was there before, so it had none."""
+    world.scrape(c_1=Pod(requests=50, errors=None))
+    world.look()
+    world.scrape(c_1=Pod(requests=60, errors=7))
+    assert _counts(world.look())[1] == Counts(7, 10)
+
+
+def test_a_pod_that_was_not_scraped_since_makes_no_look_and_loses_nothing(world: World) -> None:
+    world.scrape(s_1=Pod(requests=100), c_1=Pod(requests=10))
+    world.look()
+    world.now += timedelta(seconds=5)
+    made = world.look()
+    assert made.look is None
+    assert made.problems == ()
+    world.scrape(s_1=Pod(requests=300), c_1=Pod(requests=30))
+    assert _counts(world.look()) == (Counts(0, 200), Counts(0, 20))
+
+
+def test_a_stale_pod_is_a_problem_and_no_zero(world: World) -> None:
+    world.scrape()
+    world.look()
+    world.now += timedelta(seconds=4 * SCRAPE_S + 10)
+    made = world.look()
+    assert made.look is None
+    assert "the last scrape of pod s-1 is 73 s old" in made.problems[0]
+
+
+def test_a_counter_that_fell_leaves_the_look_out_for_both_arms(world: World) -> None:
+    world.scrape(s_1=Pod(requests=100), c_1=Pod(requests=1000, errors=500))
+    world.look()
+    world.scrape(s_1=Pod(requests=200), c_1=Pod(requests=3, errors=0))
+    made = world.look()
+    assert made.look is None
+    assert "counters of pod c-1 began anew" in made.problems[0]
+    world.scrape(s_1=Pod(requests=300), c_1=Pod(requests=13, errors=1))
+    assert _counts(world.look()) == (Counts(0, 100), Counts(1, 10))
+
+
+def test_errors_that_fell_alone_are_a_reset_too(world: World) -> None:
+    world.scrape(c_1=Pod(requests=10, errors=9))
+    world.look()
+    world.scrape(c_1=Pod(requests=40, errors=1))
+    assert world.look().look is None
+
+
+def test_a_new_pod_is_a_baseline_and_the_split_is_not_judged(world: World) -> None:
+    """Its counters may hold requests from before the weight was effective."""
+    world.scrape()
+    world.look()
+    world.scrape(s_1=Pod(requests=90), c_1=Pod(requests=10), c_2=Pod(requests=5000, errors=4000))
+    made = world.look()
+    assert _counts(made)[1] == Counts(0, 10)
+    assert _made(made).routed_candidate is None
+    world.scrape(s_1=Pod(requests=180), c_1=Pod(requests=20), c_2=Pod(requests=5010, errors=4001))
+    made = world.look()
+    assert _counts(made)[1] == Counts(1, 20)
+    assert _made(made).routed_candidate == 20
+
+
+def test_a_pod_that_is_gone_takes_its_last_requests_along(world: World) -> None:
+    world.scrape(c_2=Pod(requests=100, errors=50))
+    world.look()
+    del world.pods["c-2"]
+    world.scrape(s_1=Pod(requests=90), c_1=Pod(requests=10))
+    made = world.look()
+    assert _counts(made)[1] == Counts(0, 10)
+    assert _made(made).routed_candidate is None
+
+
+def test_a_ready_pod_that_is_not_scraped_is_an_error_and_no_silence(world: World) -> None:
+    del world.pods["c-1"]
+    world.ready["c-1"] = True
+    world.scrape()
+    world.look()
+    world.scrape(s_1=Pod(requests=100))
+    gate = _made(world.look()).gates["errors"]
+    assert gate.series == ()
+    assert "has no inference_requests_total of candidate (pods c-1)" in gate.error
+
+
+def test_a_candidate_without_pods_has_no_requests_and_that_is_known(world: World) -> None:
+    del world.pods["c-1"]
+    world.scrape()
+    world.look()
+    world.scrape(s_1=Pod(requests=100))
+    made = world.look()
+    assert _counts(made) == (Counts(0, 100), Counts(0, 0))
+
+
+def test_a_rollback_is_not_over_while_the_candidate_cannot_be_counted(world: World) -> None:
+    del world.pods["c-1"]
+    world.ready["c-1"] = True
+    world.scrape()
+    world.look()
+    world.status = world.status.model_copy(update={"rollback": RollbackStatus(reason="r", message="m", requested_at=T0, reject=True)})
+    world.scrape()
+    made = world.look()
+    assert made.look is None
+    assert "isn't known whether requests still reach the candidate" in made.problems[0]
+
+
+def test_latency_is_the_share_above_a_bucket(world: World) -> None:
+    world.spec = {"gates": [{"name": "slow", "role": "Safety", "latency": {"slowerThan": "100ms"}}]}
+    world.scrape(s_1=Pod(requests=100, slow=1), c_1=Pod(requests=10))
+    world.look()
+    world.scrape(s_1=Pod(requests=200, slow=3), c_1=Pod(requests=30, slow=5))
+    assert _counts(world.look(), "slow") == (Counts(2, 100), Counts(5, 20))
+
+
+@pytest.mark.parametrize(("fault", "says"), [
+    (Answer(cut=True), "can't be asked"),
+    (Answer(503, b"starting"), "without JSON"),
+    (Answer(422, b'{"status":"error","error":"query timed out"}'), "query timed out"),
+    (Answer(200, b'{"status":"success","warnings":["one store is down"],"data":{"resultType":"vector","result":[]}}'), "only a part"),
+    (Answer(200, b'{"status":"success","data":{"resultType":"matrix","result":[]}}'), "expected a vector"),
+    (Answer(200, b'{"status":"success","data":{"resultType":"scalar","result":[1,"NaN"]}}'), "no count"),
+    (Answer(200, b'{"status":"success","data":{"resultType":"vector","result":[{"metric":{}}]}}'), "can't be read"),
+], ids=["gone", "another server", "timeout", "partial", "matrix", "NaN", "half a sample"])
+def test_a_prometheus_that_cannot_be_believed_gives_no_look_and_says_why(world: World, fault: Answer, says: str) -> None:
+    world.scrape()
+    world.look()
+    world.scrape(s_1=Pod(requests=100))
+    before = world.status.cursor
+    world.fault = fault
+    made = world.look()
+    assert made.look is None
+    assert says in made.problems[0]
+    assert made.cursor == before, "the time that wasn't seen is part of the next look"
+
+
+def test_a_clock_that_is_off_makes_every_count_doubtful(world: World) -> None:
+    world.scrape()
+    world.look()
+    world.scrape()
+    world.skew_s = 600
+    made = world.look()
+    assert made.look is None
+    assert "clock is +600 s off ours" in made.problems[0]
+
+
+def test_all_of_a_look_is_evaluated_at_one_time(world: World) -> None:
+    world.scrape()
+    world.look()
+    assert world.asked[0] == "time()"
+    assert len(world.asked) == 3
+
+
+def test_without_prometheus_looks_exist_but_count_nothing(world: World) -> None:
+    looks = PrometheusLooks(None, scrape_interval_s=SCRAPE_S, clock_skew_s_max=5.0)
+    first = looks.look(rollout(), "ns", world.status, {}, T0)
+    assert first.look is None
+    status = world.status.model_copy(update={"cursor": first.cursor})
+    gate = _made(looks.look(rollout(), "ns", status, {}, T0 + timedelta(seconds=30))).gates["errors"]
+    assert (gate.series, "no Prometheus" in gate.error) == ((), True)
+
+
+# --- queries of one's own -----------------------------------------------------------------------------------------------------
+
+OWN = {"gates": [{"name": "own", "role": "Safety", "prometheus": {
+    "bad": 'sum(bad{s="$service"})', "total": 'sum(total{s="$service",n="$namespace"})'}}]}
+
+
+def _own(world: World, **values: str) -> None:
+    for arm in ("stable", "candidate"):
+        world.queries[f'sum(bad{{s="{arm}"}})'] = [values[f"{arm}_bad"]]
+        world.queries[f'sum(total{{s="{arm}",n="ns"}})'] = [values[f"{arm}_total"]]
+
+
+def test_running_totals_of_a_query_are_taken_as_differences(world: World) -> None:
+    world.spec = OWN
+    _own(world, stable_bad="5", stable_total="1000", candidate_bad="1", candidate_total="100")
+    world.scrape()
+    world.look()
+    _own(world, stable_bad="6", stable_total="1900", candidate_bad="4", candidate_total="200")
+    world.scrape()
+    assert _counts(world.look(), "own") == (Counts(1, 900), Counts(3, 100))
+
+
+def test_a_window_is_the_time_since_the_last_look(world: World) -> None:
+    world.spec = {"gates": [{"name": "own", "role": "Safety", "prometheus": {
+        "bad": 'i(bad{s="$service"}[$window])', "total": 'i(t{s="$service"}[$window])'}}]}
+    for window in ("60s", "15s"):
+        for arm, bad, total in (("stable", "2", "100"), ("candidate", "1", "50")):
+            world.queries[f'i(bad{{s="{arm}"}}[{window}])'] = [bad]
+            world.queries[f'i(t{{s="{arm}"}}[{window}])'] = [total]
+    world.scrape()
+    world.look()
+    world.scrape()
+    assert _counts(world.look(), "own") == (Counts(2, 100), Counts(1, 50))
+
+
+@pytest.mark.parametrize(("values", "says"), [
+    ([], "nothing; write `or vector(0)`"), (["1", "2"], "2 series; sum them"), (["NaN"], "no count"), (["+Inf"], "no count"),
+    (["-1"], "no count"),
+], ids=["an empty vector", "two series", "NaN", "infinity", "below zero"])
+def test_a_query_that_gives_no_count_is_that_gates_error(world: World, values: list[str], says: str) -> None:
+    world.spec = OWN
+    _own(world, stable_bad="5", stable_total="1000", candidate_bad="1", candidate_total="100")
+    world.scrape()
+    world.look()
+    world.queries['sum(bad{s="candidate"})'] = values
+    world.scrape()
+    gate = _made(world.look()).gates["own"]
+    assert gate.series == ()
+    assert says in gate.error
+
+
+def test_a_running_total_that_fell_is_an_error(world: World) -> None:
+    world.spec = OWN
+    _own(world, stable_bad="5", stable_total="1000", candidate_bad="1", candidate_total="100")
+    world.scrape()
+    world.look()
+    _own(world, stable_bad="5", stable_total="10", candidate_bad="1", candidate_total="110")
+    world.scrape()
+    assert "fell from 1000 to 10" in _made(world.look()).gates["own"].error
+
+
+def test_queries_are_checked_before_they_are_needed() -> None:
+    def parse(asked: Asked) -> Answer:
+        query = parse_qs(asked.body.decode())["query"][0]
+        if "oops" in query:
+            return Answer(400, b'{"status":"error","errorType":"bad_data","error":"1:5: parse error: unexpected identifier"}')
+        return Answer(200, b'{"status":"success","data":{}}')
+
+    spec = rollout(gates=[{"name": "own", "role": "Safety", "prometheus": {"bad": "sum(oops", "total": 'sum(x{s="$service"})'}}])
+    with scripted_api(parse) as api:
+        found = query_problems(Prometheus(api.url), spec, "ns")
+        assert found == ("gate own: prometheus.bad lacks $service, so it can't tell the arms apart",
+                         "gate own: prometheus.bad: 1:5: parse error: unexpected identifier")
+    with pytest.raises(PrometheusError, match="can't be asked"):
+        query_problems(Prometheus(api.url), spec, "ns")
+
+
+def test_a_server_without_parse_query_is_asked_by_a_trial() -> None:
+    def older(asked: Asked) -> Answer:
+        return Answer(404, b"404 page not found") if "parse_query" in asked.path else Answer(400, b'{"error":"unexpected end of input"}')
+
+    with scripted_api(older) as api:
+        assert Prometheus(api.url).problem_of("sum(") == "unexpected end of input"
