@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
 from hafnium_contract.metric_names import REQUESTS
 from hafnium_rollout.arm_looks import Arms, gate_look
+from hafnium_rollout.kubernetes import traffic_split
 from hafnium_rollout.kubernetes.objects_seen import PodSeen
 from hafnium_rollout.kubernetes.pod_counters import FAMILIES, ArmIncrease, PodCounters, by_pod, from_data, increase
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
@@ -93,11 +94,34 @@ class PrometheusLooks:
         unseen = [_unseen(service, pods.get(service, ()), reading.pods) for service in arms]
         if status.rollback is not None and unseen[1]:
             return LookMade(None, cursor, (f"it isn't known whether requests still reach the candidate: {unseen[1]}",))
-        return LookMade(self._made(rollout, before, reading, increases, unseen, pods, arms, scores), cursor)
+        look = self._made(rollout, before, reading, increases, unseen, scores)
+        whole = not any(unseen) and all(i.whole for i in increases) and all(
+            p.name in reading.pods for service in arms for p in pods.get(service, ()) if p.ready)
+        portion, routed = self._split(status, before, look, increases if whole else None)
+        if portion is not None:
+            cursor["split"] = portion.as_data()
+        else:
+            cursor.pop("split", None)
+        if routed is not None:
+            look = replace(look, routed_stable=routed[0], routed_candidate=routed[1])
+        return LookMade(look, cursor)
+
+    def _split(
+        self, status: RolloutStatus, before: Mapping[str, Any], look: Look, increases: tuple[ArmIncrease, ...] | None,
+    ) -> tuple[traffic_split.Portion | None, tuple[float, float] | None]:
+        """Requests per arm for the sample-ratio check, once there are enough of them at one weight."""
+        step = status.step
+        effective = step.weight_effective_since if step is not None else None
+        if step is None or effective is None or look.started < effective:
+            return None, None
+        counts = (increases[0].requests, increases[1].requests) if increases is not None else None
+        return traffic_split.add(
+            traffic_split.from_data(before.get("split")), f"{step.index}@{effective.isoformat()}", look.started.timestamp(),
+            look.ended.timestamp(), counts, (step.weight_observed or 0) / 100.0, self._scrape_s)
 
     def _made(
         self, rollout: ModelRollout, before: Mapping[str, Any], reading: _Reading, increases: tuple[ArmIncrease, ...],
-        unseen: Sequence[str], pods: Mapping[str, Sequence[PodSeen]], arms: tuple[str, str], scores: Scores,
+        unseen: Sequence[str], scores: Scores,
     ) -> Look:
         counters: Arms = (increases[0].counters(), increases[1].counters())
         error = next((u for u in unseen if u), "")
@@ -111,12 +135,7 @@ class PrometheusLooks:
                 gates[gate.name] = GateLook()
         starts = [i.started for i in increases if i.started is not None]
         begun = min([float(before["at"]), *starts])
-        whole = not error and all(i.whole for i in increases) and all(
-            p.name in reading.pods for service in arms for p in pods.get(service, ()) if p.ready)
-        return Look(
-            datetime.fromtimestamp(begun, UTC), datetime.fromtimestamp(reading.at, UTC), gates,
-            routed_stable=increases[0].requests if whole else None, routed_candidate=increases[1].requests if whole else None,
-        )
+        return Look(datetime.fromtimestamp(begun, UTC), datetime.fromtimestamp(reading.at, UTC), gates)
 
     def _without(self, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> LookMade:
         """No Prometheus: looks exist, so that evidence of jobs can decide, but nothing was counted in them."""

@@ -27,7 +27,7 @@ class Settings(BaseModel):
     """Credentials. Without it: the pod's service account, else KUBECONFIG, else ~/.kube/config."""
     lease_namespace: str = Field(default="hafnium-system", pattern=_NAME)
     """Where the Lease of the leader election lies."""
-    lease_name: str = Field(default="hafnium-rollout", pattern=_NAME)
+    lease_name: str = Field(default="hafnium-rollout-operator", pattern=_NAME)
     """Operators of different namespaces need different names."""
     identity: str = ""
     """Name in the Lease; it must be one process' own. Empty: host name, process and a random part."""

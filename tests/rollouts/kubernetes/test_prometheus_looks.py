@@ -18,7 +18,8 @@ from hafnium_rollout.kubernetes.objects_seen import PodSeen
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
 from hafnium_rollout.kubernetes.prometheus_queries import LookMade, PrometheusLooks, query_problems
 from hafnium_rollout.observation import Counts, Look
-from hafnium_rollout.status import ModelSeen, RollbackStatus, RolloutStatus, stored
+from hafnium_rollout.statistics import sample_ratio
+from hafnium_rollout.status import ModelSeen, RollbackStatus, RolloutStatus, StepStatus, stored
 
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 SCRAPE_S = 15.0
@@ -128,7 +129,6 @@ def test_increments_of_both_arms_between_two_scrapes(world: World) -> None:
     made = world.look()
     assert _counts(made) == (Counts(3, 900), Counts(2, 100))
     look = _made(made)
-    assert (look.routed_stable, look.routed_candidate) == (900, 100)
     assert look.started.timestamp() == began, "a look begins where the oldest of its increments began, at a scrape"
     assert look.ended == world.now
 
@@ -186,11 +186,9 @@ def test_a_new_pod_is_a_baseline_and_the_split_is_not_judged(world: World) -> No
     world.scrape(s_1=Pod(requests=90), c_1=Pod(requests=10), c_2=Pod(requests=5000, errors=4000))
     made = world.look()
     assert _counts(made)[1] == Counts(0, 10)
-    assert _made(made).routed_candidate is None
+    assert "split" not in made.cursor
     world.scrape(s_1=Pod(requests=180), c_1=Pod(requests=20), c_2=Pod(requests=5010, errors=4001))
-    made = world.look()
-    assert _counts(made)[1] == Counts(1, 20)
-    assert _made(made).routed_candidate == 20
+    assert _counts(world.look())[1] == Counts(1, 20)
 
 
 def test_a_pod_that_is_gone_takes_its_last_requests_along(world: World) -> None:
@@ -200,7 +198,7 @@ def test_a_pod_that_is_gone_takes_its_last_requests_along(world: World) -> None:
     world.scrape(s_1=Pod(requests=90), c_1=Pod(requests=10))
     made = world.look()
     assert _counts(made)[1] == Counts(0, 10)
-    assert _made(made).routed_candidate is None
+    assert "split" not in made.cursor
 
 
 def test_a_ready_pod_that_is_not_scraped_is_an_error_and_no_silence(world: World) -> None:
@@ -288,6 +286,43 @@ def test_without_prometheus_looks_exist_but_count_nothing(world: World) -> None:
     status = world.status.model_copy(update={"cursor": first.cursor})
     gate = _made(looks.look(rollout(), "ns", status, {}, T0 + timedelta(seconds=30))).gates["errors"]
     assert (gate.series, "no Prometheus" in gate.error) == ((), True)
+
+
+def test_the_split_is_judged_in_portions_of_many_scrapes_and_never_on_a_single_look(world: World) -> None:
+    """Traffic begins between the scrapes of the two arms: in that look the candidate has everything and the stable one nothing."""
+    world.scrape()
+    effective = world.now - timedelta(seconds=60)
+    world.status = world.status.model_copy(update={"step": StepStatus(
+        index=0, entered_at=effective, weight_desired=20, weight_observed=20, weight_effective_since=effective)})
+    world.look()
+    world.scrape(s_1=Pod(), c_1=Pod(requests=400))
+    assert _made(world.look()).routed_candidate is None
+    judged = []
+    for i in range(1, 25):
+        world.scrape(s_1=Pod(requests=i * 2000), c_1=Pod(requests=400 + i * 500))
+        look = _made(world.look())
+        if look.routed_candidate is not None and look.routed_stable is not None:
+            judged.append((look.routed_stable, look.routed_candidate))
+    assert len(judged) == 1
+    stable, candidate = judged[0]
+    state = sample_ratio.add(sample_ratio.RatioState(), candidate, stable + candidate, 0.2)
+    assert not sample_ratio.mismatch(state)
+    assert stable + candidate == pytest.approx(1 / (4 * (1 / 20) ** 2 * 0.2 * 0.8), rel=0.1)
+
+
+def test_a_split_that_is_wrong_is_found_in_its_first_portion(world: World) -> None:
+    world.scrape()
+    effective = world.now - timedelta(seconds=60)
+    world.status = world.status.model_copy(update={"step": StepStatus(
+        index=0, entered_at=effective, weight_desired=20, weight_observed=20, weight_effective_since=effective)})
+    world.look()
+    state = sample_ratio.RatioState()
+    for i in range(1, 25):
+        world.scrape(s_1=Pod(requests=i * 2000), c_1=Pod(requests=i * 900))
+        look = _made(world.look())
+        if look.routed_candidate is not None and look.routed_stable is not None:
+            state = sample_ratio.add(state, look.routed_candidate, look.routed_stable + look.routed_candidate, 0.2)
+    assert sample_ratio.mismatch(state)
 
 
 # --- queries of one's own -----------------------------------------------------------------------------------------------------
