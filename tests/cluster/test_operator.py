@@ -47,7 +47,7 @@ def _surroundings(cluster: Kubectl) -> None:
             continue
         except OSError as e:
             pytest.skip(f"{what} does not answer at {url}: {e}")
-    names = {n for node in cluster.read("nodes")["items"] for i in node["status"].get("images", []) for n in i["names"]}
+    names = {n for node in cluster.read("nodes")["items"] for i in node["status"].get("images", []) for n in i.get("names") or []}
     if IMAGE in names:
         return
     tool = shutil.which("image") or str(ROOT.parent / "shared/cluster/image")
