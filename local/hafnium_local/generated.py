@@ -60,12 +60,19 @@ def metrics_page(_: Path) -> str:
 
 
 def settings_page(_: Path) -> str:
-    """Every setting of predictor and transformer: flag, environment variable, default, limits, and why."""
+    """Every setting of predictor, transformer and operator: flag, environment variable, default, limits, and why."""
+    from hafnium_predictor.settings import ENVIRONMENT_PREFIX as PREDICTOR
     from hafnium_predictor.settings import Settings as Predictor
+    from hafnium_rollout.kubernetes.settings import ENVIRONMENT_PREFIX as OPERATOR
+    from hafnium_rollout.kubernetes.settings import Settings as Operator
+    from hafnium_transformer.settings import ENVIRONMENT_PREFIX as TRANSFORMER
     from hafnium_transformer.settings import Settings as Transformer
 
     pages: list[str] = []
-    for title, settings in (("Predictor", Predictor), ("Transformer", Transformer)):
+    for title, settings, prefix in (
+        ("Predictor", Predictor, PREDICTOR), ("Transformer", Transformer, TRANSFORMER),
+        ("Rollout operator (python -m hafnium_rollout operator)", Operator, OPERATOR),
+    ):
         lines = [f"## {title}", "", "| flag | default | limits | what, and why this default |", "|---|---|---|---|"]
         schema: dict[str, Any] = settings.model_json_schema()["properties"]
         for name, field in settings.model_fields.items():
@@ -74,10 +81,10 @@ def settings_page(_: Path) -> str:
             flag = "environment only" if name == "entity_hash_key" else f"`--{name}`"
             default = "none" if field.default in (None, "") else f"`{field.default}`"
             text = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| {flag}<br>`HAFNIUM_{name.upper()}` | {default} | {_limits(schema[name])} | {text} |")
+            lines.append(f"| {flag}<br>`{prefix}{name.upper()}` | {default} | {_limits(schema[name])} | {text} |")
         pages.append("\n".join(lines) + "\n")
-    intro = "The command line comes first, then the environment, then the default. KServe's own flags are taken as well.\n\n"
-    return NOTE + "# Settings of the servers\n\n" + intro + "\n".join(pages)
+    intro = "The command line comes first, then the environment, then the default. The servers take KServe's own flags as well.\n\n"
+    return NOTE + "# Settings\n\n" + intro + "\n".join(pages)
 
 
 def _limits(schema: dict[str, Any]) -> str:

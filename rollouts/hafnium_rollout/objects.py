@@ -90,7 +90,7 @@ class Routing(Strict):
     gateway_ref: GatewayRef | None = None
     """The Gateway that clients come through."""
     hostnames: Annotated[tuple[Hostname, ...], Field(max_length=HOSTNAMES_MAX), AfterValidator(_each_once)] = ()
-    """Host names that clients ask for; none: every name that the Gateway takes."""
+    """Host names that clients ask for. None: NAME-NAMESPACE.DOMAIN, since a route for every name would take other rollouts' requests."""
 
 
 class Step(Strict):
