@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hafnium_rollout.kubernetes.kinds import GATEWAY, HTTP_ROUTE, INFERENCE_SERVICE, MODEL_APPROVAL, MODEL_EVIDENCE, Kind
-from hafnium_rollout.kubernetes.objects_seen import condition, dig, rows
-from hafnium_rollout.kubernetes.paired_services import owner_of_route, parent_of
+from hafnium_rollout.kubernetes.kinds import GATEWAY, HTTP_ROUTE, INFERENCE_SERVICE, MODEL_APPROVAL, MODEL_EVIDENCE, REVISION, Kind
+from hafnium_rollout.kubernetes.objects_seen import condition, dig, meta_of, rows
+from hafnium_rollout.kubernetes.paired_services import MODE_ANNOTATION, owner_of_route, parent_of
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Snapshot
 from hafnium_rollout.objects import ModelRollout
@@ -22,6 +22,7 @@ MIRROR = "HTTPRouteRequestMirror"
 ARM_HEADERS = "HTTPRouteBackendRequestHeaderModification"
 _WHAT_FOR: Mapping[str, str] = {
     INFERENCE_SERVICE.name: "install KServe",
+    REVISION.name: "install Knative Serving, or write routing.backend PairedServices",
     HTTP_ROUTE.name: "install the Gateway API (standard channel) and a gateway",
     GATEWAY.name: "install the Gateway API (standard channel) and a gateway",
     MODEL_EVIDENCE.name: "install Hafnium's CRDs; until then gates over jobs' evidence have no data",
@@ -45,9 +46,10 @@ class GatewayAbility:
     controller: str = ""
 
 
-def missing_kinds(snapshot: Snapshot) -> tuple[Finding, ...]:
-    """Kinds that the API server doesn't know."""
-    wanted: tuple[Kind, ...] = (INFERENCE_SERVICE, HTTP_ROUTE, GATEWAY, MODEL_EVIDENCE, MODEL_APPROVAL)
+def missing_kinds(snapshot: Snapshot, backend: str) -> tuple[Finding, ...]:
+    """Kinds that the backend needs and the API server doesn't know."""
+    routing: tuple[Kind, ...] = (REVISION,) if backend == "CanaryTrafficPercent" else (HTTP_ROUTE, GATEWAY)
+    wanted: tuple[Kind, ...] = (INFERENCE_SERVICE, *routing, MODEL_EVIDENCE, MODEL_APPROVAL)
     return tuple(
         Finding("KindMissing", f"the API server doesn't know {k.name} ({k.api_version}): {_WHAT_FOR[k.name]}",
                 refuses=k not in (MODEL_EVIDENCE, MODEL_APPROVAL))
@@ -74,19 +76,36 @@ def findings(
     rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings: Settings, query_problems: Sequence[str] = (),
 ) -> tuple[Finding, ...]:
     """All that stands against this rollout on this cluster, the gravest first."""
-    out: list[Finding] = [*missing_kinds(snapshot)]
     backend = rollout.spec.routing.backend or "PairedServices"
+    out: list[Finding] = [*missing_kinds(snapshot, backend)]
     if backend == "Local":
         out.append(Finding("BackendNotHere", "routing.backend Local is Envoy on one machine; on a cluster write PairedServices"))
     if backend == "PairedServices":
         out += _gateway(rollout, namespace, snapshot, settings)
         out += _names(rollout, namespace, snapshot)
+    if backend == "CanaryTrafficPercent":
+        out += _knative(rollout, namespace, snapshot)
     if any(g.counted for g in rollout.spec.gates) and not settings.prometheus_url:
         out.append(Finding("NoPrometheus", "gates over counted requests need Prometheus: start the operator with --prometheus_url"))
     if any(g.kind == "scores" for g in rollout.spec.gates) and not settings.inference_log:
         out.append(Finding("NoInferenceLog", "a scores gate reads the inference log: start the operator with --inference_log"))
     out += [Finding("QueryInvalid", p) for p in query_problems]
     return tuple(sorted(out, key=lambda f: not f.refuses))
+
+
+def _knative(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[Finding]:
+    out: list[Finding] = []
+    if any(s.shadow for s in rollout.spec.strategy.steps):
+        out.append(Finding("MirrorNotSupported", "CanaryTrafficPercent can't copy requests: remove the step with shadow: true, or write "
+                           "routing.backend PairedServices and a gateway that mirrors"))
+    item = (snapshot.services or {}).get((namespace, rollout.name))
+    if item is None:
+        return out
+    mode = str(dig(item, "status", "deploymentMode") or meta_of(item).annotations.get(MODE_ANNOTATION, ""))
+    if mode not in ("Knative", "Serverless"):
+        out.append(Finding("NotKnative", f"InferenceService {namespace}/{rollout.name} is in {mode or 'its default'} mode, where "
+                           "canaryTrafficPercent is accepted and does nothing: write routing.backend PairedServices"))
+    return out
 
 
 def _gateway(rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings: Settings) -> list[Finding]:

@@ -17,13 +17,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hafnium_rollout.controller import print_json
+from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
 from hafnium_rollout.kubernetes.client import Json, KubernetesClient, connect
 from hafnium_rollout.kubernetes.errors import KubernetesError, LeaseLost, NotFound
 from hafnium_rollout.kubernetes.health import HealthServer
 from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT
 from hafnium_rollout.kubernetes.leader import Leader, LeaseTimes
 from hafnium_rollout.kubernetes.metrics import Metrics
-from hafnium_rollout.kubernetes.objects_seen import meta_of
+from hafnium_rollout.kubernetes.objects_seen import dig, meta_of
+from hafnium_rollout.kubernetes.observer import Observer
 from hafnium_rollout.kubernetes.paired_backend import PairedBackend
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus
 from hafnium_rollout.kubernetes.prometheus_queries import PrometheusLooks
@@ -58,8 +60,9 @@ class Operator:
             prometheus = Prometheus(settings.prometheus_url, settings.prometheus_timeout_s, settings.threads * 2)
         fenced = client.fenced(self.leader.check)
         looks = PrometheusLooks(prometheus, scrape_interval_s=settings.scrape_interval_s, clock_skew_s_max=settings.clock_skew_s_max)
-        backend = PairedBackend(fenced, settings, looks, ScoreLog(settings.inference_log))
-        self._reconciler = Reconciler(fenced, backend, settings, log, identity, prometheus)
+        observer = Observer(looks, ScoreLog(settings.inference_log))
+        self._reconciler = Reconciler(
+            fenced, PairedBackend(fenced, settings, observer), CanaryBackend(fenced, observer), settings, log, identity, prometheus)
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._dirty: set[Key] = set()
@@ -148,7 +151,7 @@ class Operator:
         if len(items) > self._settings.rollouts_max:
             self._failed("TooMany", f"{len(items)} ModelRollouts, at most {self._settings.rollouts_max} are guarded (--rollouts_max)")
             items = tuple(sorted(items, key=lambda i: (meta_of(i).namespace, meta_of(i).name)))[:self._settings.rollouts_max]
-        snapshot = take(self._client, self._settings.namespace) if items else Snapshot()
+        snapshot = take(self._client, self._settings.namespace, knative=_knative(items)) if items else Snapshot()
         self._snapshot = snapshot
         alive = {(m.namespace, m.name) for i in items if (m := meta_of(i))}
         self._reconciler.forget(alive)
@@ -169,7 +172,7 @@ class Operator:
                 return
             chosen = [i for i in items if ALL_OF in names or meta_of(i).name in names]
             if chosen:
-                self._turn(chosen, take(self._client, namespace, self._snapshot))
+                self._turn(chosen, take(self._client, namespace, self._snapshot, knative=_knative(chosen)))
 
     def _turn(self, items: Iterable[Json], snapshot: Snapshot) -> None:
         try:
@@ -218,6 +221,10 @@ class Operator:
         if self.leader.leading:
             return self._problem
         return self.leader.problem or ("" if self.leader.holder else "the lease was not seen yet")
+
+
+def _knative(items: Iterable[Json]) -> bool:
+    return any(dig(i, "spec", "routing", "backend") == "CanaryTrafficPercent" for i in items)
 
 
 def run(settings: Settings, stop: threading.Event, *, log: Log = print_json) -> None:

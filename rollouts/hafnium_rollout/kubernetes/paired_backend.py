@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from hafnium_contract.errors import HafniumError
-from hafnium_rollout import approvals
 from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
-from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes import paired_services
 from hafnium_rollout.kubernetes.capabilities import ability
@@ -21,24 +19,19 @@ from hafnium_rollout.kubernetes.errors import Conflict, NotFound
 from hafnium_rollout.kubernetes.kinds import (
     HTTP_ROUTE,
     INFERENCE_SERVICE,
-    MODEL_APPROVAL,
-    MODEL_EVIDENCE,
     POD,
 )
 from hafnium_rollout.kubernetes.objects_seen import (
     Meta,
     PodSeen,
-    approvals_seen,
     components,
-    evidence_seen,
     is_ours,
     live_route,
     meta_of,
     route_seen,
     service_seen,
 )
-from hafnium_rollout.kubernetes.prometheus_queries import LookMade, PrometheusLooks, Scores
-from hafnium_rollout.kubernetes.score_log import ScoreLog
+from hafnium_rollout.kubernetes.observer import Observer, Traffic
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Snapshot
 from hafnium_rollout.objects import ModelRollout
@@ -53,32 +46,27 @@ class NotYet(HafniumError):  # noqa: N818 - not a fault
 class PairedBackend:
     """`client` is fenced: it writes only while this process leads."""
 
-    def __init__(self, client: KubernetesClient, settings: Settings, looks: PrometheusLooks, scores: ScoreLog) -> None:
-        self._client, self._settings, self._looks, self._scores = client, settings, looks, scores
+    def __init__(self, client: KubernetesClient, settings: Settings, observer: Observer) -> None:
+        self._client, self._settings, self._observer = client, settings, observer
 
     # --- seeing ---------------------------------------------------------------------------------------------------------------
 
     def observe(
         self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot, now: datetime, *, look: bool,
     ) -> Observation:
-        """Everything that the snapshot shows, and with `look` what Prometheus counted. What can't be seen is None and a problem."""
+        """A service per model, and the route between them."""
         problems = [e for k, e in snapshot.errors.items() if k in (INFERENCE_SERVICE.name, HTTP_ROUTE.name, POD.name)]
         services, declared, managed = self._services(rollout, meta.namespace, snapshot)
         route, absent, live = self._route(rollout, meta.namespace, snapshot, problems)
-        made = LookMade(None, dict(status.cursor))
-        if look and snapshot.pods is not None:
-            made = self._look(rollout, meta.namespace, status, snapshot, live, now)
-        problems += made.problems
-        digest, trained_by = candidate_of(rollout, status)
-        counted = approvals.count(approvals_seen((snapshot.approvals or {}).get(meta.namespace, ())), digest, trained_by)
-        if MODEL_APPROVAL.name in snapshot.errors and rollout.spec.approvals.required:
-            problems.append(snapshot.errors[MODEL_APPROVAL.name])
-        evidence, evidence_error = evidence_seen((snapshot.evidence or {}).get(meta.namespace, ()))
-        return Observation(
-            services=services, declared=declared, managed=managed, route=route, route_absent=absent, live=live, look=made.look,
-            evidence=evidence, evidence_error=snapshot.errors.get(MODEL_EVIDENCE.name, evidence_error), approvals=counted.stages,
-            approvals_refused=counted.refused, problems=tuple(problems), cursor=made.cursor,
-        )
+        pods: dict[str, tuple[PodSeen, ...]] = {}
+        for model in (status.stable, status.candidate):
+            if model is None:
+                continue
+            item = (snapshot.services or {}).get((meta.namespace, model.service))
+            entry = components(item)[:1] if item is not None else ()
+            pods[model.service] = tuple(p for p in snapshot.pods_of(meta.namespace, model.service) if not entry or p.component in entry)
+        seen = Traffic(services, declared, managed, route, absent, live, pods, tuple(problems))
+        return self._observer.complete(rollout, meta, status, snapshot, now, seen, look=look)
 
     def _services(
         self, rollout: ModelRollout, namespace: str, snapshot: Snapshot,
@@ -108,27 +96,9 @@ class PairedBackend:
             problems.append(problem)
         return route_seen(item), False, live
 
-    def _look(
-        self, rollout: ModelRollout, namespace: str, status: RolloutStatus, snapshot: Snapshot, live: LiveRoute | None, now: datetime,
-    ) -> LookMade:
-        pods: dict[str, tuple[PodSeen, ...]] = {}
-        for model in (status.stable, status.candidate):
-            if model is None:
-                continue
-            item = (snapshot.services or {}).get((namespace, model.service))
-            entry = components(item)[:1] if item is not None else ()
-            pods[model.service] = tuple(p for p in snapshot.pods_of(namespace, model.service) if not entry or p.component == entry[0])
-        differences, error, log_cursor = self._scores.read(rollout, namespace, status, live)
-        made = self._looks.look(rollout, namespace, status, pods, now, Scores(differences, error))
-        if made.look is None and differences:
-            # The pairs are only handed in together with a look: without one the log is read again from where it was.
-            self._scores.give_back(rollout, namespace, differences)
-        cursor = {**made.cursor, "log": log_cursor}
-        return LookMade(made.look, cursor if log_cursor is not None else {k: v for k, v in cursor.items() if k != "log"}, made.problems)
-
     # --- acting ---------------------------------------------------------------------------------------------------------------
 
-    def apply(self, rollout: ModelRollout, meta: Meta, action: Action, snapshot: Snapshot) -> str:
+    def apply(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, action: Action, snapshot: Snapshot) -> str:
         """Does one action; says what was done. Raises NotYet, Conflict, another KubernetesError or StateError."""
         match action:
             case EnsureCandidate():
@@ -217,11 +187,12 @@ class PairedBackend:
 
     # --- the end of a ModelRollout --------------------------------------------------------------------------------------------
 
-    def leave(self, rollout: ModelRollout, meta: Meta, stable: str, snapshot: Snapshot) -> None:
+    def leave(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot) -> None:
         """The ModelRollout is being deleted under way: the stable service alone answers, and the candidate goes. Raises NotYet until then.
 
         With no stable service yet there is no route either, and only the candidate is removed.
         """
+        stable = status.stable.service if status.stable is not None else ""
         item = (snapshot.routes or {}).get((meta.namespace, rollout.name))
         if snapshot.routes is None or snapshot.services is None:
             raise NotYet("routes and services can't be read")

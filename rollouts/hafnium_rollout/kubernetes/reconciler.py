@@ -22,6 +22,7 @@ from hafnium_rollout.actions import Decision
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import RolloutFileError
 from hafnium_rollout.kubernetes import conditions, events
+from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
 from hafnium_rollout.kubernetes.capabilities import Finding, findings
 from hafnium_rollout.kubernetes.client import Json, KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, LeaseLost, NotFound
@@ -63,10 +64,10 @@ class Reconciler:
     """All rollouts, one at a time each. Safe between threads as long as one rollout is turned by one of them."""
 
     def __init__(
-        self, client: KubernetesClient, backend: PairedBackend, settings: Settings, log: Log, identity: str,
+        self, client: KubernetesClient, paired: PairedBackend, canary: CanaryBackend, settings: Settings, log: Log, identity: str,
         prometheus: Prometheus | None,
     ) -> None:
-        self._client, self._backend, self._settings = client, backend, settings
+        self._client, self._paired, self._canary, self._settings = client, paired, canary, settings
         self._log, self._identity, self._prometheus = log, identity, prometheus
         self._good: dict[Key, ModelRollout] = {}
         """Last object that could be understood: one that can't be must not leave a candidate unguarded."""
@@ -109,6 +110,9 @@ class Reconciler:
             self._said = {k: v for k, v in self._said.items() if k[0] in alive}
             self._queries = {k: v for k, v in self._queries.items() if k[:2] in alive}
 
+    def _backend(self, rollout: ModelRollout) -> PairedBackend | CanaryBackend:
+        return self._canary if rollout.spec.routing.backend == "CanaryTrafficPercent" else self._paired
+
     # --- one object -----------------------------------------------------------------------------------------------------------
 
     def _turn(self, item: Json, meta: Meta, snapshot: Snapshot, now: datetime) -> Turned:
@@ -122,7 +126,7 @@ class Reconciler:
         refused = next((f for f in found if f.refuses), None)
         if refused is not None and before.step is None and before.rollback is None and before.phase == "Pending":
             return self._refused(rollout, meta, before, found, refused, now)
-        seen = self._backend.observe(self._patient(rollout), meta, before, snapshot, now, look=self._look_due(meta, before, now))
+        seen = self._backend(rollout).observe(self._patient(rollout), meta, before, snapshot, now, look=self._look_due(meta, before, now))
         decision = decide(self._patient(rollout), before, seen, now)
         status = conditions.with_condition(decision.status, before, conditions.accepted(found, meta.generation, now))
         meta = self._write(meta, before, status)
@@ -228,7 +232,7 @@ class Reconciler:
         key = (meta.namespace, meta.name)
         for action in decision.actions:
             try:
-                done = self._backend.apply(rollout, meta, action, snapshot)
+                done = self._backend(rollout).apply(rollout, meta, decision.status, action, snapshot)
             except NotYet as e:
                 self._once(key, "waits", now, "info", "Waiting", str(e), action=type(action).__name__)
                 return True
@@ -245,7 +249,7 @@ class Reconciler:
         key = (meta.namespace, meta.name)
         stable = before.stable.service if before.stable is not None else ""
         if rollout is not None:
-            self._backend.leave(rollout, meta, stable, snapshot)
+            self._backend(rollout).leave(rollout, meta, before, snapshot)
         else:
             item = (snapshot.routes or {}).get(key)
             if snapshot.routes is None or (item is not None and stable and route_seen(item).candidate is not None):

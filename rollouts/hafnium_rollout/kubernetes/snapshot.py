@@ -19,6 +19,7 @@ from hafnium_rollout.kubernetes.kinds import (
     MODEL_APPROVAL,
     MODEL_EVIDENCE,
     POD,
+    REVISION,
     Kind,
 )
 from hafnium_rollout.kubernetes.objects_seen import SERVICE_LABEL, PodSeen, meta_of, pod_seen
@@ -40,6 +41,8 @@ class Snapshot:
     evidence: Mapping[str, tuple[Json, ...]] | None = None
     """By namespace."""
     approvals: Mapping[str, tuple[Json, ...]] | None = None
+    revisions: Mapping[str, tuple[Json, ...]] | None = None
+    """Knative's, by namespace; only read when a rollout needs them."""
     errors: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: frozenset[str] = frozenset()
     """Kinds that the API server doesn't know."""
@@ -53,10 +56,11 @@ class Snapshot:
         return (self.pods or {}).get((namespace, service), ())
 
 
-def take(client: KubernetesClient, namespace: str = "", gateways_of: Snapshot | None = None) -> Snapshot:
+def take(client: KubernetesClient, namespace: str = "", gateways_of: Snapshot | None = None, *, knative: bool = False) -> Snapshot:
     """Reads all kinds. Never raises a KubernetesError: what failed is None and named in `errors`.
 
-    `gateways_of`: take gateways and their classes from an earlier snapshot, for a turn about one namespace alone.
+    `gateways_of`: take gateways and their classes from an earlier snapshot, for a turn about one namespace alone. `knative`: there
+    is a rollout that needs revisions.
     """
     errors: dict[str, str] = {}
     missing: set[str] = set()
@@ -77,9 +81,10 @@ def take(client: KubernetesClient, namespace: str = "", gateways_of: Snapshot | 
     else:
         gateways, classes = _by_key(read(GATEWAY)), _by_key(read(GATEWAY_CLASS))
     evidence, approvals = read(MODEL_EVIDENCE), read(MODEL_APPROVAL)
+    revisions = read(REVISION, SERVICE_LABEL) if knative else None
     return Snapshot(
         _by_key(services), _pods(pods), _by_key(routes), gateways, classes, _by_namespace(evidence),
-        _by_namespace(approvals), errors, frozenset(missing),
+        _by_namespace(approvals), _by_namespace(revisions), errors, frozenset(missing),
     )
 
 
