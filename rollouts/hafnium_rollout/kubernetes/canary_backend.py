@@ -169,8 +169,9 @@ class CanaryBackend:
             return canary_traffic.model_spec(rollout, seen, rollout.spec.service)
         return None
 
-    def leave(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot) -> None:
+    def leave(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot, now: datetime) -> None:
         """The ModelRollout is being deleted under way: back to the stable template, with no percent left. Raises NotYet until then."""
+        del now  # nothing is deleted here that a gateway might still ask
         if snapshot.services is None or snapshot.revisions is None:
             raise NotYet("InferenceServices and revisions can't be read")
         item = snapshot.services.get((meta.namespace, rollout.name))

@@ -213,6 +213,16 @@ def other_manager(item: Json, own: str = FIELD_MANAGER) -> str:
     return f"{last.get('manager')} ({last.get('operation')}{when})"
 
 
+def written_at(item: Json, own: str = FIELD_MANAGER) -> datetime | None:
+    """When we wrote the spec last, by the API server's clock."""
+    times = [str(m.get("time") or "") for m in rows(item, "metadata", "managedFields")
+             if m.get("manager") == own and dig(m, "fieldsV1", "f:spec") is not None]
+    try:
+        return datetime.fromisoformat(max(times)) if times else None
+    except ValueError:
+        return None
+
+
 def _clock_time(text: str) -> str:
     try:
         return f", {datetime.fromisoformat(text):%H:%M:%S} UTC"

@@ -30,6 +30,7 @@ from hafnium_rollout.kubernetes.objects_seen import (
     meta_of,
     route_seen,
     service_seen,
+    written_at,
 )
 from hafnium_rollout.kubernetes.observer import Observer, Traffic
 from hafnium_rollout.kubernetes.settings import Settings
@@ -187,7 +188,7 @@ class PairedBackend:
 
     # --- the end of a ModelRollout --------------------------------------------------------------------------------------------
 
-    def leave(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot) -> None:
+    def leave(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot, now: datetime) -> None:
         """The ModelRollout is being deleted under way: the stable service alone answers, and the candidate goes. Raises NotYet until then.
 
         With no stable service yet there is no route either, and only the candidate is removed.
@@ -206,6 +207,9 @@ class PairedBackend:
             there = snapshot.gateways is None or gateway in snapshot.gateways
             if there and (live is None or live.weights.get(stable) != 100):
                 raise NotYet(problem or "the gateway does not show the stable service alone yet")
+            written = written_at(item)
+            if written is not None and (now - written).total_seconds() < self._settings.drain_s:
+                raise NotYet(f"the candidate's service is kept for {self._settings.drain_s:g} s: the gateway may still ask it")
         for name, service in (snapshot.services_of(meta.namespace) or {}).items():
             if is_ours(service, rollout.name) and name != stable:
                 self._retire(rollout, meta.namespace, name, snapshot)

@@ -249,7 +249,7 @@ class Reconciler:
         key = (meta.namespace, meta.name)
         stable = before.stable.service if before.stable is not None else ""
         if rollout is not None:
-            self._backend(rollout).leave(rollout, meta, before, snapshot)
+            self._backend(rollout).leave(rollout, meta, before, snapshot, now)
         else:
             item = (snapshot.routes or {}).get(key)
             if snapshot.routes is None or (item is not None and stable and route_seen(item).candidate is not None):

@@ -57,6 +57,9 @@ class Settings(BaseModel):
     """Prometheus' clock and ours may differ by so much. Beyond, it can't be said whether a look came before or after a weight."""
     gateway: str = Field(default="kserve/kserve-ingress-gateway", pattern=r"^[-a-z0-9]+/[-a-z0-9.]+$")
     """NAMESPACE/NAME of the Gateway for rollouts that name none. KServe's own default."""
+    drain_s: float = Field(default=10.0, ge=0, le=600)
+    """A candidate's service is deleted so long after the route was written without it. Gateways report a route before they do it:
+    Traefik collects changes for 2 s, and answered 502 meanwhile (seen on a cluster)."""
     ingress_domain: str = Field(default="example.com", pattern=r"^[-a-z0-9.]+$")
     """A rollout without hostnames answers at NAME-NAMESPACE.DOMAIN. KServe's own default; must be KServe's ingressDomain."""
     mirroring_controllers: str = (

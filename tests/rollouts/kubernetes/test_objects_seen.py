@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hafnium_rollout.kubernetes.objects_seen import (
     route_seen,
     service_seen,
     status_of,
+    written_at,
 )
 from hafnium_rollout.observation import LiveRoute, RouteSeen
 from hafnium_rollout.status import stored
@@ -96,6 +98,12 @@ def test_our_own_writes_name_nobody() -> None:
     route = fixture("httproute_weights")
     route["metadata"]["managedFields"][0]["manager"] = "hafnium-rollout"
     assert other_manager(route) == ""
+
+
+def test_when_we_wrote_a_route_last_is_told_by_its_managed_fields() -> None:
+    route = fixture("httproute_weights")
+    assert written_at(route) is None
+    assert written_at(route, "kubectl-client-side-apply") == datetime(2026, 11, 21, 20, 57, 42, tzinfo=UTC)
 
 
 def test_the_gateway_does_what_it_took_up() -> None:
