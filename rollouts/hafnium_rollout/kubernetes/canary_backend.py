@@ -14,8 +14,8 @@ from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireServ
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes import canary_traffic
 from hafnium_rollout.kubernetes.canary_traffic import arm_of, percent_of, template_digest, with_percent
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
-from hafnium_rollout.kubernetes.kinds import INFERENCE_SERVICE, POD, REVISION
+from hafnium_rollout.kubernetes.client import KubernetesClient
+from hafnium_rollout.kubernetes.kinds import INFERENCE_SERVICE, POD, REVISION, Json
 from hafnium_rollout.kubernetes.objects_seen import SERVICE_LABEL, Meta, components, dig, meta_of
 from hafnium_rollout.kubernetes.observer import Observer, Traffic
 from hafnium_rollout.kubernetes.paired_backend import NotYet

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from hafnium_contract.wire import DIGEST_LABEL
-from hafnium_rollout.kubernetes.client import Json
+from hafnium_rollout.kubernetes.kinds import Json
 from hafnium_rollout.kubernetes.objects_seen import (
     DIGEST_ANNOTATION,
     FOREIGN,

@@ -30,11 +30,8 @@ from kubernetes.config.config_exception import ConfigException
 
 from hafnium_contract.errors import InputError
 from hafnium_rollout.kubernetes.errors import KubernetesError, NotFound, Unavailable, Unreadable, error_type
-from hafnium_rollout.kubernetes.kinds import EVENT, Kind
+from hafnium_rollout.kubernetes.kinds import EVENT, FIELD_MANAGER, Json, Kind
 
-FIELD_MANAGER = "hafnium-rollout"
-"""Owner of the fields that the operator applies. Commands of people use another."""
-Json = dict[str, Any]
 Fence = Callable[[], None]
 """Asked right before each write; raises LeaseLost when this process may not write."""
 _RETRIED = (429, 500, 502, 503, 504)

@@ -10,9 +10,9 @@ import hashlib
 from datetime import UTC, datetime
 
 from hafnium_rollout.actions import Event
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError
-from hafnium_rollout.kubernetes.kinds import EVENT, MODEL_ROLLOUT
+from hafnium_rollout.kubernetes.kinds import EVENT, MODEL_ROLLOUT, Json
 from hafnium_rollout.kubernetes.objects_seen import Meta
 
 NOTE_CHARACTERS_MAX = 1_000

@@ -1,9 +1,14 @@
-"""The kinds that are read and written, and where the API server keeps them."""
+"""The kinds that are read and written, where the API server keeps them, and in whose name the operator writes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
+
+FIELD_MANAGER = "hafnium-rollout"
+"""Owner of the fields that the operator applies. Commands of people use another."""
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

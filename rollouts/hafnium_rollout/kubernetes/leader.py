@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, LeaseLost
-from hafnium_rollout.kubernetes.kinds import LEASE
+from hafnium_rollout.kubernetes.kinds import LEASE, Json
 
 
 def boot_clock() -> float:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from hafnium_contract.evidence import EvidenceError, EvidenceSpec, parse_evidence
 from hafnium_contract.wire import VERSION_LABEL
 from hafnium_rollout.errors import StateError
-from hafnium_rollout.kubernetes.client import FIELD_MANAGER, Json
+from hafnium_rollout.kubernetes.kinds import FIELD_MANAGER, Json
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval
 from hafnium_rollout.observation import LiveRoute, RouteSeen, ServiceSeen
 from hafnium_rollout.state_folder import MANAGED_BY_LABEL, MANAGER, ROLLOUT_LABEL

@@ -18,10 +18,10 @@ from typing import Any
 
 from hafnium_rollout.controller import print_json
 from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient, connect
+from hafnium_rollout.kubernetes.client import KubernetesClient, connect
 from hafnium_rollout.kubernetes.errors import KubernetesError, LeaseLost, NotFound
 from hafnium_rollout.kubernetes.health import HealthServer
-from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT
+from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT, Json
 from hafnium_rollout.kubernetes.leader import Leader, LeaseTimes
 from hafnium_rollout.kubernetes.metrics import Metrics
 from hafnium_rollout.kubernetes.objects_seen import dig, meta_of

@@ -14,12 +14,13 @@ from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireServ
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes import paired_services
 from hafnium_rollout.kubernetes.capabilities import ability
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict, NotFound
 from hafnium_rollout.kubernetes.kinds import (
     HTTP_ROUTE,
     INFERENCE_SERVICE,
     POD,
+    Json,
 )
 from hafnium_rollout.kubernetes.objects_seen import (
     Meta,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hafnium_contract.wire import ARM_HEADER
-from hafnium_rollout.kubernetes.client import Json
+from hafnium_rollout.kubernetes.kinds import Json
 from hafnium_rollout.kubernetes.objects_seen import (
     COMPONENTS,
     DIGEST_ANNOTATION,

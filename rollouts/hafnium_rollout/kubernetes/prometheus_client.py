@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import urllib3
 
 from hafnium_contract.errors import HafniumError
-from hafnium_rollout.kubernetes.client import Json
+from hafnium_rollout.kubernetes.kinds import Json
 
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
 """200 pods with 50 series each are 3 MB."""

@@ -24,9 +24,9 @@ from hafnium_rollout.errors import RolloutFileError
 from hafnium_rollout.kubernetes import conditions, events
 from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
 from hafnium_rollout.kubernetes.capabilities import Finding, findings
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, LeaseLost, NotFound
-from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT
+from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT, Json
 from hafnium_rollout.kubernetes.objects_seen import Meta, meta_of, route_seen, status_of
 from hafnium_rollout.kubernetes.paired_backend import NotYet, PairedBackend
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import KubernetesError, NotFound
 from hafnium_rollout.kubernetes.kinds import (
     GATEWAY,
@@ -20,6 +20,7 @@ from hafnium_rollout.kubernetes.kinds import (
     MODEL_EVIDENCE,
     POD,
     REVISION,
+    Json,
     Kind,
 )
 from hafnium_rollout.kubernetes.objects_seen import SERVICE_LABEL, PodSeen, meta_of, pod_seen
