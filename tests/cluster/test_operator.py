@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hafnium_kubectl import ROOT, Kubectl
+from hafnium_kubectl import ROOT, Kubectl, kustomized, renamed
 from hafnium_operator import (
     GATEWAY,
     IMAGE,
@@ -384,6 +384,34 @@ def test_an_operator_that_cannot_ask_prometheus_moves_nothing_up(namespaced: Kub
     assert "the counters can't be read" in line["message"]
     until(lambda: weights(kubectl, name) == {service(name, 1): 100}, "no live traffic for a candidate that nobody sees")
     assert status(kubectl, name)["phase"] == "Paused"
+
+
+def test_the_rights_of_its_own_role_are_enough(
+    namespaced: Kubectl, start: Start, load: Callable[..., Load], tmp_path: Path,
+) -> None:
+    """With the service account of kustomize/base/rollouts: a first model, a candidate under way, a deletion. Nothing is forbidden."""
+    kubectl, name = namespaced, "rights"
+    documents = renamed(kustomized("kustomize/base/rollouts"), kubectl.namespace)
+    kubectl("apply", "--server-side", "-f", "-", given=documents)
+    try:
+        token = kubectl("create", "token", "hafnium-rollout-operator").strip()
+        admin = json.loads(kubectl("config", "view", "--minify", "--raw", "--flatten", "-o", "json"))
+        admin["users"] = [{"name": admin["users"][0]["name"], "user": {"token": token}}]
+        kubeconfig = tmp_path / "account.kubeconfig"
+        kubeconfig.write_text(json.dumps(admin), encoding="utf-8")
+        operator = start(kubeconfig=kubeconfig, lease_name="hafnium-rollout-operator")
+        first_model(kubectl, name)
+        load(name)
+        apply(kubectl, model_rollout(name, 2, steps=[
+            {"weight": 20, "minDwell": "30m", "deadline": "2h"}, {"weight": 100, "deadline": "2h"}]))
+        until(lambda: (status(kubectl, name).get("step") or {}).get("weightEffectiveSince"), "the candidate has its fifth")
+        kubectl("delete", "modelrollout", name, "--timeout=120s")
+        assert weights(kubectl, name) == {service(name, 1): 100}
+        assert [x for x in operator.lines if "(403)" in x.get("message", "")] == []
+        assert kubectl.read("events", "--field-selector", f"involvedObject.name={name}")["items"], "its events are there"
+    finally:
+        cluster_wide = [d for d in documents if d["kind"].startswith("Cluster")]
+        kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", given=cluster_wide)
 
 
 # --- what the cluster can do ----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Observer:
         )
 
     def _look(self, rollout: ModelRollout, namespace: str, status: RolloutStatus, seen: Traffic, now: datetime) -> LookMade:
-        differences, error, log_cursor = self._scores.read(rollout, namespace, status, seen.live)
+        differences, error, log_cursor = self._scores.read(rollout, namespace, status, seen.live, now)
         made = self._looks.look(rollout, namespace, status, seen.pods, now, Scores(differences, error))
         if made.look is None and differences:
             # Pairs are handed in together with a look; without one they wait for the next.
