@@ -1,4 +1,4 @@
-"""What `hafnium rollout …` does: plain functions, state folder in, text or data out. The command line is wired elsewhere.
+"""What `hafnium rollout …` does: plain functions, a store (or a state folder) in, text or data out. The command line is wired elsewhere.
 
 None of them moves traffic. They write a wish beside the state, and the controller, which has all the rules, acts on it.
 """
@@ -17,11 +17,14 @@ from pydantic import ValidationError
 from hafnium_contract.durations import format_duration
 from hafnium_contract.errors import InputError
 from hafnium_contract.whole_files import write_atomically
-from hafnium_rollout.errors import StateError, UnknownRollout
-from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ObjectMeta, UserAction, load_rollout
+from hafnium_rollout.errors import RecordError, StateError, UnknownRollout
+from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, ObjectMeta, UserAction, load_rollout
 from hafnium_rollout.planning import plan_rollout
+from hafnium_rollout.record import read_record
+from hafnium_rollout.replay_story import Summary, tell
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
+from hafnium_rollout.stores import RolloutStore, Where, store_at
 
 COLUMNS = ("NAME", "PHASE", "STEP", "WEIGHT", "GATE", "REASON", "AGE")
 ActionType = Literal["Promote", "SkipStep", "Abort", "Retry"]
@@ -50,25 +53,16 @@ def apply(state: Path, file: Path) -> str:
     return f"modelrollout {rollout.name} {'configured' if existed else 'created'}"
 
 
-def read_status(state: Path, name: str) -> RolloutStatus:
+def read_status(where: Where, name: str) -> RolloutStatus:
     """The rollout's status; an empty one when the controller hasn't looked yet. Raises UnknownRollout or StateError."""
-    folder = StateFolder(state)
-    path = folder.status(name)
-    try:
-        return RolloutStatus.model_validate_json(path.read_bytes())
-    except FileNotFoundError as e:
-        if folder.rollout(name).is_file():
-            return RolloutStatus()
-        known = ", ".join(folder.rollout_names()) or "none"
-        raise UnknownRollout(f"no ModelRollout {name!r} in {state}; there are: {known}") from e
-    except (OSError, ValidationError) as e:
-        raise StateError(f"{path}: can't be read: {e}") from e
+    return store_at(where).status(name)
 
 
-def status(state: Path, name: str | None = None, *, now: datetime | None = None) -> dict[str, Any]:
+def status(where: Where, name: str | None = None, *, now: datetime | None = None) -> dict[str, Any]:
     """Rows of all rollouts (or of one), with its gates: {"rollouts": [{"name", "phase", …, "gates": [{…}]}]}."""
-    names = [name] if name is not None else StateFolder(state).rollout_names()
-    return {"rollouts": [_row(n, read_status(state, n), now or datetime.now(UTC)) for n in names]}
+    store = store_at(where)
+    names = [name] if name is not None else store.names()
+    return {"rollouts": [_row(n, store.status(n), now or datetime.now(UTC)) for n in names]}
 
 
 def _row(name: str, s: RolloutStatus, now: datetime) -> dict[str, Any]:
@@ -90,9 +84,9 @@ def _row(name: str, s: RolloutStatus, now: datetime) -> dict[str, Any]:
     }
 
 
-def status_table(state: Path, name: str | None = None, *, now: datetime | None = None) -> str:
+def status_table(where: Where, name: str | None = None, *, now: datetime | None = None) -> str:
     """NAME PHASE STEP WEIGHT GATE REASON AGE, and below it one line per gate and the message."""
-    rows = status(state, name, now=now)["rollouts"]
+    rows = status(where, name, now=now)["rollouts"]
     cells = [[
         r["name"], r["phase"], "-" if r["step"] is None else str(r["step"]), "shadow" if r["shadow"] else f"{r['weight']}%",
         r["gate"] or "-", r["reason"] or "-", "-" if r["ageSeconds"] is None else _age(r["ageSeconds"]),
@@ -117,17 +111,18 @@ def _age(seconds: float) -> str:
 _ENDS = ("Promoted", "RolledBack", "Paused")
 
 
-def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: float = 1.0) -> Generator[HistoryPoint]:
+def watch(where: Where, name: str, wait: Callable[[float], object], *, poll_s: float = 1.0) -> Generator[HistoryPoint]:
     """Events (not the looks) of the rollout of the model that the file asks for, as they come, from its beginning on.
 
     Ends when that model is promoted, rolled back, or paused (which only a person ends); before the controller has taken it up it
     waits. `wait(seconds)` is called between two readings; raise in it to stop.
     """
+    store = store_at(where)
     last: datetime | None = None
     told: set[tuple[datetime, str, str]] = set()
     while True:
-        wanted = load_rollout(StateFolder(state).rollout(name)).spec.model.digest if StateFolder(state).rollout(name).is_file() else None
-        s = read_status(state, name)
+        s = store.status(name)
+        wanted = _wanted(store, name)
         mine = s.candidate is not None and s.candidate.digest == wanted
         began = max((p.time for p in s.history if p.event == "Started"), default=None)
         for point in s.history if mine else ():
@@ -138,7 +133,7 @@ def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: fl
             told = {k for k in told if k[0] >= point.time} | {key}
             last = point.time
             yield point
-        asked = any(StateFolder(state).actions.glob(f"ModelRollout-{name}.*.json"))  # a wish that nobody has looked at yet
+        asked = store.asked(name, s)  # a wish that nobody has looked at yet
         refused = not mine and s.phase in _ENDS and wanted in s.rejected_digests
         ended = (mine and s.phase in _ENDS) or refused or (s.candidate is None and _is_stable(s, wanted))
         if ended and not asked:
@@ -146,9 +141,17 @@ def watch(state: Path, name: str, wait: Callable[[float], object], *, poll_s: fl
         wait(poll_s)
 
 
-def wanted_digest(state: Path, name: str) -> str:
-    """Digest of the model that the applied file asks for. Raises InputError or RolloutFileError."""
-    return load_rollout(StateFolder(state).rollout(name)).spec.model.digest
+def _wanted(store: RolloutStore, name: str) -> str | None:
+    """The digest asked for; None when the object was deleted and only its status is still there."""
+    try:
+        return store.rollout(name).spec.model.digest
+    except UnknownRollout:
+        return None
+
+
+def wanted_digest(where: Where, name: str) -> str:
+    """Digest of the model that is asked for. Raises UnknownRollout or RolloutFileError."""
+    return store_at(where).rollout(name).spec.model.digest
 
 
 def _is_stable(status: RolloutStatus, digest: str | None) -> bool:
@@ -197,58 +200,79 @@ def plan_table(file: Path, *, rate: float, base: float, regression: float) -> st
     return "\n".join([*_aligned(rows), miss, end])
 
 
-def promote(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+def promote(where: Where, name: str, reason: str = "", *, by: str = "", now: datetime | None = None) -> str:
     """Asks for 100 % at once: waits for no step, but Safety, approvals, readiness and the bake stay."""
-    return _ask(state, name, "Promote", reason, now)
+    return _ask(where, name, "Promote", reason, by, now)
 
 
-def skip(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+def skip(where: Where, name: str, reason: str = "", *, by: str = "", now: datetime | None = None) -> str:
     """Asks for the next step without this one's verdict."""
-    return _ask(state, name, "SkipStep", reason, now)
+    return _ask(where, name, "SkipStep", reason, by, now)
 
 
-def abort(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+def abort(where: Where, name: str, reason: str = "", *, by: str = "", now: datetime | None = None) -> str:
     """Asks to take the candidate back and to remember its digest as rejected."""
-    return _ask(state, name, "Abort", reason, now)
+    return _ask(where, name, "Abort", reason, by, now)
 
 
-def retry(state: Path, name: str, reason: str = "", *, now: datetime | None = None) -> str:
+def retry(where: Where, name: str, reason: str = "", *, by: str = "", now: datetime | None = None) -> str:
     """Asks a paused rollout to go on, or an ended one to try the same digest again."""
-    return _ask(state, name, "Retry", reason, now)
+    return _ask(where, name, "Retry", reason, by, now)
 
 
-def _ask(state: Path, name: str, kind: ActionType, reason: str, now: datetime | None) -> str:
-    folder = StateFolder(state)
-    s = read_status(state, name)
-    wanted = load_rollout(folder.rollout(name)).spec.model.digest
+def _ask(where: Where, name: str, kind: ActionType, reason: str, by: str, now: datetime | None) -> str:
+    store = store_at(where)
+    s = store.status(name)
+    wanted = store.rollout(name).spec.model.digest
     # What a person sees in the status is what they decide about; Retry is about what the file asks for.
     digest = s.candidate.digest if s.candidate is not None and kind != "Retry" else wanted
     if kind == "Retry" and s.phase == "Paused" and s.candidate is not None:
         digest = s.candidate.digest
     when = now or datetime.now(UTC)
     try:
-        action = UserAction(type=kind, id=f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", candidate_digest=digest, reason=reason)
+        action = UserAction(
+            type=kind, id=f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", candidate_digest=digest, reason=reason, requested_by=by[:200])
     except ValidationError as e:
         raise InputError(f"--reason: {e.errors()[0]['msg']}, it has {len(reason)}") from e
-    write_atomically(folder.actions / f"ModelRollout-{name}.{action.id}.json", action.model_dump_json(indent=1))
+    store.ask(name, action)
     return f"asked for {kind} of {digest[:19]}; `hafnium rollout status {name}` shows what becomes of it"
 
 
-def approve(state: Path, name: str, stage: str, approver: str) -> str:
-    """Writes the approval of the rollout's digest for a stage. On one machine whoever can write the folder can approve."""
-    folder = StateFolder(state)
-    if not folder.rollout(name).is_file():
-        read_status(state, name)  # says which rollouts there are
-    spec = load_rollout(folder.rollout(name)).spec
-    if spec.model.trained_by == approver:
-        raise InputError(f"{approver} trained {spec.model.name} {spec.model.version} (spec.model.trainedBy): "
-                         "somebody else has to approve it")
-    label = f"{name}-{spec.model.digest[7:15]}"
+def approve(where: Where, name: str, stage: str, approver: str) -> str:
+    """Writes the approval of the rollout's digest for a stage. On one machine whoever can write the folder can approve; on a cluster
+    the API server checks that the approver is who writes."""
+    store = store_at(where)
+    rollout = store.rollout(name)
+    model = rollout.spec.model
+    digest = model.digest
+    if model.trained_by == approver:
+        raise InputError(f"{approver} trained {model.name} {model.version} (spec.model.trainedBy): somebody else has to approve it")
     try:
-        given = ApprovalSpec(model_digest=spec.model.digest, stage=stage, approver=approver)
+        given = ApprovalSpec(model_digest=digest, stage=stage, approver=approver)
     except ValidationError as e:
         raise InputError(f"--stage {stage!r}: expected a name such as validation or model-risk (lower-case letters, digits, -)") from e
-    approval = ModelApproval(metadata=ObjectMeta(name=label), spec=given)
-    write_atomically(folder.approvals / f"{label}-{secrets.token_hex(3)}.json", approval.model_dump_json(indent=1))
-    more = "" if stage in spec.approvals.required else f" (required are: {', '.join(spec.approvals.required) or 'none'})"
-    return f"{approver} approved {spec.model.digest[:19]} for {stage}{more}"
+    meta = ObjectMeta(name=f"{name}-{digest[7:15]}", namespace=rollout.metadata.namespace)
+    store.approve(ModelApproval(metadata=meta, spec=given))
+    more = "" if stage in rollout.spec.approvals.required else (
+        f" (required are: {', '.join(rollout.spec.approvals.required) or 'none'})")
+    return f"{approver} approved {digest[:19]} for {stage}{more}"
+
+
+def replay(
+    record: Path, other: ModelRollout | None, until: datetime | None, summary: Summary, *, keep: bool = False,
+) -> Generator[str]:
+    """The record's decisions again, a line for each; with another ModelRollout's gates, strategy and approvals what they would have
+    been. `summary` is whole when the last line has come. Raises RecordError."""
+    yield from tell(read_record(record), other, until, summary, keep=keep)
+
+
+def record_of(where: Where, name: str) -> Path:
+    """The rollout's record. Raises UnknownRollout, or RecordError where it can't be read from here."""
+    store = store_at(where)
+    found = store.record(name)
+    if found is None:
+        raise RecordError(
+            f"the record of {name} is on the operator's volume; copy it from there (docs/rollout-commands.md) and give --record")
+    if not found.is_dir():
+        store.status(name)  # says which rollouts there are
+    return found

@@ -24,6 +24,8 @@ from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.local_backend import LocalBackend
 from hafnium_rollout.objects import ModelRollout, load_rollout
+from hafnium_rollout.observation import Observation
+from hafnium_rollout.record import RecordLimits, RecordWriter
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import RolloutStatus
 
@@ -43,8 +45,12 @@ def _plain(value: object) -> str:
 class Controller:
     """All rollouts of one state folder. `now` and `log` are seams for tests."""
 
-    def __init__(self, state: StateFolder, *, now: Callable[[], datetime] = lambda: datetime.now(UTC), log: Log = print_json) -> None:
+    def __init__(
+        self, state: StateFolder, *, now: Callable[[], datetime] = lambda: datetime.now(UTC), log: Log = print_json,
+        record_limits: RecordLimits | None = None,
+    ) -> None:
         self._state = state
+        self._record_limits = record_limits or RecordLimits()
         self._backend = LocalBackend(state)
         self._now = now
         self._log = log
@@ -52,6 +58,7 @@ class Controller:
         """Last readable object per rollout, which is on disk too (`StateFolder.last_good`)."""
         self._said: dict[str, str] = {}
         self._written: dict[str, tuple[bytes, RolloutStatus]] = {}
+        self._records: dict[str, RecordWriter] = {}
 
     def turn(self) -> float | None:
         """One turn for every rollout. Returns how soon the next is wanted (s), None for the regular time."""
@@ -81,8 +88,10 @@ class Controller:
         now = self._now()
         seen = self._backend.observe(rollout, status, now)
         decision = decide(rollout, status, seen, now)
+        text = ""
         if decision.status != status:
-            self._write_status(name, decision.status)
+            text = self._write_status(name, decision.status)
+        self._record(rollout, status, seen, now, decision, text)
         self._tell(name, decision, seen.problems, now)
         for action in decision.actions:
             self._log({"time": now, "level": "info", "rollout": name, "event": "Action", "action": type(action).__name__,
@@ -134,15 +143,30 @@ class Controller:
         except (OSError, ValidationError) as e:
             raise StateError(f"{path}: can't be read, so nothing is moved; repair it or move it away: {e}") from e
 
-    def _write_status(self, name: str, status: RolloutStatus) -> None:
+    def _write_status(self, name: str, status: RolloutStatus) -> str:
         text = status.model_dump_json()
         write_atomically(self._state.status(name), text)
         self._written[name] = (text.encode(), status)
+        return text
+
+    def _record(
+        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision, text: str,
+    ) -> None:
+        """For replays and reports. Trouble with it is told and never stops the guard."""
+        writer = self._records.setdefault(rollout.name, RecordWriter(self._state.record(rollout.name), self._record_limits))
+        key = f"{rollout.name}/record"
+        try:
+            writer.write(rollout, before, seen, now, decision, after_text=text)
+            self._said.pop(key, None)
+        except OSError as e:
+            self._once(key, str(e), {"level": "error", "rollout": rollout.name, "event": "RecordFailed",
+                                     "message": f"this time can't be replayed later: {e}"})
 
     def _deleted(self, name: str) -> None:
         """The ModelRollout was deleted. Under way, the candidate goes back to nothing: nobody watches it any more."""
         status = self._read_status(name)
         self._good.pop(name, None)
+        self._records.pop(name, None)
         self._state.last_good(name).unlink(missing_ok=True)
         if status.phase not in ("Promoted", "RolledBack") and status.stable is not None and status.candidate is not None:
             self._backend.stable_only(name, status.stable.service)

@@ -20,7 +20,7 @@ from hafnium_rollout.intake import take_in
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import Observation
 from hafnium_rollout.outside import outside_change, write_again
-from hafnium_rollout.people import handled, open_actions
+from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.reporting import finish
 from hafnium_rollout.status import IDS_MAX, RolloutStatus
 from hafnium_rollout.turn import Outcome, Turn, hold, since
@@ -101,7 +101,7 @@ def persons_word(turn: Turn) -> Outcome | None:
         return None
     action = waiting[0]
     turn = handled(turn, action)
-    why = action.reason or "a person asked for it"
+    why = in_words(action, "a person asked for it")
 
     def ignored(text: str) -> Outcome:
         return Outcome(turn.say("ActionIgnored", "ActionIgnored", f"{action.type}: {text}"))

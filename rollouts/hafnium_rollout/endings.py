@@ -5,7 +5,7 @@ from __future__ import annotations
 from hafnium_rollout.actions import Promote, Rollback
 from hafnium_rollout.intake import live_matches
 from hafnium_rollout.outside import garbage, keep_route
-from hafnium_rollout.people import handled, open_actions
+from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.statistics.sample_ratio import RatioState
 from hafnium_rollout.status import IDS_MAX, ModelSeen, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, hold, normal, start_rollback, want_route
@@ -68,7 +68,7 @@ def finished(turn: Turn) -> Outcome | None:
     if retry is not None:
         turn = handled(turn, retry).update(rejected_digests=tuple(d for d in turn.status.rejected_digests if d != digest))
         if status.phase == "RolledBack":
-            return Outcome(_begin(turn.say("Retry", "Retry", retry.reason or "a person asked to try again")))
+            return Outcome(_begin(turn.say("Retry", "Retry", in_words(retry, "a person asked to try again"))))
     elif open_actions(turn):
         action = open_actions(turn)[0]
         return Outcome(handled(turn, action).say("ActionIgnored", "ActionIgnored", f"{action.type} has nothing to act on"))

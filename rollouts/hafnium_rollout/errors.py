@@ -4,6 +4,7 @@ HafniumError (contract)
 ├── RolloutFileError   a ModelRollout file is not as it should be: carries every problem with its line
 ├── SchemaError        a type of ours has no structural schema: a mistake in this code, found when CRDs are generated
 ├── StateError         the state folder holds something that can't be used, or another controller holds it
+├── RecordError        the record of a rollout can't be read, or was written by another Hafnium
 └── UnknownRollout     a command names a rollout that isn't there
 """
 
@@ -33,6 +34,12 @@ class SchemaError(HafniumError):
 
 class StateError(HafniumError):
     """The state folder can't be used as it is. The message names the file and what to do."""
+
+
+class RecordError(HafniumError):
+    """A record is missing, damaged or of another schema. The message names the file and the line."""
+
+    exit_status = 2
 
 
 class UnknownRollout(HafniumError):  # noqa: N818 - the name says what is wrong, as a user would

@@ -336,6 +336,8 @@ class UserAction(Strict):
     """The candidate that it is about; for another one it is ignored."""
     reason: str = Field(default="", max_length=TEXT_CHARACTERS_MAX)
     """Why; kept in the history."""
+    requested_by: str = Field(default="", max_length=200)
+    """Who asked, as their command line knew them. On a cluster the proof is the object's managedFields and the audit log."""
 
 
 _TEMPLATE: dict[str, Any] = {"type": "object", "additionalProperties": True}

@@ -16,3 +16,9 @@ def open_actions(turn: Turn) -> list[UserAction]:
 def handled(turn: Turn, action: UserAction) -> Turn:
     handled = (*turn.status.handled_actions, action.id)[-IDS_MAX:]
     return turn.update(handled_actions=handled, last_action_id=action.id)
+
+
+def in_words(action: UserAction, otherwise: str) -> str:
+    """Why, and who: the sentence that history keeps of a person's word."""
+    why = action.reason or otherwise
+    return f"{why} (by {action.requested_by})" if action.requested_by else why

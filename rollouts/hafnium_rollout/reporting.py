@@ -46,7 +46,8 @@ def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
     weight = _weight(status)
     shadow = step is not None and step.shadow_observed
     points = [
-        HistoryPoint(time=turn.now, event=e.name, weight=weight, shadow=shadow, reason=e.reason, message=e.message[:MESSAGE_CHARACTERS_MAX])
+        HistoryPoint(time=turn.now, event=e.name, weight=weight, shadow=shadow, reason=e.reason,
+                     message=e.message[:MESSAGE_CHARACTERS_MAX], phase=status.phase, alert=e.alert)
         for e in turn.events
     ]
     if turn.seen.look is not None and status.gates and step is not None:

@@ -74,6 +74,10 @@ class StateFolder:
         found = (self.root / "status").glob(f"ModelRollout-*{ending}")
         return sorted(p.name.removeprefix("ModelRollout-").removesuffix(ending) for p in found)
 
+    def record(self, name: str) -> Path:
+        """Folder with every turn of the rollout, as record.py writes it. Kept when the rollout is deleted: it is evidence."""
+        return self.root / "record" / f"ModelRollout-{name}"
+
     def log(self, service: str) -> Path:
         return self.root / "inference-log" / service
 

@@ -178,6 +178,10 @@ class HistoryPoint(Strict):
     """Why, in one word."""
     message: str = ""
     """Why, in a sentence."""
+    phase: str = ""
+    """Of an event: the rollout's phase after it."""
+    alert: bool = False
+    """Someone should look. History is what notifications are sent from, so it has to know."""
     gates: tuple[GatePoint, ...] = ()
     """Of a look: what each gate said."""
 

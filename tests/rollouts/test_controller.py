@@ -21,6 +21,8 @@ from hafnium_rollout_gateway import CANDIDATE_DIGEST, Gateway, gateway
 from hafnium_rollout import commands
 from hafnium_rollout.controller import Controller, only_one
 from hafnium_rollout.objects import load_rollout
+from hafnium_rollout.record import read_record
+from hafnium_rollout.replaying import ReplayedTurn, replay
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import RolloutStatus
 
@@ -125,6 +127,10 @@ def test_a_good_candidate_is_promoted_and_the_commands_tell_the_story(envoy: Gat
     assert [x["event"] for x in lines if x["event"] in ("Started", "StepEntered", "Promoted")] == [
         "Started", "StepEntered", "StepEntered", "StepEntered", "Promoted"]
     json.dumps(lines, default=str)
+    replayed = [t for t in replay(read_record(commands.record_of(envoy.state, "risk"))) if isinstance(t, ReplayedTurn)]
+    assert len(replayed) > 5
+    assert all(t.equal for t in replayed), "a replay of what really happened decides the same at every turn"
+    assert replayed[-1].recorded.status.phase == "Promoted"
     told = [p.event for p in commands.watch(envoy.state, "risk", lambda _: None)]
     assert told[0] == "Started"
     assert told[-1] == "Promoted"
@@ -266,6 +272,24 @@ def test_a_status_that_cannot_be_read_stops_that_rollout_and_no_other(tmp_path: 
     assert folder.status("risk").read_text() == "{half"
     assert folder.status("other").is_file()
     assert any(x["event"] == "TurnFailed" and "nothing is moved" in x["message"] for x in lines)
+
+
+def test_a_record_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    folder = StateFolder(tmp_path)
+    (tmp_path / "objects").mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(manifest()))
+    folder.record("risk").parent.mkdir()
+    folder.record("risk").write_text("a file where the folder should be")
+    controller = Controller(folder, log=lines.append)
+    controller.turn()
+    controller.turn()
+    assert [x["event"] for x in lines if x["event"] in ("RecordFailed", "TurnFailed")] == ["RecordFailed"]
+    assert folder.status("risk").is_file()
+    folder.record("risk").unlink()
+    folder.rollout("risk").write_text(yaml.safe_dump(manifest(paused=True)))
+    controller.turn()
+    assert [type(e).__name__ for e in read_record(folder.record("risk"))] == ["Start", "RecordedTurn"]
 
 
 def test_a_rollout_deleted_under_way_leaves_all_traffic_to_stable(tmp_path: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import getpass
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds
+from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
 from hafnium_local.console import fail, print_json
 from hafnium_rollout import commands
 from hafnium_rollout.errors import RolloutFileError
 from hafnium_rollout.objects import load_rollout
+from hafnium_rollout.replay_story import Summary, ending
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,7 +128,7 @@ def promote(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> No
 
     Example: hafnium rollout promote unified-risk --reason "approved in CHG-1234"
     """
-    typer.echo(commands.promote(state, name, reason))
+    typer.echo(commands.promote(state, name, reason, by=getpass.getuser()))
 
 
 @app.command()
@@ -135,7 +137,7 @@ def skip(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None:
 
     Example: hafnium rollout skip unified-risk
     """
-    typer.echo(commands.skip(state, name, reason))
+    typer.echo(commands.skip(state, name, reason, by=getpass.getuser()))
 
 
 @app.command()
@@ -144,7 +146,7 @@ def abort(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None
 
     Example: hafnium rollout abort unified-risk --reason "wrong training data"
     """
-    typer.echo(commands.abort(state, name, reason))
+    typer.echo(commands.abort(state, name, reason, by=getpass.getuser()))
 
 
 @app.command()
@@ -153,7 +155,7 @@ def retry(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None
 
     Example: hafnium rollout retry unified-risk
     """
-    typer.echo(commands.retry(state, name, reason))
+    typer.echo(commands.retry(state, name, reason, by=getpass.getuser()))
 
 
 @app.command()
@@ -169,3 +171,39 @@ def approve(
     Example: hafnium rollout approve unified-risk --stage validation
     """
     typer.echo(commands.approve(state, name, stage, getpass.getuser()))
+
+
+@app.command()
+def replay(
+    name: Annotated[str | None, typer.Argument(help="The rollout's name; not needed with --record.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A ModelRollout whose gates, strategy and approvals are tried.", show_default=False)
+    ] = None,
+    until: Annotated[
+        datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="Stop there: 2026-01-31T12:00:00Z.", show_default=False)
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="A record, as a file or a folder, instead of the rollout's own.", show_default=False)
+    ] = None,
+    state: State = DEFAULT_STATE, as_json: Json = False,
+) -> None:
+    """Decides again over what was recorded, turn by turn; with --file, what other rules would have decided.
+
+    Exit status: 0, or 1 when a decision is not the one that was made (another version of Hafnium, or a changed record).
+
+    Example: hafnium rollout replay unified-risk --file stricter.yaml
+    """
+    if record is None and name is None:
+        raise typer.BadParameter("give the rollout's NAME, or --record")
+    found = record if record is not None else commands.record_of(state, name or "")
+    other = None if file is None else load_rollout(file)
+    summary = Summary()
+    for line in commands.replay(found, other, until, summary, keep=as_json):
+        if not as_json:
+            typer.echo(line)
+    if as_json:
+        print_json({"exact": summary.exact, **vars(summary)})
+    else:
+        for line in ending(summary, "" if file is None else str(file)):
+            typer.echo(line)
+    raise typer.Exit(0 if summary.exact else 1)

@@ -1,0 +1,186 @@
+"""The record of a rollout as files: one folder per rollout, numbered JSON-lines files, finished ones compressed, oldest removed.
+
+    <folder>/00000007.jsonl.gz   finished
+    <folder>/00000008.jsonl      being written
+
+A record that can't be written must never stop the guard over a candidate: the writer says so and begins anew at the next turn.
+What a crash leaves half written is skipped by the reader, which goes on at the next `start`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, cast
+
+from hafnium_rollout.actions import Decision
+from hafnium_rollout.errors import RecordError
+from hafnium_rollout.objects import ModelRollout
+from hafnium_rollout.observation import Observation
+from hafnium_rollout.record_lines import Decoder, Encoder, Gap, RecordedTurn, Start, relevant, status_digest
+from hafnium_rollout.status import RolloutStatus
+
+PLAIN, PACKED = ".jsonl", ".jsonl.gz"
+LINE_BYTES_MAX = 64 * 1024 * 1024
+"""A start line holds a status (below 1 MB) and a first turn its findings (5,000 of 3 kB at most). More than this is no record."""
+_ENDED = ("Promoted", "RolledBack")
+
+
+@dataclass(frozen=True)
+class RecordLimits:
+    """How much is kept of each rollout."""
+
+    file_bytes_max: int = 8 * 1024 * 1024
+    """A file is finished and compressed at this size: about a day of looks every five seconds with four gates, and packed in 0.2 s."""
+    total_bytes_max: int = 64 * 1024 * 1024
+    """Files of one rollout together; beyond it the oldest goes. Packed lines are a tenth of plain ones: about two months."""
+
+
+class RecordWriter:
+    """Appends turns of one rollout. Not for two processes at once: the controller that holds the lease writes."""
+
+    def __init__(self, folder: Path, limits: RecordLimits | None = None) -> None:
+        self._folder = folder
+        self._limits = limits or RecordLimits()
+        self._encoder = Encoder(hafnium_version())
+        self._file: Path | None = None
+        self._base = 0
+        self._after: RolloutStatus | None = None
+        """The status that the last written turn left; None when the next turn needs a start."""
+
+    def write(
+        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision, *,
+        after_text: str = "",
+    ) -> bool:
+        """Records one turn; returns whether it was worth it. Raises OSError.
+
+        `after_text`: the decided status as JSON, where the caller has it at hand. A turn after the end that only reads counters on
+        is not recorded: weeks of it would push out what matters.
+        """
+        if _quiet(before, decision):
+            return False
+        try:
+            after = status_digest(after_text or decision.status.model_dump_json())
+            known = self._after is before or self._after == before
+            seen = relevant(rollout, before, seen)
+            lines: list[dict[str, Any]] = []
+            path = self._path()
+            size = path.stat().st_size if path.is_file() else 0
+            if size - self._base > self._limits.file_bytes_max:
+                self._pack(path)
+                path, size, known = self._next(path), 0, False
+            if not known or not size:
+                lines.append(self._encoder.start(rollout, before, now))
+            lines.append(self._encoder.turn(rollout, seen, now, decision, after))
+            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+            with path.open("a+b") as f:
+                if size and _last_byte(f) != b"\n":
+                    text = "\n" + text  # a crash cut the last line off
+                f.write(text.encode())
+            if not size:
+                self._base = len(text.encode())
+            self._after, self._file = decision.status, path
+            return True
+        except OSError:
+            self._after = None
+            raise
+
+    def _path(self) -> Path:
+        if self._file is not None:
+            return self._file
+        self._folder.mkdir(parents=True, exist_ok=True)
+        files = record_files(self._folder)
+        if not files:
+            return self._folder / f"{1:08d}{PLAIN}"
+        return files[-1] if files[-1].name.endswith(PLAIN) else self._next(files[-1])
+
+    def _next(self, path: Path) -> Path:
+        return path.with_name(f"{_number(path) + 1:08d}{PLAIN}")
+
+    def _pack(self, path: Path) -> None:
+        """Compresses a finished file beside its place, and removes the oldest files beyond the limit."""
+        packed = path.with_name(path.name.removesuffix(PLAIN) + PACKED)
+        staging = packed.with_name(f".{packed.name}.new")
+        with path.open("rb") as source, gzip.open(staging, "wb", compresslevel=3) as target:
+            shutil.copyfileobj(source, target)
+        staging.replace(packed)
+        path.unlink()
+        files = record_files(self._folder)
+        sizes = [f.stat().st_size for f in files]
+        while len(files) > 1 and sum(sizes) > self._limits.total_bytes_max:
+            files.pop(0).unlink()
+            sizes.pop(0)
+
+
+def hafnium_version() -> str:
+    """Of the installed distribution; `unknown` when it runs from a source tree without one."""
+    try:
+        return version("hafnium-serving")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _quiet(before: RolloutStatus, decision: Decision) -> bool:
+    after = decision.status
+    return before.phase in _ENDED and not decision.actions and not decision.events and (
+        after == before or after.model_copy(update={"cursor": before.cursor}) == before)
+
+
+def _last_byte(f: IO[bytes]) -> bytes:
+    f.seek(-1, os.SEEK_END)
+    return f.read(1)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split(".")[0])
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The record's files, oldest first. A plain file beside its packed copy (a crash between the two steps) is left out."""
+    found = {p for p in folder.glob("*.jsonl*") if p.name.endswith((PLAIN, PACKED)) and p.name.split(".")[0].isdigit()}
+    double = {p for p in found if p.name.endswith(PLAIN) and p.with_name(p.name.removesuffix(PLAIN) + PACKED) in found}
+    return sorted(found - double, key=_number)
+
+
+def read_record(path: Path) -> Iterator[Start | RecordedTurn | Gap]:
+    """Entries of a record: a folder, or one of its files. Raises RecordError when there is none, or it has another schema."""
+    files = record_files(path) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise RecordError(f"{path}: no record of a rollout; the controller writes one from its first turn on")
+    for file in files:
+        decoder = Decoder(str(file))
+        try:
+            with (gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")) as f:
+                yield from _entries(file, cast("IO[bytes]", f), decoder)
+        except FileNotFoundError:
+            continue  # packed or removed by the controller while we read: its lines are gone or come again
+        except (OSError, EOFError) as e:
+            yield Gap(str(file), f"can't be read: {e}")
+
+
+def _entries(file: Path, f: IO[bytes], decoder: Decoder) -> Iterator[Start | RecordedTurn | Gap]:
+    number = 0
+    while text := f.readline(LINE_BYTES_MAX + 1):
+        number += 1
+        if len(text) > LINE_BYTES_MAX:
+            raise RecordError(f"{file}:{number}: a line of more than {LINE_BYTES_MAX} bytes; this is no record of a rollout")
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            decoder.lost()
+            yield Gap(f"{file}:{number}", "half a line, cut off by a crash or still being written")
+            continue
+        if not isinstance(line, dict):
+            raise RecordError(f"{file}:{number}: not a line of a record")
+        entry = decoder.entry(cast("dict[str, Any]", line))
+        if entry is not None:
+            yield entry

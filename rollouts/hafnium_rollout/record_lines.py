@@ -1,0 +1,171 @@
+"""The record's form: JSON lines that hold every turn of a rollout, so that it can be decided again. Pure; files are record.py's.
+
+A record is a sequence of two kinds of line:
+
+- `start`: schema version, the ModelRollout and the whole status before the next turn. One opens every file, and one comes whenever
+  the status is not what the last turn left (a restart, a repaired file), so a replay always knows where it stands.
+- `turn`: the time, what of the observation differs from the turn before, the ModelRollout when it changed, what was done, and a
+  digest of the status after it.
+
+Findings of jobs are written once and then named by number: they are the same at each look, and large. Only those about the models
+of this rollout are kept, because `decide` looks at no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.actions import Action, Decision
+from hafnium_rollout.errors import RecordError
+from hafnium_rollout.objects import ModelRollout
+from hafnium_rollout.observation import Observation
+from hafnium_rollout.observation_codec import decode, encode
+from hafnium_rollout.status import RolloutStatus
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """From here on turns follow from this status."""
+
+    time: datetime
+    version: str
+    """Of the Hafnium that decided."""
+    rollout: ModelRollout
+    status: RolloutStatus
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTurn:
+    """What one turn saw, and what it led to."""
+
+    now: datetime
+    rollout: ModelRollout
+    seen: Observation
+    actions: tuple[Mapping[str, Any], ...]
+    after: str
+    """`status_digest` of the status that was decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Lines that couldn't be read; the turns after them are left out until the next start."""
+
+    where: str
+    message: str
+
+
+def status_digest(text: str) -> str:
+    """Short sha256 of a status as JSON text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def relevant(rollout: ModelRollout, status: RolloutStatus, seen: Observation) -> Observation:
+    """The observation without findings about models that this rollout has nothing to do with."""
+    digests = {rollout.spec.model.digest, *(m.digest for m in (status.candidate, status.stable) if m is not None)}
+    return replace(seen, evidence=tuple(e for e in seen.evidence if e.model_digest in digests))
+
+
+def action_data(action: Action) -> dict[str, Any]:
+    """An action for people and programs: its type and what it is about, without the service's template."""
+    fields = {n: getattr(action, n) for n in action.__slots__ if n not in ("template", "model")}
+    model = getattr(action, "model", None)
+    return {"type": type(action).__name__, **fields, **({} if model is None else {"service": model.service})}
+
+
+def rollout_data(rollout: ModelRollout) -> dict[str, Any]:
+    """The object as JSON data; its own status, which nobody reads from there, is left out."""
+    return rollout.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"status"})
+
+
+@dataclass
+class Encoder:
+    """Turns → lines of one file. Remembers what was written, to write only changes."""
+
+    version: str
+    _rollout: ModelRollout | None = None
+    _seen: dict[str, Any] = field(default_factory=dict[str, Any])
+    _evidence: tuple[EvidenceSpec, ...] | None = None
+    _numbers: dict[EvidenceSpec, int] = field(default_factory=dict[EvidenceSpec, int])
+
+    def start(self, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> dict[str, Any]:
+        """The line before a first turn."""
+        self._rollout, self._seen, self._evidence, self._numbers = rollout, {}, None, {}
+        return {"kind": "start", "schema": SCHEMA, "hafnium": self.version, "time": now.isoformat(),
+                "rollout": rollout_data(rollout), "status": status.model_dump(mode="json")}
+
+    def turn(self, rollout: ModelRollout, seen: Observation, now: datetime, decision: Decision, after: str) -> dict[str, Any]:
+        """The line of a turn. `seen` as `relevant` gives it."""
+        line: dict[str, Any] = {"kind": "turn", "now": now.isoformat()}
+        if rollout != self._rollout:
+            self._rollout = rollout
+            line["rollout"] = rollout_data(rollout)
+        if self._evidence is None or seen.evidence != self._evidence:
+            new = {e: i for i, e in enumerate((e for e in dict.fromkeys(seen.evidence) if e not in self._numbers), len(self._numbers))}
+            self._numbers |= new
+            self._evidence = seen.evidence
+            line["findings"] = [[i, e.model_dump(mode="json")] for e, i in new.items()]
+            line["evidence"] = [self._numbers[e] for e in seen.evidence]
+        data = encode(replace(seen, evidence=()))
+        line["seen"] = {k: v for k, v in data.items() if k not in self._seen or self._seen[k] != v}
+        self._seen = data
+        if decision.actions:
+            line["actions"] = [action_data(a) for a in decision.actions]
+        line["after"] = after
+        return line
+
+
+@dataclass
+class Decoder:
+    """Lines → entries. After a line that can't be used, turns are left out until the next start."""
+
+    source: str
+    _rollout: ModelRollout | None = None
+    _seen: dict[str, Any] = field(default_factory=dict[str, Any])
+    _findings: dict[int, EvidenceSpec] = field(default_factory=dict[int, EvidenceSpec])
+    _evidence: tuple[EvidenceSpec, ...] = ()
+
+    def lost(self) -> None:
+        """A line was damaged: what follows builds on it."""
+        self._rollout = None
+
+    def entry(self, line: dict[str, Any]) -> Start | RecordedTurn | None:
+        """The entry of a line; None for a turn whose start is missing. Raises RecordError for what isn't a line of this schema."""
+        try:
+            if line["kind"] == "start":
+                return self._start(line)
+            if line["kind"] != "turn":
+                raise RecordError(f"{self.source}: a line of kind {line['kind']!r}; expected start or turn")
+            return None if self._rollout is None else self._turn(line, self._rollout)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:  # ValidationError is a ValueError
+            text = str(e.errors()[0]["msg"]) if isinstance(e, ValidationError) else repr(e)
+            raise RecordError(f"{self.source}: not a line of a record: {text}") from e
+
+    def _start(self, line: dict[str, Any]) -> Start:
+        if line["schema"] != SCHEMA:
+            by = f"written by Hafnium {line.get('hafnium')} in schema {line['schema']}"
+            raise RecordError(f"{self.source}: {by}; this one reads {SCHEMA}")
+        rollout = ModelRollout.model_validate(line["rollout"])
+        status = RolloutStatus.model_validate(line["status"])
+        self._rollout, self._seen, self._findings, self._evidence = rollout, {}, {}, ()
+        return Start(datetime.fromisoformat(line["time"]), str(line["hafnium"]), rollout, status)
+
+    def _turn(self, line: dict[str, Any], rollout: ModelRollout) -> RecordedTurn:
+        if "rollout" in line:
+            self._rollout = rollout = ModelRollout.model_validate(line["rollout"])
+        self._findings |= {int(i): EvidenceSpec.model_validate(e) for i, e in line.get("findings", ())}
+        if "evidence" in line:
+            self._evidence = tuple(self._findings[int(i)] for i in line["evidence"])
+        self._seen = {**self._seen, **cast("dict[str, Any]", line["seen"])}
+        return RecordedTurn(
+            now=datetime.fromisoformat(line["now"]), rollout=rollout, seen=replace(decode(self._seen), evidence=self._evidence),
+            actions=tuple(line.get("actions", ())), after=str(line["after"]),
+        )

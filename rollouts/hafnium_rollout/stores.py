@@ -1,0 +1,137 @@
+"""Where the commands find rollouts and leave wishes: one protocol, for the state folder of one machine here and for a cluster in
+kubernetes/store.py. A store reads and asks; it never moves traffic."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+from pydantic import ValidationError
+
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_contract.whole_files import write_atomically
+from hafnium_rollout.errors import StateError, UnknownRollout
+from hafnium_rollout.objects import ModelApproval, ModelRollout, UserAction, load_rollout
+from hafnium_rollout.state_folder import EvidenceReader, StateFolder
+from hafnium_rollout.status import RolloutStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """One approval, and when it was given, as far as that is known."""
+
+    digest: str
+    stage: str
+    approver: str
+    time: datetime | None = None
+
+
+class RolloutStore(Protocol):
+    """What a command needs to know, and the two things that it may write."""
+
+    def names(self) -> list[str]:
+        """Of all rollouts that are wanted."""
+        ...
+
+    def rollout(self, name: str) -> ModelRollout:
+        """The object that is wanted. Raises UnknownRollout."""
+        ...
+
+    def status(self, name: str) -> RolloutStatus:
+        """Its status; an empty one when the controller hasn't looked yet. Raises UnknownRollout or StateError."""
+        ...
+
+    def asked(self, name: str, status: RolloutStatus) -> bool:
+        """Somebody's wish waits for the controller."""
+        ...
+
+    def ask(self, name: str, action: UserAction) -> None:
+        """Leaves a wish."""
+        ...
+
+    def approve(self, approval: ModelApproval) -> None:
+        """Writes an approval."""
+        ...
+
+    def approvals(self) -> list[Approval]:
+        """All that were given."""
+        ...
+
+    def evidence(self) -> tuple[EvidenceSpec, ...]:
+        """All findings of jobs."""
+        ...
+
+    def record(self, name: str) -> Path | None:
+        """Where the controller records its turns; None where that can't be read from here."""
+        ...
+
+
+class FolderStore:
+    """The state folder of `hafnium up`. Whoever can write the folder can ask and approve."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = StateFolder(root)
+
+    def names(self) -> list[str]:
+        return self._folder.rollout_names()
+
+    def rollout(self, name: str) -> ModelRollout:
+        path = self._folder.rollout(name)
+        if not path.is_file():
+            raise self._unknown(name)
+        return load_rollout(path)
+
+    def status(self, name: str) -> RolloutStatus:
+        path = self._folder.status(name)
+        try:
+            return RolloutStatus.model_validate_json(path.read_bytes())
+        except FileNotFoundError as e:
+            if self._folder.rollout(name).is_file():
+                return RolloutStatus()
+            raise self._unknown(name) from e
+        except (OSError, ValidationError) as e:
+            raise StateError(f"{path}: can't be read: {e}") from e
+
+    def _unknown(self, name: str) -> UnknownRollout:
+        known = ", ".join(self.names()) or "none"
+        return UnknownRollout(f"no ModelRollout {name!r} in {self._root}; there are: {known}")
+
+    def asked(self, name: str, status: RolloutStatus) -> bool:
+        return any(self._folder.actions.glob(f"ModelRollout-{name}.*.json"))
+
+    def ask(self, name: str, action: UserAction) -> None:
+        write_atomically(self._folder.actions / f"ModelRollout-{name}.{action.id}.json", action.model_dump_json(indent=1))
+
+    def approve(self, approval: ModelApproval) -> None:
+        path = self._folder.approvals / f"{approval.metadata.name}-{secrets.token_hex(3)}.json"
+        write_atomically(path, approval.model_dump_json(indent=1))
+
+    def approvals(self) -> list[Approval]:
+        out: list[Approval] = []
+        for path in [*sorted(self._folder.approvals.glob("*.json")), *sorted(self._folder.objects.glob("ModelApproval-*.yaml"))]:
+            try:
+                found = ModelApproval.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).spec
+                when = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            except (OSError, ValueError, yaml.YAMLError):
+                continue  # approves nothing; the controller says so
+            out.append(Approval(found.model_digest, found.stage, found.approver, when))
+        return out
+
+    def evidence(self) -> tuple[EvidenceSpec, ...]:
+        return EvidenceReader(self._folder.evidence).read()[0]
+
+    def record(self, name: str) -> Path | None:
+        return self._folder.record(name)
+
+
+Where = Path | RolloutStore
+
+
+def store_at(where: Where) -> RolloutStore:
+    """A path is the state folder there."""
+    return FolderStore(where) if isinstance(where, Path) else where
