@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from hafnium_contract.durations import format_duration
 from hafnium_contract.errors import InputError
 from hafnium_contract.whole_files import write_atomically
+from hafnium_rollout.dossier.facts import from_record, from_store
+from hafnium_rollout.dossier.page import page
 from hafnium_rollout.errors import RecordError, StateError, UnknownRollout
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, ObjectMeta, UserAction, load_rollout
 from hafnium_rollout.planning import plan_rollout
@@ -264,6 +266,16 @@ def replay(
     """The record's decisions again, a line for each; with another ModelRollout's gates, strategy and approvals what they would have
     been. `summary` is whole when the last line has come. Raises RecordError."""
     yield from tell(read_record(record), other, until, summary, keep=keep)
+
+
+def report(where: Where, name: str, *, now: datetime | None = None) -> str:
+    """The page of evidence about the rollout's last run. Raises UnknownRollout, StateError or RecordError."""
+    return page(from_store(store_at(where), name, now or datetime.now(UTC)))
+
+
+def report_of_record(record: Path, *, now: datetime | None = None) -> str:
+    """The same from a record alone. Raises RecordError."""
+    return page(from_record(record, now or datetime.now(UTC)))
 
 
 def record_of(where: Where, name: str) -> Path:

@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -149,11 +149,27 @@ def record_files(folder: Path) -> list[Path]:
     return sorted(found - double, key=_number)
 
 
+def files_of_run(folder: Path, run_id: str) -> list[Path]:
+    """The newest files that can hold turns of the run: back to the one that begins with another run. Empty: not in the record."""
+    out: list[Path] = []
+    for file in reversed(record_files(folder)):
+        out.insert(0, file)
+        start = next((e for e in read_record(file) if isinstance(e, Start)), None)
+        if start is not None and start.status.run_id != run_id:
+            break
+    return out
+
+
 def read_record(path: Path) -> Iterator[Start | RecordedTurn | Gap]:
     """Entries of a record: a folder, or one of its files. Raises RecordError when there is none, or it has another schema."""
     files = record_files(path) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise RecordError(f"{path}: no record of a rollout; the controller writes one from its first turn on")
+    yield from read_files(files)
+
+
+def read_files(files: Iterable[Path]) -> Iterator[Start | RecordedTurn | Gap]:
+    """Entries of these files of a record, in this order."""
     for file in files:
         decoder = Decoder(str(file))
         try:

@@ -44,9 +44,10 @@ def worst_gate(status: RolloutStatus) -> str:
 def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
     status, step = turn.status, turn.status.step
     weight = _weight(status)
+    desired = step.weight_desired if step is not None and status.rollback is None else (100 if status.phase == "Promoted" else 0)
     shadow = step is not None and step.shadow_observed
     points = [
-        HistoryPoint(time=turn.now, event=e.name, weight=weight, shadow=shadow, reason=e.reason,
+        HistoryPoint(time=turn.now, event=e.name, weight=weight, weight_desired=desired, shadow=shadow, reason=e.reason,
                      message=e.message[:MESSAGE_CHARACTERS_MAX], phase=status.phase, alert=e.alert)
         for e in turn.events
     ]
@@ -55,7 +56,7 @@ def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
             GatePoint(name=g.name, verdict=g.verdict, statistic=g.statistic, lower=g.lower, upper=g.upper, samples=g.samples)
             for g in status.gates
         )
-        points.insert(0, HistoryPoint(time=turn.now, event="Look", weight=weight, shadow=shadow, gates=gates))
+        points.insert(0, HistoryPoint(time=turn.now, event="Look", weight=weight, weight_desired=desired, shadow=shadow, gates=gates))
     if not points:
         return before.history
     return _bounded((*before.history, *points), max(100, LOOK_GATES_MAX // max(len(status.gates), 1)))

@@ -172,6 +172,8 @@ class HistoryPoint(Strict):
     """What."""
     weight: int
     """Percent for the candidate at the gateway."""
+    weight_desired: int | None = None
+    """Percent that was wanted then."""
     shadow: bool = False
     """The candidate got copies."""
     reason: str = ""

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hafnium_contract.whole_files import write_atomically
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
 from hafnium_local.console import fail, print_json
 from hafnium_rollout import commands
@@ -207,3 +208,24 @@ def replay(
         for line in ending(summary, "" if file is None else str(file)):
             typer.echo(line)
     raise typer.Exit(0 if summary.exact else 1)
+
+
+@app.command()
+def report(
+    name: Annotated[str | None, typer.Argument(help="The rollout's name; not needed with --record.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to; NAME-rollout.html without it.", show_default=False)] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="A record, as a file or a folder, instead of what the rollout's store has.", show_default=False)
+    ] = None,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Writes one self-contained HTML file: what was decided, on which evidence, by whom, with a sha256 of the inputs.
+
+    Example: hafnium rollout report unified-risk --out evidence.html
+    """
+    if record is None and name is None:
+        raise typer.BadParameter("give the rollout's NAME, or --record")
+    text = commands.report_of_record(record) if record is not None else commands.report(state, name or "")
+    target = out or Path(f"{name or 'recorded'}-rollout.html")
+    write_atomically(target, text)
+    typer.echo(f"{target}: {len(text.encode()):,} bytes")

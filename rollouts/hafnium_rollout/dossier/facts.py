@@ -1,0 +1,171 @@
+"""What a report is made of, gathered from a store or from a record alone, with a sha256 of each input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.errors import RecordError
+from hafnium_rollout.objects import ModelRollout, UserAction
+from hafnium_rollout.record import files_of_run, hafnium_version, read_files, record_files
+from hafnium_rollout.record_lines import Gap, RecordedTurn, Start, rollout_data
+from hafnium_rollout.replaying import ReplayedTurn, replay
+from hafnium_rollout.status import HistoryPoint, RolloutStatus
+from hafnium_rollout.stores import Approval, RolloutStore
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A person's wish, as the controller first saw it."""
+
+    time: datetime
+    action: UserAction
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input of the report."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that the page shows."""
+
+    rollout: ModelRollout
+    status: RolloutStatus
+    history: tuple[HistoryPoint, ...]
+    """Of the last run: from its Started on."""
+    evidence: tuple[EvidenceSpec, ...]
+    """Findings about candidate and stable, oldest first."""
+    approvals: tuple[Approval, ...]
+    asked: tuple[Asked, ...]
+    replayed: str
+    """What a replay of the record came to."""
+    sources: tuple[Source, ...]
+    made_at: datetime
+    version: str
+
+    @property
+    def sha256(self) -> str:
+        """Of all inputs: the lines `sha256  name` of the sources, as sha256sum writes them."""
+        return hashlib.sha256("".join(f"{s.sha256}  {s.name}\n" for s in self.sources).encode()).hexdigest()
+
+
+def from_store(store: RolloutStore, name: str, now: datetime) -> Facts:
+    """Facts about a rollout of a store. Raises UnknownRollout, StateError or RecordError."""
+    status = store.status(name)
+    record = store.record(name)
+    files = files_of_run(record, status.run_id) if record is not None else []
+    recorded = _Recorded.read(files) if files else None
+    try:
+        rollout = store.rollout(name)
+    except Exception:
+        if recorded is None:
+            raise
+        rollout = recorded.rollout  # the object was deleted; what it said is in the record
+    return _facts(rollout, status, store.evidence(), store.approvals(), recorded, files, now)
+
+
+def from_record(path: Path, now: datetime) -> Facts:
+    """Facts from a record alone (a file or a folder): the status is the one that its replay ends in. Raises RecordError."""
+    files = record_files(path) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise RecordError(f"{path}: no record of a rollout")
+    recorded = _Recorded.read(files)
+    approvals = [Approval(recorded.rollout.spec.model.digest, stage, "(not in the record)", t) for stage, t in recorded.approved.items()]
+    return _facts(recorded.rollout, recorded.status, recorded.evidence, approvals, recorded, files, now)
+
+
+def _facts(
+    rollout: ModelRollout, status: RolloutStatus, evidence: Iterable[EvidenceSpec], approvals: Iterable[Approval],
+    recorded: _Recorded | None, files: Sequence[Path], now: datetime,
+) -> Facts:
+    digests = {rollout.spec.model.digest, *(m.digest for m in (status.candidate, status.stable, *status.previous[:1]) if m is not None)}
+    mine = tuple(sorted((e for e in evidence if e.model_digest in digests), key=lambda e: (e.window_end, e.kind)))
+    given = tuple(sorted((a for a in approvals if a.digest in digests), key=lambda a: (a.time or now, a.stage)))
+    sources = [
+        _source("modelrollout.json", rollout_data(rollout)), _source("status.json", status.model_dump(mode="json", by_alias=True)),
+        _source("evidence.json", [e.model_dump(mode="json", by_alias=True) for e in mine]),
+        _source("approvals.json", [[a.digest, a.stage, a.approver, a.time.isoformat() if a.time else None] for a in given]),
+    ]
+    sources += [_file(f) for f in files]
+    return Facts(
+        rollout=rollout, status=status, history=last_run(status), evidence=mine, approvals=given,
+        asked=recorded.asked if recorded is not None else (), sources=tuple(sources), made_at=now, version=hafnium_version(),
+        replayed=recorded.sentence if recorded is not None else "there is no record of the turns, so nothing was replayed",
+    )
+
+
+def last_run(status: RolloutStatus) -> tuple[HistoryPoint, ...]:
+    """Points from the last Started on; all of them when it is no longer remembered."""
+    started = [i for i, p in enumerate(status.history) if p.event == "Started"]
+    return status.history[started[-1]:] if started else status.history
+
+
+def _source(name: str, data: Any) -> Source:
+    """Of data that lives in an API server or in several files: its JSON with sorted keys and no blanks."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return Source(name, hashlib.sha256(text).hexdigest(), len(text))
+
+
+def _file(path: Path) -> Source:
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return Source(path.name, digest, path.stat().st_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What a record says, in one pass over it."""
+
+    rollout: ModelRollout
+    status: RolloutStatus
+    evidence: tuple[EvidenceSpec, ...]
+    asked: tuple[Asked, ...]
+    approved: dict[str, datetime]
+    """Stage → when it was first seen to be approved."""
+    sentence: str
+
+    @classmethod
+    def read(cls, files: Sequence[Path]) -> _Recorded:
+        asked: dict[str, Asked] = {}
+        approved: dict[str, datetime] = {}
+        last: list[RecordedTurn] = []
+
+        def watched() -> Iterable[Start | RecordedTurn | Gap]:
+            for entry in read_files(files):
+                if isinstance(entry, RecordedTurn):
+                    for action in entry.seen.actions:
+                        asked.setdefault(action.id, Asked(entry.now, action))
+                    if entry.rollout.spec.action is not None:
+                        asked.setdefault(entry.rollout.spec.action.id, Asked(entry.now, entry.rollout.spec.action))
+                    if last and last[0].rollout.spec.model.digest != entry.rollout.spec.model.digest:
+                        approved.clear()
+                    for stage in sorted(entry.seen.approvals):
+                        approved.setdefault(stage, entry.now)
+                    last[:] = [replace(entry)]
+                yield entry
+
+        turns = different = breaks = 0
+        status = RolloutStatus()
+        for turn in replay(watched()):
+            if isinstance(turn, ReplayedTurn):
+                turns, different, status = turns + 1, different + (not turn.equal), turn.recorded.status
+            else:
+                breaks += 1
+        if not last:
+            raise RecordError(f"{files[0].parent}: the record holds no turn")
+        exact = "every decision was found again from what was recorded" if not different else (
+            f"{different} of them do NOT end as recorded: another version decided, or the record was changed")
+        sentence = f"{turns} recorded turns were decided again: {exact}" + (f"; turns are missing in {breaks} places" if breaks else "")
+        return cls(last[0].rollout, status, last[0].seen.evidence, tuple(sorted(asked.values(), key=lambda a: a.time)), approved, sentence)

@@ -1,0 +1,205 @@
+"""The report: complete, self-contained, nothing in it is markup that came from outside, and its sums can be checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from datetime import timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from hafnium_rollout_world import CANDIDATE, STABLE, START, World, rollout
+
+from hafnium_contract.evidence import EvidenceSpec, EvidenceValue, write_evidence
+from hafnium_rollout import commands
+from hafnium_rollout.dossier.facts import Facts, from_record, from_store
+from hafnium_rollout.dossier.page import page
+from hafnium_rollout.dossier.plots import ticks
+from hafnium_rollout.errors import RecordError, UnknownRollout
+from hafnium_rollout.objects import UserAction
+from hafnium_rollout.observation import Observation
+from hafnium_rollout.record import RecordLimits, RecordWriter, record_files
+from hafnium_rollout.record_lines import rollout_data
+from hafnium_rollout.state_folder import StateFolder
+from hafnium_rollout.stores import FolderStore
+
+EVIL = '<script>alert(1)</script><img src="https://evil.example/x">\'"&'
+GATES = [
+    {"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.02}, "hardLimit": 0.3},
+    {"name": "scores", "scores": {}}, {"name": "drift", "role": "Advisory", "drift": {}},
+]
+
+
+def finding(world: World, digest: str) -> EvidenceSpec:
+    values = (EvidenceValue(name=EVIL, statistic="psi", value=0.31, threshold=0.1, p_value=1e-4, drifted=True),
+              EvidenceValue(name="amount", statistic="psi", value=0.03, threshold=0.1))
+    return EvidenceSpec(
+        model_digest=digest, kind="drift", window_start=world.now, window_end=world.now + timedelta(seconds=1), verdict="Fail",
+        samples=5000, values=values, message=f"geo moved {EVIL}", report="https://reports.example/1", created_at=world.now)
+
+
+def run(folder: Path, *, bad: float = 0.01, turns: int = 150, limits: RecordLimits | None = None) -> World:
+    """A run with a finding, a person's wish and a stranger, recorded."""
+    world = World(rollout(gates=GATES, approvals={"required": ["risk", "security"]}), bad_stable=0.01, bad_candidate=0.01, rate=120)
+    world.approvals = frozenset({"risk", "security"})
+    writer, observe = RecordWriter(folder, limits), world.observe
+    for i in range(turns):
+        if i == 5:
+            world.evidence = (finding(world, CANDIDATE),)
+        if i == 20:
+            world.actions = (UserAction(type="SkipStep", id="s1", candidate_digest=CANDIDATE, reason=f"CHG-1 {EVIL}", requested_by="ada"),)
+        if i == 24 and world.route is not None:
+            world.bad_candidate = bad
+            world.route = replace(world.route, weight=max(world.route.weight - 1, 0), manager="user mallory")
+        seen: list[Observation] = []
+        world.observe = lambda s, seen=seen: seen.append(observe(s)) or seen[0]  # type: ignore[method-assign,func-returns-value]
+        before = world.status
+        decision = world.turn()
+        writer.write(world.spec, before, seen[0], world.now, decision)
+    return world
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and text of a page; complains about tags that don't match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+        if tag not in ("meta", "link", "img", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @classmethod
+    def of(cls, text: str) -> Reader:
+        reader = cls()
+        reader.feed(text)
+        reader.close()
+        assert not reader._open
+        return reader
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    folder = tmp_path_factory.mktemp("record")
+    assert run(folder, bad=0.05).status.phase == "RolledBack"
+    return from_record(folder, START + timedelta(days=1))
+
+
+def test_the_page_loads_nothing_and_runs_nothing(facts: Facts) -> None:
+    found = Reader.of(page(facts))
+    assert not {"script", "link", "img", "iframe", "object", "image", "a", "form", "use"} & set(found.tags)
+    assert not [x for x in found.attributes if x[1] in ("src", "href", "xlink:href", "srcset", "action") or x[1].startswith("on")]
+    assert not [x for x in found.attributes if "url(" in x[2] or x[2].startswith(("http", "//", "data:"))]
+    style = re.search(r"<style>(.*?)</style>", page(facts), re.S)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+
+
+def test_text_from_outside_is_text(facts: Facts) -> None:
+    found = Reader.of(page(facts))
+    assert EVIL in found.text
+    assert "script" not in found.tags
+
+
+def test_it_says_what_was_decided_and_on_what(facts: Facts) -> None:
+    text = Reader.of(page(facts)).text
+    assert re.search(r"Model 2 \(sha256:aaaaaaaaaaaa\) was taken back after .*GateFailed: Safety gate errors", text)
+    for part in (CANDIDATE, STABLE, "file:///bundles/2", "SkipStep", "ada", "user mallory changed the route", "All are given",
+                 "drift", "0.31", "recorded turns were decided again: every decision was found again", "hardLimit: 0.3", facts.sha256):
+        assert part in text, part
+    assert text.count("StepEntered") >= 2
+    assert page(facts).count("<svg") >= 4
+
+
+def test_the_sums_can_be_checked_by_who_has_the_inputs(tmp_path: Path) -> None:
+    run(tmp_path)
+    found = from_record(tmp_path, START)
+    sums = {s.name: s.sha256 for s in found.sources}
+    record = record_files(tmp_path)[0]
+    assert sums[record.name] == hashlib.sha256(record.read_bytes()).hexdigest()
+    text = json.dumps(rollout_data(found.rollout), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert sums["modelrollout.json"] == hashlib.sha256(text.encode()).hexdigest()
+    listing = "".join(f"{s.sha256}  {s.name}\n" for s in found.sources)
+    assert found.sha256 == hashlib.sha256(listing.encode()).hexdigest()
+    record.write_bytes(record.read_bytes() + b"\n")
+    assert from_record(tmp_path, START).sha256 != found.sha256
+
+
+def test_the_same_facts_give_the_same_page_and_the_spec_can_be_read_back(facts: Facts) -> None:
+    assert page(facts) == page(facts)
+    text = Reader.of(page(facts)).text
+    shown = text[text.index("apiVersion: hafnium.dev"):text.index("Inputs")]
+    assert yaml.safe_load(shown) == rollout_data(facts.rollout)
+
+
+@pytest.mark.parametrize(("turns", "words"), [
+    (2, "is under way: Pending"), (8, "is under way at step 0, in shadow"), (150, "was promoted after")])
+def test_a_report_can_be_made_at_any_time(tmp_path: Path, turns: int, words: str) -> None:
+    run(tmp_path, turns=turns)
+    assert words in Reader.of(commands.report_of_record(tmp_path, now=START)).text
+
+
+def test_a_changed_record_is_named_in_the_report(tmp_path: Path) -> None:
+    run(tmp_path)
+    path = record_files(tmp_path)[0]
+    path.write_text(re.sub(r'"candidate":\{"bad":\d+\.0', '"candidate":{"bad":0.0', path.read_text()))
+    assert "do NOT end as recorded" in Reader.of(commands.report_of_record(tmp_path, now=START)).text
+
+
+def test_of_a_state_folder_with_approvals_findings_and_only_the_last_runs_record(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir(parents=True)
+    (tmp_path / "status").mkdir()
+    world = run(folder.record("risk"), limits=RecordLimits(file_bytes_max=20_000))
+    folder.rollout("risk").write_text(yaml.safe_dump(rollout_data(world.spec)))
+    folder.status("risk").write_text(world.status.model_dump_json())
+    write_evidence(folder.evidence, finding(world, STABLE))
+    commands.approve(tmp_path, "risk", "security", "grace <g@x>")
+    found = from_store(FolderStore(tmp_path), "risk", START)
+    assert found.status == world.status
+    assert len([s for s in found.sources if ".jsonl" in s.name]) > 1
+    text = Reader.of(page(found)).text
+    for part in ("grace <g@x>", "Missing: risk.", "every decision was found again", "stable before"):
+        assert part in text, part
+    with pytest.raises(UnknownRollout):
+        commands.report(tmp_path, "absent")
+    with pytest.raises(RecordError):
+        commands.report_of_record(tmp_path / "absent")
+
+
+def test_a_rollout_without_a_record_says_so(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir(parents=True)
+    folder.rollout("risk").write_text(yaml.safe_dump(rollout_data(rollout())))
+    text = Reader.of(commands.report(tmp_path, "risk", now=START)).text
+    assert "there is no record of the turns, so nothing was replayed" in text
+    assert "Nothing was seen yet" in text
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.013, 0.087), (0, 123456), (5, 5), (0, 1e-9)])
+def test_ticks_are_round_and_within(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    assert 1 <= len(found) <= 11
+    assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
