@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from hafnium_contract.errors import HafniumError
+from hafnium_contract.errors import HafniumError, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,15 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _local(arguments: Sequence[str]) -> int:
     from hafnium_rollout.controller import run
+    from hafnium_rollout.controller_settings import FILE_NAME, ControllerSettings, load_settings
     from hafnium_rollout.state_folder import StateFolder
 
     parser = argparse.ArgumentParser(prog="hafnium_rollout", description="Moves traffic between models as the evidence allows.")
     parser.add_argument("--state", type=Path, required=True, help="state folder of `hafnium up`")
     parser.add_argument("--look-seconds", type=float, default=5.0, help="time between two looks (default: 5)")
+    parser.add_argument("--settings", type=Path, help="settings file (default: rollout-settings.yaml in the state folder, if it is there)")
     given = parser.parse_args(arguments)
     if not 0.1 <= given.look_seconds <= 3600:
         parser.error(f"--look-seconds must lie between 0.1 and 3600, got {given.look_seconds:g}")
-    run(StateFolder(given.state), given.look_seconds, _until_asked())
+    path = given.settings or given.state / FILE_NAME
+    settings = load_settings(path) if given.settings is not None or path.is_file() else ControllerSettings()
+    if settings.retraining.ray_job_template is not None:
+        raise InputError(f"{path}: retraining.rayJobTemplate needs a cluster; on one machine give retraining.command")
+    run(StateFolder(given.state), given.look_seconds, _until_asked(), settings=settings)
     return 0
 
 

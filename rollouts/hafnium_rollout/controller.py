@@ -20,14 +20,19 @@ from pydantic import ValidationError
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.whole_files import write_atomically
 from hafnium_rollout.actions import Decision
+from hafnium_rollout.controller_settings import ControllerSettings
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.local_backend import LocalBackend
+from hafnium_rollout.notifications.cursors import FileCursors
+from hafnium_rollout.notifications.notices import Subject
+from hafnium_rollout.notifications.notifier import Notifier
 from hafnium_rollout.objects import ModelRollout, load_rollout
 from hafnium_rollout.observation import Observation
 from hafnium_rollout.record import RecordLimits, RecordWriter
+from hafnium_rollout.retraining.trigger import CommandStarter, FileAttempts, RetrainingTrigger
 from hafnium_rollout.state_folder import StateFolder
-from hafnium_rollout.status import RolloutStatus
+from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -47,10 +52,12 @@ class Controller:
 
     def __init__(
         self, state: StateFolder, *, now: Callable[[], datetime] = lambda: datetime.now(UTC), log: Log = print_json,
-        record_limits: RecordLimits | None = None,
+        record_limits: RecordLimits | None = None, notifier: Notifier | None = None, retraining: RetrainingTrigger | None = None,
     ) -> None:
         self._state = state
         self._record_limits = record_limits or RecordLimits()
+        self._notifier = notifier
+        self._retraining = retraining
         self._backend = LocalBackend(state)
         self._now = now
         self._log = log
@@ -98,7 +105,22 @@ class Controller:
                        "detail": _detail(action)})
             self._backend.apply(rollout, action)
         self._backend.forget_actions(name, decision.status.handled_actions)
+        self._tell_others(rollout, decision.status, seen, now)
         return decision
+
+    def _tell_others(self, rollout: ModelRollout, status: RolloutStatus, seen: Observation, now: datetime) -> None:
+        """After all else: neither receivers nor a training may stand in the way of a decision."""
+        points: tuple[HistoryPoint, ...] = ()
+        key = f"{rollout.name}/retraining"
+        if self._retraining is not None:
+            try:
+                points = self._retraining.turn(rollout, status, seen.evidence, now)
+                self._said.pop(key, None)
+            except (HafniumError, OSError) as e:
+                self._once(key, str(e), {"level": "error", "rollout": rollout.name, "event": "RetrainingFailed", "message": str(e)})
+        if self._notifier is not None:
+            history = tuple(sorted((*status.history, *points), key=lambda p: p.time)) if points else status.history
+            self._notifier.offer(Subject(rollout.metadata.namespace, rollout.name), status.model_copy(update={"history": history}))
 
     def _rollout(self, name: str) -> ModelRollout | None:
         path = self._state.rollout(name)
@@ -165,6 +187,7 @@ class Controller:
     def _deleted(self, name: str) -> None:
         """The ModelRollout was deleted. Under way, the candidate goes back to nothing: nobody watches it any more."""
         status = self._read_status(name)
+        known = self._last_good(name)
         self._good.pop(name, None)
         self._records.pop(name, None)
         self._state.last_good(name).unlink(missing_ok=True)
@@ -176,6 +199,8 @@ class Controller:
             if status.stable is None or service != status.stable.service:
                 self._state.service(service).unlink(missing_ok=True)
         self._state.status(name).unlink(missing_ok=True)
+        if self._notifier is not None:
+            self._notifier.gone(Subject(known.metadata.namespace if known is not None else "default", name))
 
     def _tell(self, name: str, decision: Decision, problems: tuple[str, ...], now: datetime) -> None:
         status = decision.status
@@ -224,14 +249,25 @@ def only_one(state: StateFolder, stop: threading.Event, log: Log, *, poll_s: flo
         yield held
 
 
-def run(state: StateFolder, look_seconds: float, stop: threading.Event, *, log: Log = print_json) -> None:
-    """Turns until `stop` is set, at most `look_seconds` apart."""
+def run(
+    state: StateFolder, look_seconds: float, stop: threading.Event, *, log: Log = print_json, settings: ControllerSettings | None = None,
+) -> None:
+    """Turns until `stop` is set, at most `look_seconds` apart. Raises StateError or OSError when notifications can't be set up."""
+    given = settings or ControllerSettings()
     with only_one(state, stop, log) as held:
         if not held:
             return
         log({"time": datetime.now(UTC), "level": "info", "event": "Leading", "message": f"looking every {look_seconds:g} s"})
-        controller = Controller(state, log=log)
-        while not stop.is_set():
-            soon = controller.turn()
-            stop.wait(look_seconds if soon is None else min(soon, look_seconds))
+        notifier = Notifier(given.notifications, FileCursors(state.notifications), log)
+        starter = CommandStarter(given.retraining.command, given.retraining.command_deadline, state.retraining) if (
+            given.retraining.policy == "start" and given.retraining.command) else None
+        retraining = RetrainingTrigger(given.retraining, FileAttempts(state.retraining), starter, log)
+        controller = Controller(state, log=log, record_limits=given.record.limits, notifier=notifier, retraining=retraining)
+        notifier.start()
+        try:
+            while not stop.is_set():
+                soon = controller.turn()
+                stop.wait(look_seconds if soon is None else min(soon, look_seconds))
+        finally:
+            notifier.stop()
         log({"time": datetime.now(UTC), "level": "info", "event": "Stopped", "message": "asked to end"})

@@ -78,6 +78,16 @@ class StateFolder:
         """Folder with every turn of the rollout, as record.py writes it. Kept when the rollout is deleted: it is evidence."""
         return self.root / "record" / f"ModelRollout-{name}"
 
+    @property
+    def notifications(self) -> Path:
+        """What each receiver was sent."""
+        return self.root / "notifications"
+
+    @property
+    def retraining(self) -> Path:
+        """Proposals of new trainings, and what became of them."""
+        return self.root / "retraining"
+
     def log(self, service: str) -> Path:
         return self.root / "inference-log" / service
 

@@ -1,0 +1,461 @@
+"""Webhooks and Alertmanager: at least once, in order, signed, whatever the receiver does, and the loop never waits for it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hafnium_receiver import LIMIT_S, Receiver, receiver
+from hafnium_rollout_gateway import free_port
+from hafnium_rollout_world import START, World, rollout
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hafnium_rollout.controller import Controller
+from hafnium_rollout.controller_settings import load_settings
+from hafnium_rollout.errors import RolloutFileError, StateError
+from hafnium_rollout.notifications.alertmanager import RESOLVED_FOR, AlertmanagerCourier, after_round
+from hafnium_rollout.notifications.cursors import FileCursors
+from hafnium_rollout.notifications.delivery import post, wait_s
+from hafnium_rollout.notifications.notices import Alert, Subject, alerts, notices
+from hafnium_rollout.notifications.notifier import Notifier
+from hafnium_rollout.notifications.settings import Alertmanager, Notifications, Webhook
+from hafnium_rollout.notifications.webhook import WebhookCourier, signature
+from hafnium_rollout.record_lines import rollout_data
+from hafnium_rollout.state_folder import StateFolder
+from hafnium_rollout.status import RolloutStatus
+
+SUBJECT = Subject("default", "risk")
+Lines = list[dict[str, Any]]
+
+
+def webhook(found: Receiver, **changes: Any) -> Webhook:
+    quick = {"attemptTimeout": "5s", "backoffFirst": "10ms", "backoffMax": "40ms"}
+    return Webhook.model_validate({"name": "hook", "url": found.url, **quick, **changes})
+
+
+@contextmanager
+def courier(
+    settings: Webhook, folder: Path, log: Lines | None = None, since: datetime = START,
+) -> Generator[WebhookCourier]:
+    """Running. It was set up before the world's first event."""
+    cursors = FileCursors(folder)
+    made = WebhookCourier(settings, cursors, (log if log is not None else []).append, now=lambda: since)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+def told(turns: int = 60, **changes: Any) -> RolloutStatus:
+    """A status with a history."""
+    world = World(**changes)
+    for _ in range(turns):
+        world.turn()
+    return world.status
+
+
+PROMOTED = ["Started", "Promoted"]
+
+
+# --- which events -------------------------------------------------------------------------------------------------------------
+
+
+def test_alerts_and_changes_of_phase_are_told_and_steps_if_asked_for() -> None:
+    status = told(100, bad_stable=0.01, bad_candidate=0.3)
+    assert [n.point.event for n in notices(SUBJECT, status, ("alerts", "phases"))] == ["Started", "Rollback", "RolledBack"]
+    assert [n.point.event for n in notices(SUBJECT, status, ("alerts",))] == ["Rollback"]
+    assert [n.point.event for n in notices(SUBJECT, status, ("steps",))] == ["StepEntered"]
+    body = notices(SUBJECT, status, ("alerts",))[0].body()
+    assert body["alert"] is True
+    assert body["rollout"] == {"namespace": "default", "name": "risk", "runId": status.run_id}
+    assert body["candidate"]["version"] == "2"
+    assert body["phase"] == "Progressing"
+    json.dumps(body)
+
+
+def test_an_id_is_the_events_alone() -> None:
+    status = told()
+    ids = [n.id for n in notices(SUBJECT, status, ("phases", "steps"))]
+    assert len(set(ids)) == len(ids)
+    later = status.model_copy(update={"history": status.history[1:], "run_id": "other", "phase": "Paused"})
+    assert [n.id for n in notices(SUBJECT, later, ("phases", "steps"))] == ids[1:]
+    assert not {n.id for n in notices(Subject("other", "risk"), status, ("phases", "steps"))} & set(ids)
+    twice = status.model_copy(update={"history": (status.history[0], status.history[0])})
+    assert len({n.id for n in notices(SUBJECT, twice, ("phases",))}) == 2
+
+
+def test_an_unsent_event_of_an_earlier_candidate_does_not_name_the_present_one() -> None:
+    world = World()
+    world.until("Promoted")
+    world.spec = rollout(model={"digest": "sha256:" + "c" * 64, "version": "3"})
+    for _ in range(3):
+        world.turn()
+    found = {n.point.event + n.run_id: n.model.get("version", "") for n in notices(SUBJECT, world.status, ("phases",))}
+    assert found == {"Started": "", "Promoted": "", f"Started{world.status.run_id}": "3"}
+
+
+# --- webhooks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_events_come_signed_with_their_key_in_order(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2\n")
+    with receiver() as found, courier(webhook(found, secretFile=str(secret)), tmp_path) as sender:
+        sender.offer(SUBJECT, told())
+        first, second = found.wait_for(2)
+        until(lambda: sender.waiting == 0, "still waiting")
+        secret.write_text("another")
+        sender.offer(Subject("b", "risk"), told(5))
+        third = found.wait_for(3)[2]
+    assert [r.data["event"] for r in (first, second, third)] == [*PROMOTED, "Started"]
+    for request, key in ((first, b"hunter2"), (third, b"another")):
+        stamp, mac = (x.split("=")[1] for x in request.headers["X-Hafnium-Signature"].split(","))
+        assert hmac.new(key, f"{stamp}.".encode() + request.body, hashlib.sha256).hexdigest() == mac
+        assert request.headers["Idempotency-Key"] == request.data["id"]
+    assert signature(b"k", 1, b"{}") != signature(b"k", 2, b"{}")
+
+
+@pytest.mark.parametrize("trouble", ["gone", 500, 503, 429, "hang", "drip", "cut"])
+def test_a_receiver_that_comes_back_gets_every_event_once_and_in_order(tmp_path: Path, trouble: int | str) -> None:
+    log: Lines = []
+    with receiver(200 if trouble == "gone" else trouble, started=trouble != "gone") as found:
+        timeout = "1s" if trouble in ("hang", "drip") else "5s"
+        with courier(webhook(found, attemptTimeout=timeout), tmp_path, log) as sender:
+            sender.offer(SUBJECT, told())
+            if trouble == "gone":
+                until(lambda: any(x["event"] == "NotificationLate" for x in log), "nobody noticed")
+                found.start()
+            else:
+                found.wait_for(3)
+                found.mode = 200
+            good = found.wait_for(2, 200)
+            until(lambda: sender.waiting == 0, "still waiting")
+    assert [r.data["event"] for r in good] == PROMOTED
+    assert len([r for r in found.requests if r.status == 200]) == 2
+    assert [x["event"] for x in log] == ["NotificationLate", "NotificationDelivered"]
+
+
+def test_the_loop_never_waits_for_a_receiver(tmp_path: Path) -> None:
+    """The receiver answers nothing at all until the offers are through."""
+    with receiver("hang") as found, courier(webhook(found, attemptTimeout="60s"), tmp_path) as sender:
+        world = World()
+        for _ in range(60):
+            world.turn()
+            sender.offer(SUBJECT, world.status)
+        assert world.status.phase == "Promoted"
+        assert sender.waiting == 2
+        assert len(found.wait_for(1)) == 1
+        found.stop()
+
+
+def test_a_restart_repeats_what_was_not_confirmed_and_loses_nothing(tmp_path: Path) -> None:
+    status = told()
+    with receiver("hang") as found:
+        with courier(webhook(found, attemptTimeout="100ms"), tmp_path) as sender:
+            sender.offer(SUBJECT, status)
+            first = found.wait_for(1)[0]
+        found.mode = 200
+        with courier(webhook(found), tmp_path) as sender:
+            sender.offer(SUBJECT, status)
+            good = found.wait_for(2, 200)
+            until(lambda: sender.waiting == 0, "still waiting")
+        assert good[0].data["id"] == first.data["id"], "the same key: a receiver that had taken it sees so"
+        count = len(found.requests)
+        with courier(webhook(found), tmp_path) as sender:
+            sender.offer(SUBJECT, status)
+            assert sender.waiting == 0
+        assert len(found.requests) == count, "what was confirmed isn't sent again"
+
+
+def test_what_happened_before_the_receiver_was_set_up_is_not_news(tmp_path: Path) -> None:
+    status = told()
+    with receiver() as found, courier(webhook(found), tmp_path, since=status.history[-1].time) as sender:
+        sender.offer(SUBJECT, status)
+        until(lambda: sender.waiting == 0, "still waiting")
+    assert "Started" not in [r.data["event"] for r in found.requests]
+
+
+def test_a_full_queue_loses_nothing(tmp_path: Path) -> None:
+    status = told(100, bad_stable=0.01, bad_candidate=0.3)
+    with receiver("hang") as found, courier(webhook(found, queueMax=1, attemptTimeout="1s"), tmp_path) as sender:
+        sender.offer(SUBJECT, status)
+        assert sender.waiting == 1
+        found.mode = 200
+        names: list[str] = []
+        for n in range(1, 4):
+            names.append(found.wait_for(n, 200)[n - 1].data["event"])
+            until(lambda: sender.waiting == 0, "still waiting")
+            sender.offer(SUBJECT, status)  # the next turn
+        assert names == ["Started", "Rollback", "RolledBack"]
+
+
+@pytest.mark.parametrize("mode", [400, 401, 404, 302])
+def test_a_refusal_is_final_loud_and_holds_up_nothing_else(tmp_path: Path, mode: int) -> None:
+    log: Lines = []
+    with receiver(mode) as found:
+        found.headers = {"Location": "/elsewhere"}
+        with courier(webhook(found), tmp_path, log) as sender:
+            sender.offer(SUBJECT, told())
+            found.wait_for(2)
+            until(lambda: sender.waiting == 0, "still waiting")
+    assert [r.path for r in found.requests] == ["/hook", "/hook"]
+    assert [(x["event"], x["level"]) for x in log] == [("NotificationLost", "error")] * 2
+    assert f"HTTP {mode}" in log[0]["message"]
+
+
+def test_an_event_is_given_up_at_its_deadline(tmp_path: Path) -> None:
+    log: Lines = []
+    with receiver(500) as found, courier(webhook(found, deadline="50ms"), tmp_path, log) as sender:
+        sender.offer(SUBJECT, told())
+        until(lambda: sender.waiting == 0, "still waiting")
+    assert [x["event"] for x in log if x["event"] != "NotificationLate"] == ["NotificationLost"] * 2
+
+
+def test_nothing_is_sent_unsigned_when_the_secret_is_missing(tmp_path: Path) -> None:
+    log: Lines = []
+    secret = tmp_path / "secret"
+    with receiver() as found, courier(webhook(found, secretFile=str(secret)), tmp_path, log) as sender:
+        sender.offer(SUBJECT, told())
+        until(lambda: bool(log), "nobody noticed")
+        assert not found.requests
+        secret.write_text("now")
+        found.wait_for(2)
+    assert "nothing is sent unsigned" in log[0]["message"]
+
+
+def test_a_damaged_memory_is_an_error_at_the_start_and_not_a_flood(tmp_path: Path) -> None:
+    (tmp_path / "hook.json").write_text("{half")
+    with receiver() as found, pytest.raises(StateError, match=r"hook\.json: can't be read"):
+        WebhookCourier(webhook(found), FileCursors(tmp_path), print)
+
+
+def test_a_cursor_that_cannot_be_written_is_told_and_delivery_goes_on(tmp_path: Path) -> None:
+    log: Lines = []
+    with receiver() as found, courier(webhook(found), tmp_path / "c", log) as sender:
+        shutil.rmtree(tmp_path / "c")
+        (tmp_path / "c").write_text("a file where the folder was")
+        sender.offer(SUBJECT, told())
+        found.wait_for(2)
+        until(lambda: sender.waiting == 0, "still waiting")
+    assert {x["event"] for x in log} == {"CursorNotWritten"}
+
+
+@given(attempt=st.integers(1, 500), drawn=st.floats(0, 1, exclude_max=True), after=st.none() | st.floats(0, 1e6))
+def test_waits_grow_to_their_maximum_and_never_beyond(attempt: int, drawn: float, after: float | None) -> None:
+    found = wait_s(attempt, 1.0, 60.0, drawn, after)
+    assert 0.5 <= found <= 60.0
+    assert found >= min(min(2.0 ** (attempt - 1), 60.0) / 2, 60.0)
+    assert after is None or found >= min(after, 60.0)
+
+
+def test_a_post_says_what_became_of_it() -> None:
+    with receiver(503) as found:
+        found.headers = {"Retry-After": "7"}
+        answer = post(found.url, b"{}", {}, timeout_s=5)
+        assert (answer.result, answer.retry_after_s) == ("Again", 7.0)
+        assert post(found.url, b"{}", {"Authorization": "Bearer a\nb"}, timeout_s=5).result == "Again"
+        assert post(f"https://127.0.0.1:{found.port}/", b"{}", {}, timeout_s=5).result == "Again"
+    assert "ConnectionRefused" in post(found.url, b"{}", {}, timeout_s=5).message
+
+
+# --- settings -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("url", "words"), [
+    ("ftp://a", "expected http"), ("http://", "expected http"), ("http://u:p@a/", "holds no password"), ("http://a:99999/", "[Pp]ort"),
+    ("http://a/#x", "#fragment")])
+def test_an_address_that_cannot_work_is_refused_before_the_night(url: str, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Webhook(name="hook", url=url)
+
+
+def test_settings_come_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("notifications:\n  webhooks:\n  - name: a\n    url: http://a/\n    events: [nonsense]\nretraining: {policy: start}\n")
+    with pytest.raises(RolloutFileError) as e:
+        load_settings(path)
+    assert [p.line for p in e.value.problems] == [5, 6]
+    path.write_text("notifications:\n  webhooks: [{name: a, url: 'http://a/'}]\n  alertmanagers: [{name: a, url: 'http://a/'}]\n")
+    with pytest.raises(RolloutFileError, match="named twice: a"):
+        load_settings(path)
+    path.write_text("")
+    assert load_settings(path).notifications == Notifications()
+
+
+# --- alerts -------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_somebody_is_an_alert_as_long_as_it_is_so() -> None:
+    world = World(rollout(strategy={"steps": [{"shadow": True, "deadline": "5s", "minDwell": "4s"}, {"weight": 100}]}), rate=1)
+    assert world.until("Paused") == "Paused"
+    found = alerts(SUBJECT, world.status, world.now)
+    assert [a.name for a in found] == ["HafniumRolloutPaused"]
+    for _ in range(3):
+        world.turn()
+    assert [a.labels for a in alerts(SUBJECT, world.status, world.now)] == [a.labels for a in found], "its identity doesn't change"
+    assert alerts(SUBJECT, world.status, world.now)[0].since == found[0].since
+    assert alerts(SUBJECT, told(), START) == []
+    bad = World(bad_candidate=0.5)
+    names: list[str] = []
+    for _ in range(60):
+        bad.turn()
+        names += [a.name for a in alerts(SUBJECT, bad.status, bad.now) if a.name not in names]
+    assert names == ["HafniumRolloutRollingBack", "HafniumRolloutRolledBack"]
+
+
+def test_a_change_from_outside_is_an_alert_for_a_while() -> None:
+    world = World()
+    world.until_step(1)
+    assert world.route is not None
+    world.route = replace(world.route, weight=50, manager="mallory")
+    world.turn()
+    assert [a.name for a in alerts(SUBJECT, world.status, world.now)] == ["HafniumRolloutChangedOutside"]
+    assert alerts(SUBJECT, world.status, world.now + timedelta(hours=1)) == []
+
+
+def test_an_alert_that_is_over_is_told_for_a_while_and_one_that_comes_back_is_a_new_one() -> None:
+    alert = Alert("A", "warning", START, "m", SUBJECT, "aa")
+    active, over = after_round([alert], {}, {}, START)
+    active, over = after_round([], active, over, START + timedelta(seconds=1))
+    assert not active
+    assert [o.at for o in over.values()] == [START + timedelta(seconds=1)]
+    again, over2 = after_round([replace(alert, since=START + timedelta(seconds=5))], active, over, START + timedelta(seconds=5))
+    assert len(again) == len(over2) == 1
+    assert after_round([], active, over, START + 2 * RESOLVED_FOR) == ({}, {})
+
+
+@contextmanager
+def alertmanager(folder: Path) -> Generator[str]:
+    """The real one, as Debian packages it."""
+    program = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
+    if program is None:
+        pytest.skip("NOT TESTED against a real Alertmanager: not installed (Debian: apt-get install prometheus-alertmanager)")
+    folder.mkdir()
+    config = folder / "config.yml"
+    config.write_text(yaml.safe_dump({"route": {"receiver": "none"}, "receivers": [{"name": "none"}]}))
+    port = free_port()
+    command = [program, f"--config.file={config}", f"--storage.path={folder}", f"--web.listen-address=127.0.0.1:{port}",
+               "--cluster.listen-address="]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: process.poll() is not None or _answers(f"{url}/-/ready"), "not ready")
+        assert process.poll() is None, (folder / "log").read_text()
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - loopback
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _alerts(url: str) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"{url}/api/v2/alerts", timeout=5) as answer:  # noqa: S310 - loopback
+        return json.load(answer)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_the_real_alertmanager_shows_an_alert_while_it_lasts_and_no_longer(tmp_path: Path) -> None:
+    world = World(rollout(strategy={"steps": [{"shadow": True, "deadline": "5s", "minDwell": "4s"}, {"weight": 100}]}),
+                  rate=1, now=datetime.now(UTC))
+    world.until("Paused")
+    log: Lines = []
+    with alertmanager(tmp_path / "am") as url:
+        settings = Alertmanager.model_validate({
+            "name": "am", "url": url, "labels": {"cluster": "c1"}, "resend": "1s", "backoffFirst": "50ms", "backoffMax": "100ms"})
+        made = AlertmanagerCourier(settings, log.append)
+        made.start()
+        try:
+            made.offer(SUBJECT, world.status)
+            until(lambda: bool(_alerts(url)), "no alert")
+            found = _alerts(url)[0]
+            assert found["labels"] == {
+                "alertname": "HafniumRolloutPaused", "severity": "warning", "namespace": "default", "rollout": "risk",
+                "model_digest": "aaaaaaaa", "cluster": "c1"}
+            assert "deadline" in found["annotations"]["description"]
+            assert found["status"]["state"] == "active"
+            made.offer(SUBJECT, world.status.model_copy(update={"phase": "Progressing", "reason": "Retry"}))
+            until(lambda: not _alerts(url), "not resolved")
+        finally:
+            made.stop()
+    assert not [x for x in log if x["level"] == "error"]
+
+
+def test_an_alertmanager_that_was_gone_is_told_what_is_so_when_it_is_back(tmp_path: Path) -> None:
+    world = World(bad_candidate=0.5)
+    world.until("RolledBack")
+    log: Lines = []
+    token = tmp_path / "token"
+    token.write_text("t0ken\n")
+    with receiver(started=False) as found:
+        settings = Alertmanager.model_validate({
+            "name": "am", "url": f"http://127.0.0.1:{found.port}/prefix/", "tokenFile": str(token), "backoffFirst": "10ms",
+            "backoffMax": "40ms"})
+        made = AlertmanagerCourier(settings, log.append, now=lambda: START)
+        made.start()
+        try:
+            made.offer(SUBJECT, world.status)
+            until(lambda: bool(log), "nobody noticed")
+            found.start()
+            request = found.wait_for(1)[0]
+            made.gone(SUBJECT)
+            over = found.wait_for(2)[1]
+        finally:
+            made.stop()
+    assert request.path == "/prefix/api/v2/alerts"
+    assert request.headers["Authorization"] == "Bearer t0ken"
+    assert [a["labels"]["alertname"] for a in request.data] == ["HafniumRolloutRolledBack"]
+    assert request.data[0]["endsAt"] > START.isoformat()
+    assert [a["endsAt"] for a in over.data] == [START.isoformat()]
+
+
+# --- in the controller --------------------------------------------------------------------------------------------------------
+
+
+def test_the_controller_tells_after_the_status_is_written(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    (tmp_path / "objects").mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(rollout_data(rollout())))
+    (tmp_path / "services.json").write_text('{"services": []}')
+    (tmp_path / "routes").mkdir()
+    folder.route("risk").write_text(json.dumps({"name": "risk", "stable": "risk", "candidate": None, "weight": 0, "shadow": False}))
+    with receiver() as found:
+        notifier = Notifier(Notifications(webhooks=(webhook(found),)), FileCursors(folder.notifications), lambda _: None)
+        notifier.start()
+        try:
+            Controller(folder, log=lambda _: None, notifier=notifier).turn()
+            assert found.wait_for(1)[0].data["event"] == "Started"
+        finally:
+            notifier.stop()
+    assert folder.status("risk").is_file()
+    until(lambda: found.requests[0].data["id"] in (folder.notifications / "hook.json").read_text(), "not remembered")

@@ -1,0 +1,246 @@
+"""When a new training is due, whatever comes in any order; and that it is started once, however often the controller dies."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hafnium_rollout_world import CANDIDATE, OTHER, STABLE, START, rollout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.errors import StateError
+from hafnium_rollout.retraining.policy import Attempt, RetrainingPolicy, decide_retraining
+from hafnium_rollout.retraining.trigger import CommandStarter, FileAttempts, Retraining, RetrainingTrigger
+from hafnium_rollout.status import ModelSeen, RolloutStatus
+
+HOUR = timedelta(hours=1)
+STEADY = RolloutStatus(phase="Promoted", stable=ModelSeen(service="risk", digest=STABLE, version="1"))
+
+
+def policy(**changes: Any) -> RetrainingPolicy:
+    return RetrainingPolicy.model_validate({"policy": "propose", **changes})
+
+
+def finding(hour: int, verdict: Any = "Fail", *, digest: str = STABLE, kind: Any = "drift", length: int = 1) -> EvidenceSpec:
+    """A window that ends `hour` hours after START."""
+    end = START + hour * HOUR
+    return EvidenceSpec(model_digest=digest, kind=kind, window_start=end - length * HOUR, window_end=end, verdict=verdict, samples=5000,
+                        message="geo moved", created_at=end)
+
+
+def ask(evidence: list[EvidenceSpec], hour: float = 5, *, history: tuple[Attempt, ...] = (), status: RolloutStatus = STEADY,
+        rules: RetrainingPolicy | None = None) -> Attempt | None:
+    return decide_retraining(rules or policy(), "risk", status, evidence, history, START + hour * HOUR).attempt
+
+
+def test_two_failing_windows_in_a_row_about_the_stable_model_are_a_reason() -> None:
+    found = ask([finding(3), finding(4)])
+    assert found is not None
+    assert (found.state, found.kind, found.digest) == ("Proposed", "drift", STABLE)
+    assert found.id == "risk-retrain-bbbbbbbb-1"
+    assert len(found.findings) == 2
+    assert "the stable model 1 failed in 2 windows in a row" in found.message
+    started = ask([finding(3), finding(4)], rules=policy(policy="start"))
+    assert started is not None
+    assert started.state == "Intended"
+
+
+@pytest.mark.parametrize("evidence", [
+    [], [finding(4)], [finding(3), finding(4, "Pass")], [finding(3), finding(4, "NoData")], [finding(3), finding(4, "Error")],
+    [finding(3), finding(4, "Inconclusive")], [finding(2), finding(3, "Pass"), finding(4)], [finding(3), finding(4, length=3)],
+    [finding(3, digest=CANDIDATE), finding(4, digest=CANDIDATE)], [finding(3, digest=OTHER), finding(4)],
+    [finding(3, kind="smoke"), finding(4, kind="smoke")], [finding(3), finding(4, kind="performance")], [finding(8), finding(9)],
+], ids=["nothing", "one", "the newest passes", "the newest is NoData", "the newest is an error", "the newest is unclear", "not in a row",
+        "windows overlap", "about the candidate", "one about an older model", "another kind", "two kinds, one each", "from the future"])
+def test_no_reason(evidence: list[EvidenceSpec]) -> None:
+    assert ask(evidence) is None
+
+
+def test_no_data_in_between_neither_counts_nor_breaks_the_row() -> None:
+    found = ask([finding(2), finding(3, "NoData"), finding(4)])
+    assert found is not None
+    assert len(found.findings) == 2
+
+
+@pytest.mark.parametrize("phase", ["Pending", "Progressing", "Paused"])
+def test_a_candidate_under_way_may_be_the_answer_already(phase: Any) -> None:
+    status = STEADY.model_copy(update={"phase": phase, "candidate": ModelSeen(service="c", digest=CANDIDATE)})
+    assert ask([finding(3), finding(4)], status=status) is None
+
+
+def test_old_evidence_and_an_unknown_stable_model_are_no_reason() -> None:
+    assert ask([finding(3), finding(4)], hour=4 + 49) is None
+    assert ask([finding(3), finding(4)], status=RolloutStatus()) is None
+    assert ask([finding(3), finding(4)], rules=policy(policy="never")) is None
+
+
+def test_the_same_findings_are_no_second_reason_and_attempts_end() -> None:
+    rules = policy(coolDown="1h", attemptsMax=2, maxAge="100d")
+    first = ask([finding(3), finding(4)], rules=rules)
+    assert first is not None
+    assert ask([finding(3), finding(4)], hour=30, history=(first,), rules=rules) is None
+    evidence = [finding(h) for h in (3, 4, 28, 29)]
+    second = ask(evidence, hour=30, history=(first,), rules=rules)
+    assert second is not None
+    assert second.id.endswith("-2")
+    evidence += [finding(58), finding(59)]
+    assert ask(evidence, hour=60, history=(first, second), rules=rules) is None
+    why = decide_retraining(rules, "risk", STEADY, evidence, (first, second), START + 60 * HOUR).reason
+    assert "2 attempts were made" in why
+    new = STEADY.model_copy(update={"stable": ModelSeen(service="c", digest=CANDIDATE)})
+    assert ask([finding(h, digest=CANDIDATE) for h in (58, 59)], hour=60, history=(first, second), rules=rules, status=new) is not None
+
+
+FINDINGS = st.lists(st.builds(
+    lambda hour, verdict, digest, kind, length: finding(hour, verdict, digest=digest, kind=kind, length=length),
+    st.integers(0, 300), st.sampled_from(["Pass", "Fail", "Fail", "Fail", "Inconclusive", "NoData", "Error"]),
+    st.sampled_from([STABLE, STABLE, CANDIDATE]), st.sampled_from(["drift", "performance", "smoke"]), st.integers(1, 4)), max_size=60)
+
+
+@settings(deadline=None)
+@given(
+    findings=FINDINGS, cool_down=st.integers(1, 100), attempts_max=st.integers(1, 4), needed=st.integers(1, 3),
+    looks=st.lists(st.integers(0, 320), max_size=60), promoted_at=st.integers(0, 320))
+def test_whatever_comes_in_any_order(
+    findings: list[EvidenceSpec], cool_down: int, attempts_max: int, needed: int, looks: list[int], promoted_at: int,
+) -> None:
+    """Never two within a cool-down, never more than allowed for a model, never on anything but Fails of the model that is stable then."""
+    rules = policy(coolDown=f"{cool_down}h", attemptsMax=attempts_max, findings=needed)
+    history: tuple[Attempt, ...] = ()
+    for hour in looks:  # clocks may go backwards, too
+        now = START + hour * HOUR
+        stable = CANDIDATE if hour >= promoted_at else STABLE
+        status = STEADY.model_copy(update={"stable": ModelSeen(service="s", digest=stable)})
+        known = [e for e in findings if e.created_at <= now]
+        found = decide_retraining(rules, "risk", status, known, history, now).attempt
+        if found is None:
+            continue
+        assert found.digest == stable
+        assert all(now - a.time >= cool_down * HOUR for a in history)
+        assert len([a for a in history if a.digest == stable]) < attempts_max
+        assert len(found.findings) == needed
+        mine = [e for e in known if e.model_digest == stable and e.kind == found.kind]
+        newest = max(e.window_end for e in mine)
+        assert "Fail" in {e.verdict for e in mine if e.window_end == newest}
+        assert len([e for e in mine if e.verdict == "Fail"]) >= needed
+        assert found.id not in {a.id for a in history}
+        history = (*history, found)
+
+
+# --- the shell ----------------------------------------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+WRITE = ("import os,sys; e=os.environ; "
+         "open(sys.argv[1],'a').write(e['HAFNIUM_RETRAINING_ID']+' '+e['HAFNIUM_RETRAINING_PROPOSAL']+'\\n')")
+
+
+def trigger(folder: Path, code: str, *arguments: str, **changes: Any) -> RetrainingTrigger:
+    rules = Retraining.model_validate({"policy": "start", "command": [sys.executable, "-c", code, *arguments], **changes})
+    return RetrainingTrigger(rules, FileAttempts(folder), CommandStarter(rules.command, rules.command_deadline, folder), lambda _: None)
+
+
+EVIDENCE = (finding(3), finding(4))
+NOW = START + 5 * HOUR
+
+
+def test_the_command_is_run_once_with_what_it_needs_to_know(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder = tmp_path / "retraining"
+    made = trigger(folder, WRITE, str(out))
+    points = made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert [(p.event, p.alert) for p in points] == [("RetrainingStarted", True)]
+    until(lambda: [made.turn(rollout(), STEADY, EVIDENCE, NOW), FileAttempts(folder).load("risk")[0].state][1] == "Succeeded", "not ended")
+    name, file = out.read_text().split()
+    assert name == "risk-retrain-bbbbbbbb-1"
+    told = json.loads(Path(file).read_text())
+    assert told["stable"]["digest"] == STABLE
+    assert len(told["because"]["findings"]) == 2
+    assert made.turn(rollout(), STEADY, EVIDENCE, NOW) == points, "the same event, with the same id"
+    assert out.read_text().count("\n") == 1
+
+
+def test_a_crash_after_the_intent_starts_it_and_one_after_the_start_does_not_start_it_again(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "retraining"
+    decided = decide_retraining(policy(policy="start"), "risk", STEADY, EVIDENCE, (), NOW).attempt
+    assert decided is not None
+    FileAttempts(folder).save("risk", (decided,))  # killed here
+    trigger(folder, WRITE, str(out)).turn(rollout(), STEADY, EVIDENCE, NOW)
+    until(out.is_file, "not started")
+    FileAttempts(folder).save("risk", (decided,))  # started, and killed before that was written
+    trigger(folder, WRITE, str(out)).turn(rollout(), STEADY, EVIDENCE, NOW)
+    found = FileAttempts(folder).load("risk")
+    assert [a.state for a in found] == ["Unknown"]
+    assert out.read_text().count("\n") == 1
+
+
+def test_an_intent_for_a_model_that_was_replaced_is_not_started(tmp_path: Path) -> None:
+    decided = decide_retraining(policy(policy="start"), "risk", STEADY, EVIDENCE, (), NOW).attempt
+    assert decided is not None
+    FileAttempts(tmp_path).save("risk", (decided,))
+    new = STEADY.model_copy(update={"stable": ModelSeen(service="c", digest=CANDIDATE)})
+    trigger(tmp_path, WRITE, str(tmp_path / "out")).turn(rollout(), new, EVIDENCE, NOW)
+    assert FileAttempts(tmp_path).load("risk")[0].state == "Failed"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("code", "deadline", "detail"), [
+    ("raise SystemExit(3)", "1h", "exit status 3"), ("import time; time.sleep(600)", "200ms", "ended after its deadline")])
+def test_a_command_that_fails_or_hangs_is_told(tmp_path: Path, code: str, deadline: str, detail: str) -> None:
+    made = trigger(tmp_path, code, commandDeadline=deadline)
+
+    def state() -> str:
+        made.turn(rollout(), STEADY, EVIDENCE, NOW)
+        return FileAttempts(tmp_path).load("risk")[0].state
+
+    until(lambda: state() == "Failed", "not told")
+    assert detail in FileAttempts(tmp_path).load("risk")[0].detail
+
+
+def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
+    rules = Retraining(policy="start", command=("/nowhere/train",))
+    made = RetrainingTrigger(rules, FileAttempts(tmp_path), CommandStarter(rules.command, HOUR, tmp_path), lambda _: None)
+    made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    found = FileAttempts(tmp_path).load("risk")[0]
+    assert (found.state, found.detail) == ("Failed", "/nowhere/train: No such file or directory")
+
+
+def test_a_proposal_starts_nothing(tmp_path: Path) -> None:
+    log: list[dict[str, Any]] = []
+    made = RetrainingTrigger(Retraining(policy="propose"), FileAttempts(tmp_path), None, log.append)
+    points = made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    made.turn(rollout(), STEADY, EVIDENCE, NOW + HOUR)
+    assert [p.event for p in points] == ["RetrainingProposed"]
+    assert [x["event"] for x in log] == ["RetrainingProposed"]
+    assert FileAttempts(tmp_path).load("risk")[0].state == "Proposed"
+
+
+def test_a_history_that_cannot_be_read_stops_proposals(tmp_path: Path) -> None:
+    (tmp_path / "risk.json").write_text("[{]")
+    made = RetrainingTrigger(Retraining(policy="propose"), FileAttempts(tmp_path), None, lambda _: None)
+    with pytest.raises(StateError, match="no training is proposed"):
+        made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert (tmp_path / "risk.json").read_text() == "[{]"
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"policy": "start"}, "needs `command`"), ({"coolDown": "1s"}, "at least 1m"), ({"kinds": []}, "at least 1"),
+    ({"command": ["a"], "rayJobTemplate": "b"}, "one of"), ({"findings": 0}, "greater than or equal to 1")])
+def test_settings_that_make_no_sense_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Retraining.model_validate(given)
