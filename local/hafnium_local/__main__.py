@@ -6,6 +6,7 @@ Exit statuses: 0 done; 1 the thing checked is not as it should be; 2 the input o
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -31,10 +32,10 @@ app.add_typer(bundle.app, name="bundle")
 app.command()(crds.crds)
 
 
-def main() -> None:
-    """Runs the command line; a HafniumError, or an extra that is not installed, becomes its message and status, never a traceback."""
+def guarded(command: Callable[[], object]) -> None:
+    """Runs a command line; a HafniumError, or an extra that is not installed, becomes its message and status, never a traceback."""
     try:
-        app()
+        command()
     except HafniumError as e:
         fail(str(e))
         sys.exit(e.exit_status)
@@ -44,6 +45,11 @@ def main() -> None:
             raise
         fail(f"this command needs {missing}, which is not installed; run: pip install 'hafnium-serving[local]'")
         sys.exit(2)
+
+
+def main() -> None:
+    """Runs the command line."""
+    guarded(app)
 
 
 if __name__ == "__main__":

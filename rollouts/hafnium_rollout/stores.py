@@ -3,6 +3,7 @@ kubernetes/store.py. A store reads and asks; it never moves traffic."""
 
 from __future__ import annotations
 
+import getpass
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,6 +70,10 @@ class RolloutStore(Protocol):
         """Where the controller records its turns; None where that can't be read from here."""
         ...
 
+    def whoami(self) -> str:
+        """Who asks, as far as this place knows."""
+        ...
+
 
 class FolderStore:
     """The state folder of `hafnium up`. Whoever can write the folder can ask and approve."""
@@ -127,6 +132,9 @@ class FolderStore:
 
     def record(self, name: str) -> Path | None:
         return self._folder.record(name)
+
+    def whoami(self) -> str:
+        return getpass.getuser()
 
 
 Where = Path | RolloutStore

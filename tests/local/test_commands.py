@@ -160,3 +160,12 @@ def test_generated_files_are_up_to_date_and_a_change_is_seen(tmp_path: Path) -> 
     page = tmp_path / "docs" / "reference" / "metrics.md"
     page.write_text(page.read_text() + "by hand\n")
     assert generate(tmp_path, check=True) == 1
+
+
+def test_a_state_folder_and_a_cluster_at_once_are_refused_and_no_credentials_are_told(tmp_path: Path) -> None:
+    done = hafnium("rollout", "status", "--state", tmp_path, "-n", "default")
+    assert done.returncode == 2
+    assert "not both" in done.stderr
+    done = hafnium("rollout", "status", "--kubeconfig", tmp_path / "absent")
+    assert done.returncode == 2
+    assert "no credentials for Kubernetes" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from hafnium_contract.whole_files import write_atomically
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
+from hafnium_local.commands.places import Context, Kubeconfig, Namespace, StateHere, store_from
 from hafnium_local.console import fail, print_json
 from hafnium_rollout import commands
 from hafnium_rollout.errors import RolloutFileError
@@ -59,21 +59,23 @@ def apply(file: Annotated[Path, typer.Argument(help="A ModelRollout (YAML).", sh
 @app.command()
 def status(
     name: Annotated[str | None, typer.Argument(help="Only this one.", show_default=False)] = None,
-    state: State = DEFAULT_STATE, as_json: Json = False,
+    state: StateHere = None, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
+    as_json: Json = False,
 ) -> None:
     """Where each rollout stands, what each gate says, and why nothing moves.
 
     Example: hafnium rollout status
     """
+    store = store_from(state, namespace, context, kubeconfig)
     if as_json:
-        print_json(commands.status(state, name))
+        print_json(commands.status(store, name))
     else:
-        typer.echo(commands.status_table(state, name))
+        typer.echo(commands.status_table(store, name))
 
 
 @app.command()
 def watch(
-    name: Name, state: State = DEFAULT_STATE,
+    name: Name, state: StateHere = None, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
     timeout: Annotated[
         float | None, typer.Option(parser=parse_seconds, metavar="DURATION", help="Stop watching after this.", show_default=False)
     ] = None,
@@ -84,21 +86,22 @@ def watch(
 
     Example: hafnium rollout watch unified-risk
     """
+    store = store_from(state, namespace, context, kubeconfig)
     end = None if timeout is None else time.monotonic() + timeout
 
     def wait(seconds: float) -> None:
         if end is not None and time.monotonic() >= end:
-            phase = commands.read_status(state, name).phase
+            phase = commands.read_status(store, name).phase
             fail(f"{name}: not ended after {timeout:g} s, it is {phase}; why: hafnium rollout status {name}")
             raise typer.Exit(1)
         time.sleep(seconds)
 
-    for point in commands.watch(state, name, wait):
+    for point in commands.watch(store, name, wait):
         typer.echo(commands.event_line(point))
-    found = commands.read_status(state, name)
+    found = commands.read_status(store, name)
     if found.phase == "Paused":
         fail(f"{name} is paused: {found.message} `hafnium rollout retry | skip | abort {name}`")
-    wanted = commands.wanted_digest(state, name)
+    wanted = commands.wanted_digest(store, name)
     if wanted in found.rejected_digests and (found.candidate is None or found.candidate.digest != wanted):
         fail(f"{name}: {wanted[:19]} was rejected before; `hafnium rollout retry {name}` lets it try again")
         raise typer.Exit(1)
@@ -124,46 +127,62 @@ def plan(
 
 
 @app.command()
-def promote(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None:
+def promote(
+    name: Name, reason: Reason = "", state: StateHere = None,
+    namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
     """Asks for 100 % now: steps are not waited for, Safety gates and approvals still are.
 
     Example: hafnium rollout promote unified-risk --reason "approved in CHG-1234"
     """
-    typer.echo(commands.promote(state, name, reason, by=getpass.getuser()))
+    store = store_from(state, namespace, context, kubeconfig)
+    typer.echo(commands.promote(store, name, reason, by=store.whoami()))
 
 
 @app.command()
-def skip(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None:
+def skip(
+    name: Name, reason: Reason = "", state: StateHere = None,
+    namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
     """Asks for the next step without this one's verdict.
 
     Example: hafnium rollout skip unified-risk
     """
-    typer.echo(commands.skip(state, name, reason, by=getpass.getuser()))
+    store = store_from(state, namespace, context, kubeconfig)
+    typer.echo(commands.skip(store, name, reason, by=store.whoami()))
 
 
 @app.command()
-def abort(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None:
+def abort(
+    name: Name, reason: Reason = "", state: StateHere = None,
+    namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
     """Asks to take the candidate back; its digest is remembered as rejected.
 
     Example: hafnium rollout abort unified-risk --reason "wrong training data"
     """
-    typer.echo(commands.abort(state, name, reason, by=getpass.getuser()))
+    store = store_from(state, namespace, context, kubeconfig)
+    typer.echo(commands.abort(store, name, reason, by=store.whoami()))
 
 
 @app.command()
-def retry(name: Name, state: State = DEFAULT_STATE, reason: Reason = "") -> None:
+def retry(
+    name: Name, reason: Reason = "", state: StateHere = None,
+    namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
     """Lets a paused rollout go on, or a rejected digest try again.
 
     Example: hafnium rollout retry unified-risk
     """
-    typer.echo(commands.retry(state, name, reason, by=getpass.getuser()))
+    store = store_from(state, namespace, context, kubeconfig)
+    typer.echo(commands.retry(store, name, reason, by=store.whoami()))
 
 
 @app.command()
 def approve(
     name: Name,
     stage: Annotated[str, typer.Option(help="Which of the required approvals: validation, security, …", show_default=False)],
-    state: State = DEFAULT_STATE,
+    state: StateHere = None, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
 ) -> None:
     """Approves the rollout's model for a stage, in the name of who is logged in.
 
@@ -171,7 +190,8 @@ def approve(
 
     Example: hafnium rollout approve unified-risk --stage validation
     """
-    typer.echo(commands.approve(state, name, stage, getpass.getuser()))
+    store = store_from(state, namespace, context, kubeconfig)
+    typer.echo(commands.approve(store, name, stage, store.whoami()))
 
 
 @app.command()
@@ -186,7 +206,8 @@ def replay(
     record: Annotated[
         Path | None, typer.Option(help="A record, as a file or a folder, instead of the rollout's own.", show_default=False)
     ] = None,
-    state: State = DEFAULT_STATE, as_json: Json = False,
+    state: StateHere = None, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
+    as_json: Json = False,
 ) -> None:
     """Decides again over what was recorded, turn by turn; with --file, what other rules would have decided.
 
@@ -196,7 +217,7 @@ def replay(
     """
     if record is None and name is None:
         raise typer.BadParameter("give the rollout's NAME, or --record")
-    found = record if record is not None else commands.record_of(state, name or "")
+    found = record if record is not None else commands.record_of(store_from(state, namespace, context, kubeconfig), name or "")
     other = None if file is None else load_rollout(file)
     summary = Summary()
     for line in commands.replay(found, other, until, summary, keep=as_json):
@@ -217,7 +238,7 @@ def report(
     record: Annotated[
         Path | None, typer.Option(help="A record, as a file or a folder, instead of what the rollout's store has.", show_default=False)
     ] = None,
-    state: State = DEFAULT_STATE,
+    state: StateHere = None, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
 ) -> None:
     """Writes one self-contained HTML file: what was decided, on which evidence, by whom, with a sha256 of the inputs.
 
@@ -225,7 +246,10 @@ def report(
     """
     if record is None and name is None:
         raise typer.BadParameter("give the rollout's NAME, or --record")
-    text = commands.report_of_record(record) if record is not None else commands.report(state, name or "")
+    if record is not None:
+        text = commands.report_of_record(record)
+    else:
+        text = commands.report(store_from(state, namespace, context, kubeconfig), name or "")
     target = out or Path(f"{name or 'recorded'}-rollout.html")
     write_atomically(target, text)
     typer.echo(f"{target}: {len(text.encode()):,} bytes")
