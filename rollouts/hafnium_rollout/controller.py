@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.whole_files import write_atomically
 from hafnium_rollout.actions import Decision
+from hafnium_rollout.companions import Companions
 from hafnium_rollout.controller_settings import ControllerSettings
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import StateError
@@ -28,11 +29,9 @@ from hafnium_rollout.notifications.cursors import FileCursors
 from hafnium_rollout.notifications.notices import Subject
 from hafnium_rollout.notifications.notifier import Notifier
 from hafnium_rollout.objects import ModelRollout, load_rollout
-from hafnium_rollout.observation import Observation
-from hafnium_rollout.record import RecordLimits, RecordWriter
 from hafnium_rollout.retraining.trigger import CommandStarter, FileAttempts, RetrainingTrigger
 from hafnium_rollout.state_folder import StateFolder
-from hafnium_rollout.status import HistoryPoint, RolloutStatus
+from hafnium_rollout.status import RolloutStatus
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -52,12 +51,10 @@ class Controller:
 
     def __init__(
         self, state: StateFolder, *, now: Callable[[], datetime] = lambda: datetime.now(UTC), log: Log = print_json,
-        record_limits: RecordLimits | None = None, notifier: Notifier | None = None, retraining: RetrainingTrigger | None = None,
+        companions: Companions | None = None,
     ) -> None:
         self._state = state
-        self._record_limits = record_limits or RecordLimits()
-        self._notifier = notifier
-        self._retraining = retraining
+        self._companions = companions or Companions(log, lambda s: state.record(s.name))
         self._backend = LocalBackend(state)
         self._now = now
         self._log = log
@@ -65,7 +62,6 @@ class Controller:
         """Last readable object per rollout, which is on disk too (`StateFolder.last_good`)."""
         self._said: dict[str, str] = {}
         self._written: dict[str, tuple[bytes, RolloutStatus]] = {}
-        self._records: dict[str, RecordWriter] = {}
 
     def turn(self) -> float | None:
         """One turn for every rollout. Returns how soon the next is wanted (s), None for the regular time."""
@@ -98,29 +94,14 @@ class Controller:
         text = ""
         if decision.status != status:
             text = self._write_status(name, decision.status)
-        self._record(rollout, status, seen, now, decision, text)
         self._tell(name, decision, seen.problems, now)
         for action in decision.actions:
             self._log({"time": now, "level": "info", "rollout": name, "event": "Action", "action": type(action).__name__,
                        "detail": _detail(action)})
             self._backend.apply(rollout, action)
         self._backend.forget_actions(name, decision.status.handled_actions)
-        self._tell_others(rollout, decision.status, seen, now)
+        self._companions.turned(rollout, status, seen, now, decision, text=text)
         return decision
-
-    def _tell_others(self, rollout: ModelRollout, status: RolloutStatus, seen: Observation, now: datetime) -> None:
-        """After all else: neither receivers nor a training may stand in the way of a decision."""
-        points: tuple[HistoryPoint, ...] = ()
-        key = f"{rollout.name}/retraining"
-        if self._retraining is not None:
-            try:
-                points = self._retraining.turn(rollout, status, seen.evidence, now)
-                self._said.pop(key, None)
-            except (HafniumError, OSError) as e:
-                self._once(key, str(e), {"level": "error", "rollout": rollout.name, "event": "RetrainingFailed", "message": str(e)})
-        if self._notifier is not None:
-            history = tuple(sorted((*status.history, *points), key=lambda p: p.time)) if points else status.history
-            self._notifier.offer(Subject(rollout.metadata.namespace, rollout.name), status.model_copy(update={"history": history}))
 
     def _rollout(self, name: str) -> ModelRollout | None:
         path = self._state.rollout(name)
@@ -171,25 +152,11 @@ class Controller:
         self._written[name] = (text.encode(), status)
         return text
 
-    def _record(
-        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision, text: str,
-    ) -> None:
-        """For replays and reports. Trouble with it is told and never stops the guard."""
-        writer = self._records.setdefault(rollout.name, RecordWriter(self._state.record(rollout.name), self._record_limits))
-        key = f"{rollout.name}/record"
-        try:
-            writer.write(rollout, before, seen, now, decision, after_text=text)
-            self._said.pop(key, None)
-        except OSError as e:
-            self._once(key, str(e), {"level": "error", "rollout": rollout.name, "event": "RecordFailed",
-                                     "message": f"this time can't be replayed later: {e}"})
-
     def _deleted(self, name: str) -> None:
         """The ModelRollout was deleted. Under way, the candidate goes back to nothing: nobody watches it any more."""
         status = self._read_status(name)
         known = self._last_good(name)
         self._good.pop(name, None)
-        self._records.pop(name, None)
         self._state.last_good(name).unlink(missing_ok=True)
         if status.phase not in ("Promoted", "RolledBack") and status.stable is not None and status.candidate is not None:
             self._backend.stable_only(name, status.stable.service)
@@ -199,8 +166,7 @@ class Controller:
             if status.stable is None or service != status.stable.service:
                 self._state.service(service).unlink(missing_ok=True)
         self._state.status(name).unlink(missing_ok=True)
-        if self._notifier is not None:
-            self._notifier.gone(Subject(known.metadata.namespace if known is not None else "default", name))
+        self._companions.gone(Subject(known.metadata.namespace if known is not None else "default", name))
 
     def _tell(self, name: str, decision: Decision, problems: tuple[str, ...], now: datetime) -> None:
         status = decision.status
@@ -262,12 +228,13 @@ def run(
         starter = CommandStarter(given.retraining.command, given.retraining.command_deadline, state.retraining) if (
             given.retraining.policy == "start" and given.retraining.command) else None
         retraining = RetrainingTrigger(given.retraining, FileAttempts(state.retraining), starter, log)
-        controller = Controller(state, log=log, record_limits=given.record.limits, notifier=notifier, retraining=retraining)
-        notifier.start()
+        companions = Companions(log, lambda s: state.record(s.name), given.record.limits, notifier, retraining)
+        controller = Controller(state, log=log, companions=companions)
+        companions.start()
         try:
             while not stop.is_set():
                 soon = controller.turn()
                 stop.wait(look_seconds if soon is None else min(soon, look_seconds))
         finally:
-            notifier.stop()
+            companions.stop()
         log({"time": datetime.now(UTC), "level": "info", "event": "Stopped", "message": "asked to end"})

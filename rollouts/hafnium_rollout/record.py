@@ -66,6 +66,7 @@ class RecordWriter:
         """
         if _quiet(before, decision):
             return False
+        before = _decided(before, decision)
         try:
             after = status_digest(after_text or decision.status.model_dump_json())
             known = self._after is before or self._after == before
@@ -131,6 +132,14 @@ def _quiet(before: RolloutStatus, decision: Decision) -> bool:
     after = decision.status
     return before.phase in _ENDED and not decision.actions and not decision.events and (
         after == before or after.model_copy(update={"cursor": before.cursor}) == before)
+
+
+def _decided(before: RolloutStatus, decision: Decision) -> RolloutStatus:
+    """Without conditions that `decide` doesn't write: on a cluster the loop adds its own, and they are no part of the decisions."""
+    own = {c.type for c in decision.status.conditions}
+    if all(c.type in own for c in before.conditions):
+        return before
+    return before.model_copy(update={"conditions": tuple(c for c in before.conditions if c.type in own)})
 
 
 def _last_byte(f: IO[bytes]) -> bytes:

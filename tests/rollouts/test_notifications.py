@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from hafnium_rollout.companions import Companions
 from hafnium_rollout.controller import Controller
 from hafnium_rollout.controller_settings import load_settings
 from hafnium_rollout.errors import RolloutFileError, StateError
@@ -188,6 +189,19 @@ def test_a_restart_repeats_what_was_not_confirmed_and_loses_nothing(tmp_path: Pa
             sender.offer(SUBJECT, status)
             assert sender.waiting == 0
         assert len(found.requests) == count, "what was confirmed isn't sent again"
+
+
+def test_a_new_term_knows_what_the_leader_before_has_sent(tmp_path: Path) -> None:
+    status = told()
+    with receiver() as found, courier(webhook(found), tmp_path) as standby:
+        with courier(webhook(found), tmp_path) as leader:
+            leader.offer(SUBJECT, status)
+            found.wait_for(2)
+            until(lambda: leader.waiting == 0, "still waiting")
+        standby.lead()
+        standby.offer(SUBJECT, status)
+        assert standby.waiting == 0
+    assert len(found.requests) == 2
 
 
 def test_what_happened_before_the_receiver_was_set_up_is_not_news(tmp_path: Path) -> None:
@@ -453,7 +467,7 @@ def test_the_controller_tells_after_the_status_is_written(tmp_path: Path) -> Non
         notifier = Notifier(Notifications(webhooks=(webhook(found),)), FileCursors(folder.notifications), lambda _: None)
         notifier.start()
         try:
-            Controller(folder, log=lambda _: None, notifier=notifier).turn()
+            Controller(folder, log=lambda _: None, companions=Companions(lambda _: None, notifier=notifier)).turn()
             assert found.wait_for(1)[0].data["event"] == "Started"
         finally:
             notifier.stop()

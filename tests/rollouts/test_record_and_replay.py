@@ -28,7 +28,7 @@ from hafnium_rollout.record import RecordLimits, RecordWriter, read_record, reco
 from hafnium_rollout.record_lines import Gap, RecordedTurn, Start
 from hafnium_rollout.replay_story import Summary, ending
 from hafnium_rollout.replaying import Break, ReplayedTurn, replay
-from hafnium_rollout.status import RolloutStatus
+from hafnium_rollout.status import Condition, RolloutStatus
 
 # --- the codec ----------------------------------------------------------------------------------------------------------------
 
@@ -233,6 +233,18 @@ def test_the_record_stays_within_its_limits_and_every_file_can_be_read_alone(tmp
         assert all(t.equal for t in turns_of(replay(read_record(file))))
     whole = turns_of(replay(read_record(tmp_path)))
     assert [t.recorded.status for t in whole] == run.statuses[-len(whole):]
+
+
+def test_conditions_that_a_loop_adds_break_no_chain(tmp_path: Path) -> None:
+    """On a cluster the operator writes `Accepted` into each status after `decide`."""
+    extra = Condition(type="Accepted", status="True", reason="Accepted", last_transition_time=START)
+    run = Recorded(World(), RecordWriter(tmp_path), [])
+    for _ in range(30):
+        run.turn()
+        run.world.status = run.world.status.model_copy(update={"conditions": (*run.world.status.conditions, extra)})
+    entries = list(read_record(tmp_path))
+    assert [type(e).__name__ for e in entries] == ["Start"] + ["RecordedTurn"] * 30
+    assert all(t.equal for t in turns_of(replay(entries)))
 
 
 def test_a_finding_is_written_once_and_only_if_it_is_about_these_models(tmp_path: Path) -> None:

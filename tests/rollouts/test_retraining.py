@@ -165,7 +165,12 @@ def test_the_command_is_run_once_with_what_it_needs_to_know(tmp_path: Path) -> N
     made = trigger(folder, WRITE, str(out))
     points = made.turn(rollout(), STEADY, EVIDENCE, NOW)
     assert [(p.event, p.alert) for p in points] == [("RetrainingStarted", True)]
-    until(lambda: [made.turn(rollout(), STEADY, EVIDENCE, NOW), FileAttempts(folder).load("risk")[0].state][1] == "Succeeded", "not ended")
+
+    def state() -> str:
+        made.turn(rollout(), STEADY, EVIDENCE, NOW)
+        return FileAttempts(folder).load("default/risk")[0].state
+
+    until(lambda: state() == "Succeeded", "not ended")
     name, file = out.read_text().split()
     assert name == "risk-retrain-bbbbbbbb-1"
     told = json.loads(Path(file).read_text())
@@ -179,12 +184,12 @@ def test_a_crash_after_the_intent_starts_it_and_one_after_the_start_does_not_sta
     out, folder = tmp_path / "out", tmp_path / "retraining"
     decided = decide_retraining(policy(policy="start"), "risk", STEADY, EVIDENCE, (), NOW).attempt
     assert decided is not None
-    FileAttempts(folder).save("risk", (decided,))  # killed here
+    FileAttempts(folder).save("default/risk", (decided,))  # killed here
     trigger(folder, WRITE, str(out)).turn(rollout(), STEADY, EVIDENCE, NOW)
     until(out.is_file, "not started")
-    FileAttempts(folder).save("risk", (decided,))  # started, and killed before that was written
+    FileAttempts(folder).save("default/risk", (decided,))  # started, and killed before that was written
     trigger(folder, WRITE, str(out)).turn(rollout(), STEADY, EVIDENCE, NOW)
-    found = FileAttempts(folder).load("risk")
+    found = FileAttempts(folder).load("default/risk")
     assert [a.state for a in found] == ["Unknown"]
     assert out.read_text().count("\n") == 1
 
@@ -192,10 +197,10 @@ def test_a_crash_after_the_intent_starts_it_and_one_after_the_start_does_not_sta
 def test_an_intent_for_a_model_that_was_replaced_is_not_started(tmp_path: Path) -> None:
     decided = decide_retraining(policy(policy="start"), "risk", STEADY, EVIDENCE, (), NOW).attempt
     assert decided is not None
-    FileAttempts(tmp_path).save("risk", (decided,))
+    FileAttempts(tmp_path).save("default/risk", (decided,))
     new = STEADY.model_copy(update={"stable": ModelSeen(service="c", digest=CANDIDATE)})
     trigger(tmp_path, WRITE, str(tmp_path / "out")).turn(rollout(), new, EVIDENCE, NOW)
-    assert FileAttempts(tmp_path).load("risk")[0].state == "Failed"
+    assert FileAttempts(tmp_path).load("default/risk")[0].state == "Failed"
     assert not (tmp_path / "out").exists()
 
 
@@ -206,17 +211,17 @@ def test_a_command_that_fails_or_hangs_is_told(tmp_path: Path, code: str, deadli
 
     def state() -> str:
         made.turn(rollout(), STEADY, EVIDENCE, NOW)
-        return FileAttempts(tmp_path).load("risk")[0].state
+        return FileAttempts(tmp_path).load("default/risk")[0].state
 
     until(lambda: state() == "Failed", "not told")
-    assert detail in FileAttempts(tmp_path).load("risk")[0].detail
+    assert detail in FileAttempts(tmp_path).load("default/risk")[0].detail
 
 
 def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
     rules = Retraining(policy="start", command=("/nowhere/train",))
     made = RetrainingTrigger(rules, FileAttempts(tmp_path), CommandStarter(rules.command, HOUR, tmp_path), lambda _: None)
     made.turn(rollout(), STEADY, EVIDENCE, NOW)
-    found = FileAttempts(tmp_path).load("risk")[0]
+    found = FileAttempts(tmp_path).load("default/risk")[0]
     assert (found.state, found.detail) == ("Failed", "/nowhere/train: No such file or directory")
 
 
@@ -227,15 +232,17 @@ def test_a_proposal_starts_nothing(tmp_path: Path) -> None:
     made.turn(rollout(), STEADY, EVIDENCE, NOW + HOUR)
     assert [p.event for p in points] == ["RetrainingProposed"]
     assert [x["event"] for x in log] == ["RetrainingProposed"]
-    assert FileAttempts(tmp_path).load("risk")[0].state == "Proposed"
+    assert FileAttempts(tmp_path).load("default/risk")[0].state == "Proposed"
 
 
 def test_a_history_that_cannot_be_read_stops_proposals(tmp_path: Path) -> None:
-    (tmp_path / "risk.json").write_text("[{]")
+    path = tmp_path / "default" / "risk.json"
+    path.parent.mkdir()
+    path.write_text("[{]")
     made = RetrainingTrigger(Retraining(policy="propose"), FileAttempts(tmp_path), None, lambda _: None)
     with pytest.raises(StateError, match="no training is proposed"):
         made.turn(rollout(), STEADY, EVIDENCE, NOW)
-    assert (tmp_path / "risk.json").read_text() == "[{]"
+    assert path.read_text() == "[{]"
 
 
 @pytest.mark.parametrize(("given", "words"), [

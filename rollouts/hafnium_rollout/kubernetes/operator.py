@@ -19,6 +19,7 @@ from typing import Any
 from hafnium_rollout.controller import print_json
 from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
 from hafnium_rollout.kubernetes.client import KubernetesClient, connect
+from hafnium_rollout.kubernetes.companions import companions_of
 from hafnium_rollout.kubernetes.errors import KubernetesError, LeaseLost, NotFound
 from hafnium_rollout.kubernetes.health import HealthServer
 from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT, Json
@@ -61,8 +62,10 @@ class Operator:
         fenced = client.fenced(self.leader.check)
         looks = PrometheusLooks(prometheus, scrape_interval_s=settings.scrape_interval_s, clock_skew_s_max=settings.clock_skew_s_max)
         observer = Observer(looks, ScoreLog(settings.inference_log))
+        self._companions = companions_of(settings, fenced, log)
         self._reconciler = Reconciler(
-            fenced, PairedBackend(fenced, settings, observer), CanaryBackend(fenced, observer), settings, log, identity, prometheus)
+            fenced, PairedBackend(fenced, settings, observer), CanaryBackend(fenced, observer), settings, log, identity, prometheus,
+            self._companions)
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._dirty: set[Key] = set()
@@ -85,6 +88,7 @@ class Operator:
         if settings.watch:
             Watches(self._client, settings.namespace, self.call, stop).start()
         election.start()
+        self._companions.start()
         try:
             full_at = 0.0
             while not stop.is_set():
@@ -103,6 +107,7 @@ class Operator:
             ended.set()  # the lease is given up after the last write, so the next leader needn't wait for it
             election.join()
             self._pool.shutdown(wait=True, cancel_futures=True)
+            self._companions.stop()
             health.close()
             self._say("info", "Stopped", "asked to end")
 
@@ -196,6 +201,7 @@ class Operator:
     def _leads(self, leads: bool) -> None:
         self.metrics.leads(leads)
         if leads:
+            self._companions.lead()
             self._say("info", "Leading", f"looking every {self._settings.look_s:g} s", identity=self.leader.identity)
         else:
             self._say("warning", "NotLeading", self.leader.problem or f"{self.leader.holder} holds the lease")

@@ -19,6 +19,7 @@ from typing import Any
 
 from hafnium_contract.errors import HafniumError
 from hafnium_rollout.actions import Decision
+from hafnium_rollout.companions import Companions
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import RolloutFileError
 from hafnium_rollout.kubernetes import conditions, events
@@ -33,6 +34,7 @@ from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusE
 from hafnium_rollout.kubernetes.prometheus_queries import query_problems
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Key, Snapshot
+from hafnium_rollout.notifications.notices import Subject
 from hafnium_rollout.objects import ModelRollout, parse_rollout
 from hafnium_rollout.status import RolloutStatus, stored
 
@@ -65,10 +67,11 @@ class Reconciler:
 
     def __init__(
         self, client: KubernetesClient, paired: PairedBackend, canary: CanaryBackend, settings: Settings, log: Log, identity: str,
-        prometheus: Prometheus | None,
+        prometheus: Prometheus | None, companions: Companions | None = None,
     ) -> None:
         self._client, self._paired, self._canary, self._settings = client, paired, canary, settings
         self._log, self._identity, self._prometheus = log, identity, prometheus
+        self._companions = companions
         self._good: dict[Key, ModelRollout] = {}
         """Last object that could be understood: one that can't be must not leave a candidate unguarded."""
         self._looked: dict[Key, datetime] = {}
@@ -103,6 +106,8 @@ class Reconciler:
 
     def forget(self, alive: set[Key]) -> None:
         """Drops what is remembered about objects that are gone."""
+        if self._companions is not None:
+            self._companions.keep({Subject(*key) for key in alive})
         with self._lock:
             for gone in set(self._good) - alive:
                 self._good.pop(gone, None)
@@ -132,6 +137,8 @@ class Reconciler:
         meta = self._write(meta, before, status)
         self._tell_decision(meta, decision, seen.problems, now)
         waits = self._act(rollout, meta, decision, snapshot, now)
+        if self._companions is not None:
+            self._companions.turned(self._patient(rollout), before, seen, now, decision)
         requeue = _SOON_S if waits else decision.requeue_s
         done = before.rollback is not None and status.rollback is None
         return Turned(

@@ -69,6 +69,12 @@ class Settings(BaseModel):
     inference_log: str = ""
     """Where the transformers' inference log is: a folder (of a mounted volume) or s3://BUCKET/PREFIX, with {namespace}, {rollout} and
     {service} filled in. Needed for gates that compare scores."""
+    data_folder: Path | None = None
+    """Folder on a volume that outlives the pod: every turn of each rollout (`hafnium rollout replay`, `report`), what receivers were
+    sent, attempts at retraining. With several replicas all of them must have it. Empty: turns are not recorded."""
+    settings_file: Path | None = None
+    """YAML with notifications, retraining and the record's limits (docs/rollout-commands.md), from a ConfigMap. Webhooks and
+    retraining need data_folder."""
     http_host: str = "0.0.0.0"  # noqa: S104 - a pod is reached by its address
     """Address of health and metrics."""
     http_port: int = Field(default=8080, ge=0, le=65535)

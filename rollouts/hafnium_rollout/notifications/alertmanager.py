@@ -84,6 +84,11 @@ class AlertmanagerCourier:
     def start(self) -> None:
         self._thread.start()
 
+    def lead(self) -> None:
+        """What a former term left behind is no longer known to be so."""
+        with self._lock:
+            self._statuses, self._heads = {}, {}
+
     def stop(self) -> None:
         """Ends after the request under way."""
         self._stop.set()

@@ -26,6 +26,11 @@ class Notifier:
         for courier in self._couriers:
             courier.start()
 
+    def lead(self) -> None:
+        """This process leads from now on."""
+        for courier in self._couriers:
+            courier.lead()
+
     def stop(self) -> None:
         for courier in self._couriers:
             courier.stop()

@@ -73,6 +73,19 @@ class WebhookCourier:
     def start(self) -> None:
         self._thread.start()
 
+    def lead(self) -> None:
+        """A new term: the leader before may have sent since this process last looked. What can't be read now is sent again at worst."""
+        try:
+            found = self._cursors.load(self._settings.name)
+        except HafniumError as e:
+            self._log({"time": self._now(), "level": "error", "event": "CursorNotRead", "receiver": self._settings.name, "message": str(e)})
+            return
+        with self._lock:
+            self._cursor = found or self._cursor
+            done = {i for ids in self._cursor.sent.values() for i in ids}
+            self._queue = OrderedDict((k, w) for k, w in self._queue.items() if k not in done)
+            self._events = {}
+
     def stop(self) -> None:
         """Ends after the attempt under way. What is not sent is sent after the next start."""
         self._stop.set()

@@ -53,7 +53,7 @@ class Attempt(Strict):
     """One proposal or start. Written before anything is started."""
 
     id: str
-    """Of this attempt for ever: whoever starts it twice gets the same name."""
+    """Of this attempt for ever: whoever starts it twice gets the same name. At most 47 characters, as KubeRay wants a RayJob's."""
     time: AwareDatetime
     digest: str
     """The stable model that decays."""
@@ -108,7 +108,7 @@ def decide_retraining(
     text = (f"{kind} of the stable model {stable.version or digest8} failed in {len(found)} windows in a row, since "
             f"{found[-1].window_start:%Y-%m-%d %H:%M} UTC: {found[0].message}")
     attempt = Attempt(
-        id=f"{name[:30].rstrip('-.')}-retrain-{digest8}-{len(tried) + 1}", time=now, digest=stable.digest, kind=kind,
+        id=f"{name[:24].rstrip('-.')}-retrain-{digest8}-{len(tried) + 1}", time=now, digest=stable.digest, kind=kind,
         findings=tuple(evidence_name(e) for e in found), message=text, state="Intended" if policy.policy == "start" else "Proposed",
     )
     return RetrainingDecision(text, attempt)

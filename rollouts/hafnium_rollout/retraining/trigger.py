@@ -61,11 +61,11 @@ class Starter(Protocol):
 
 
 class Attempts(Protocol):
-    """Where a rollout's attempts are kept."""
+    """Where a rollout's attempts are kept, by `namespace/name`."""
 
-    def load(self, name: str) -> tuple[Attempt, ...]: ...
+    def load(self, key: str) -> tuple[Attempt, ...]: ...
 
-    def save(self, name: str, attempts: Sequence[Attempt]) -> None: ...
+    def save(self, key: str, attempts: Sequence[Attempt]) -> None: ...
 
 
 class FileAttempts:
@@ -74,9 +74,9 @@ class FileAttempts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, name: str) -> tuple[Attempt, ...]:
+    def load(self, key: str) -> tuple[Attempt, ...]:
         """Raises StateError when they can't be read: without them the cool-down isn't known, so nothing is done."""
-        path = self._folder / f"{name}.json"
+        path = self._folder / f"{key}.json"
         try:
             return _ATTEMPTS.validate_python(json.loads(path.read_bytes()))
         except FileNotFoundError:
@@ -84,8 +84,8 @@ class FileAttempts:
         except (OSError, ValueError, ValidationError) as e:
             raise StateError(f"{path}: can't be read, so no training is proposed; repair it or move it away: {e}") from e
 
-    def save(self, name: str, attempts: Sequence[Attempt]) -> None:
-        write_atomically(self._folder / f"{name}.json", _ATTEMPTS.dump_json(tuple(attempts[-HISTORY_MAX:]), indent=1).decode())
+    def save(self, key: str, attempts: Sequence[Attempt]) -> None:
+        write_atomically(self._folder / f"{key}.json", _ATTEMPTS.dump_json(tuple(attempts[-HISTORY_MAX:]), indent=1).decode())
 
 
 class CommandStarter:
@@ -154,18 +154,19 @@ class RetrainingTrigger:
         """Does what is due. Returns all attempts as events, for notifications. Raises StateError, OSError or HafniumError."""
         if self.settings.policy == "never":
             return ()
-        history = self.attempts.load(rollout.name)
+        key = f"{rollout.metadata.namespace}/{rollout.name}"
+        history = self.attempts.load(key)
         known = history
         decision = decide_retraining(self.settings, rollout.name, status, evidence, history, now)
         if decision.attempt is not None:
             history = (*history, decision.attempt)
-            self.attempts.save(rollout.name, history)  # the intent first: after a crash it is found here, and no second one is made
+            self.attempts.save(key, history)  # the intent first: after a crash it is found here, and no second one is made
             known = history
             self.log({"time": now, "level": "warning", "rollout": rollout.name, "event": _event(decision.attempt),
                       "message": decision.attempt.message, "id": decision.attempt.id, "alert": True})
         after = tuple(self._carried_on(a, rollout, status, now) for a in history)
         if after != known:
-            self.attempts.save(rollout.name, after)
+            self.attempts.save(key, after)
         return tuple(
             HistoryPoint(time=a.time, event=_event(a), weight=0, reason=a.kind, message=f"{a.message} ({a.id})", alert=True) for a in after)
 
