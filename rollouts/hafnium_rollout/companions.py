@@ -1,7 +1,7 @@
 """What goes along with every turn and decides nothing: the record, notifications, the retraining trigger.
 
-Both loops call `turned` after the status was written and the actions were done. Whatever goes wrong here is told, once, and never
-stops the guard over a candidate.
+Both loops call `decided` after the status was written, and `turned` after the actions were done or have failed. Whatever goes
+wrong here is told, once, and never stops the guard over a candidate.
 """
 
 from __future__ import annotations
@@ -54,23 +54,27 @@ class Companions:
         if self.notifier is not None:
             self.notifier.stop()
 
-    def turned(
-        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision, *, text: str = "",
+    def decided(
+        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision,
     ) -> None:
-        """After a turn. `text`: the decided status as JSON, where the caller has it at hand."""
+        """Right after the status was written: what it rests on is recorded, whatever becomes of the actions."""
         subject = Subject(rollout.metadata.namespace, rollout.name)
-        if self.record_folder is not None:
-            with self._lock:
-                writer = self._writers.setdefault(subject, RecordWriter(self.record_folder(subject), self.record_limits))
-            self._try(subject, "RecordFailed", "this time can't be replayed later: ", now,
-                      lambda: writer.write(rollout, before, seen, now, decision, after_text=text))
+        if self.record_folder is None:
+            return
+        with self._lock:
+            writer = self._writers.setdefault(subject, RecordWriter(self.record_folder(subject), self.record_limits))
+        self._try(subject, "RecordFailed", "this time can't be replayed later: ", now,
+                  lambda: writer.write(rollout, before, seen, now, decision))
+
+    def turned(self, rollout: ModelRollout, status: RolloutStatus, seen: Observation, now: datetime) -> None:
+        """After the actions: others are told, and a training may be due."""
+        subject = Subject(rollout.metadata.namespace, rollout.name)
         points: list[HistoryPoint] = []
         trigger = self.retraining
         if trigger is not None:
             self._try(subject, "RetrainingFailed", "", now,
-                      lambda: points.extend(trigger.turn(rollout, decision.status, seen.evidence, now)))
+                      lambda: points.extend(trigger.turn(rollout, status, seen.evidence, now)))
         if self.notifier is not None:
-            status = decision.status
             if points:
                 history = tuple(sorted((*status.history, *points), key=lambda p: p.time))
                 status = status.model_copy(update={"history": history})

@@ -91,16 +91,18 @@ class Controller:
         now = self._now()
         seen = self._backend.observe(rollout, status, now)
         decision = decide(rollout, status, seen, now)
-        text = ""
         if decision.status != status:
-            text = self._write_status(name, decision.status)
+            self._write_status(name, decision.status)
+        self._companions.decided(rollout, status, seen, now, decision)
         self._tell(name, decision, seen.problems, now)
-        for action in decision.actions:
-            self._log({"time": now, "level": "info", "rollout": name, "event": "Action", "action": type(action).__name__,
-                       "detail": _detail(action)})
-            self._backend.apply(rollout, action)
-        self._backend.forget_actions(name, decision.status.handled_actions)
-        self._companions.turned(rollout, status, seen, now, decision, text=text)
+        try:
+            for action in decision.actions:
+                self._log({"time": now, "level": "info", "rollout": name, "event": "Action", "action": type(action).__name__,
+                           "detail": _detail(action)})
+                self._backend.apply(rollout, action)
+            self._backend.forget_actions(name, decision.status.handled_actions)
+        finally:
+            self._companions.turned(rollout, decision.status, seen, now)
         return decision
 
     def _rollout(self, name: str) -> ModelRollout | None:
@@ -146,11 +148,10 @@ class Controller:
         except (OSError, ValidationError) as e:
             raise StateError(f"{path}: can't be read, so nothing is moved; repair it or move it away: {e}") from e
 
-    def _write_status(self, name: str, status: RolloutStatus) -> str:
+    def _write_status(self, name: str, status: RolloutStatus) -> None:
         text = status.model_dump_json()
         write_atomically(self._state.status(name), text)
         self._written[name] = (text.encode(), status)
-        return text
 
     def _deleted(self, name: str) -> None:
         """The ModelRollout was deleted. Under way, the candidate goes back to nothing: nobody watches it any more."""

@@ -56,19 +56,17 @@ class RecordWriter:
         """The status that the last written turn left; None when the next turn needs a start."""
 
     def write(
-        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision, *,
-        after_text: str = "",
+        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision,
     ) -> bool:
         """Records one turn; returns whether it was worth it. Raises OSError.
 
-        `after_text`: the decided status as JSON, where the caller has it at hand. A turn after the end that only reads counters on
-        is not recorded: weeks of it would push out what matters.
+        A turn after the end that only reads counters on is not recorded: weeks of it would push out what matters.
         """
         if _quiet(before, decision):
             return False
         before = _decided(before, decision)
         try:
-            after = status_digest(after_text or decision.status.model_dump_json())
+            after = status_digest(decision.status)
             known = self._after is before or self._after == before
             seen = relevant(rollout, before, seen)
             lines: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ of this rollout are kept, because `decide` looks at no others.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -63,9 +64,18 @@ class Gap:
     message: str
 
 
-def status_digest(text: str) -> str:
-    """Short sha256 of a status as JSON text."""
+def status_digest(status: RolloutStatus) -> str:
+    """Short sha256 of what a status says. An API server gives the cursor back with its keys in another order, and 1.0 as 1."""
+    text = status.model_dump_json(exclude={"cursor"}) + json.dumps(_canonical(status.cursor), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _canonical(v) for k, v in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in cast("list[Any]", value)]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def relevant(rollout: ModelRollout, status: RolloutStatus, seen: Observation) -> Observation:

@@ -99,7 +99,7 @@ class _Lines:
         recorded = _decide(entry.rollout, before, entry.seen, entry.now)
         after = recorded.status
         self._status = after
-        equal = status_digest(after.model_dump_json()) == entry.after
+        equal = status_digest(after) == entry.after
         if self._rules is None:
             return ReplayedTurn(entry.now, entry.rollout, recorded, equal, None, "recorded")
         rules = with_rules(entry.rollout, self._rules)

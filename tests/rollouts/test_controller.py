@@ -22,6 +22,7 @@ from hafnium_rollout import commands
 from hafnium_rollout.controller import Controller, only_one
 from hafnium_rollout.objects import load_rollout
 from hafnium_rollout.record import read_record
+from hafnium_rollout.record_lines import RecordedTurn
 from hafnium_rollout.replaying import ReplayedTurn, replay
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import RolloutStatus
@@ -290,6 +291,26 @@ def test_a_record_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path
     folder.rollout("risk").write_text(yaml.safe_dump(manifest(paused=True)))
     controller.turn()
     assert [type(e).__name__ for e in read_record(folder.record("risk"))] == ["Start", "RecordedTurn"]
+
+
+def test_a_turn_whose_actions_fail_is_recorded_all_the_same(tmp_path: Path) -> None:
+    """The status is written by then, and the next turn goes on from it."""
+    lines: list[dict[str, Any]] = []
+    folder = StateFolder(tmp_path)
+    (tmp_path / "objects").mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(manifest()))
+    (tmp_path / "services.json").write_text('{"services": []}')
+    controller = Controller(folder, log=lines.append)
+    controller.turn()
+    (tmp_path / "objects" / f"InferenceService-{NAME}.yaml").mkdir()  # a folder where the candidate's object should be written
+    for _ in range(3):
+        controller.turn()
+    assert "TurnFailed" in [x["event"] for x in lines]
+    replayed = list(replay(read_record(folder.record("risk"))))
+    assert len(replayed) >= 2
+    assert all(isinstance(t, ReplayedTurn) and t.equal for t in replayed)
+    assert [a["type"] for e in read_record(folder.record("risk")) if isinstance(e, RecordedTurn) for a in e.actions][:1] == [
+        "EnsureCandidate"]
 
 
 def test_a_rollout_deleted_under_way_leaves_all_traffic_to_stable(tmp_path: Path) -> None:

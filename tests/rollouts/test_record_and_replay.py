@@ -25,7 +25,7 @@ from hafnium_rollout.objects import UserAction
 from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen, Series, ServiceSeen
 from hafnium_rollout.observation_codec import decode, encode
 from hafnium_rollout.record import RecordLimits, RecordWriter, read_record, record_files
-from hafnium_rollout.record_lines import Gap, RecordedTurn, Start
+from hafnium_rollout.record_lines import Gap, RecordedTurn, Start, status_digest
 from hafnium_rollout.replay_story import Summary, ending
 from hafnium_rollout.replaying import Break, ReplayedTurn, replay
 from hafnium_rollout.status import Condition, RolloutStatus
@@ -245,6 +245,14 @@ def test_conditions_that_a_loop_adds_break_no_chain(tmp_path: Path) -> None:
     entries = list(read_record(tmp_path))
     assert [type(e).__name__ for e in entries] == ["Start"] + ["RecordedTurn"] * 30
     assert all(t.equal for t in turns_of(replay(entries)))
+
+
+def test_a_digest_is_of_what_a_status_says() -> None:
+    """An API server sorts keys, and gives 1.0 back as 1."""
+    status = RolloutStatus(cursor={"b": [1.0, {"y": 2}], "a": 3})
+    assert status_digest(status) == status_digest(status.model_copy(update={"cursor": {"a": 3.0, "b": [1, {"y": 2.0}]}}))
+    assert status_digest(status) != status_digest(status.model_copy(update={"cursor": {"a": 4, "b": [1, {"y": 2.0}]}}))
+    assert status_digest(status) != status_digest(status.model_copy(update={"phase": "Paused"}))
 
 
 def test_a_finding_is_written_once_and_only_if_it_is_about_these_models(tmp_path: Path) -> None:

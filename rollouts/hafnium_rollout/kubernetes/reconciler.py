@@ -135,10 +135,14 @@ class Reconciler:
         decision = decide(self._patient(rollout), before, seen, now)
         status = conditions.with_condition(decision.status, before, conditions.accepted(found, meta.generation, now))
         meta = self._write(meta, before, status)
-        self._tell_decision(meta, decision, seen.problems, now)
-        waits = self._act(rollout, meta, decision, snapshot, now)
         if self._companions is not None:
-            self._companions.turned(self._patient(rollout), before, seen, now, decision)
+            self._companions.decided(self._patient(rollout), before, seen, now, decision)
+        self._tell_decision(meta, decision, seen.problems, now)
+        try:
+            waits = self._act(rollout, meta, decision, snapshot, now)
+        finally:
+            if self._companions is not None:
+                self._companions.turned(rollout, status, seen, now)
         requeue = _SOON_S if waits else decision.requeue_s
         done = before.rollback is not None and status.rollback is None
         return Turned(
