@@ -38,9 +38,11 @@ class RecordLimits:
     """How much is kept of each rollout."""
 
     file_bytes_max: int = 8 * 1024 * 1024
-    """A file is finished and compressed at this size: about a day of looks every five seconds with four gates, and packed in 0.2 s."""
+    """A file is finished and compressed at this size. A turn of four gates, one of them with twenty score pairs, is 1.6 kB: 7 h of looks
+    every five seconds, packed in a fifth of a second."""
     total_bytes_max: int = 64 * 1024 * 1024
-    """Files of one rollout together; beyond it the oldest goes. Packed lines are a tenth of plain ones: about two months."""
+    """Files of one rollout together; beyond it the oldest goes. Such turns packed are 0.3 of that: eight days of looks every five seconds,
+    24 of the operator's every fifteen; without scores several times as long."""
 
 
 class RecordWriter:

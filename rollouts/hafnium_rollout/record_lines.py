@@ -31,6 +31,8 @@ from hafnium_rollout.observation_codec import decode, encode
 from hafnium_rollout.status import RolloutStatus
 
 SCHEMA = 1
+_DIGEST_POINTS = 16
+"""More than one turn adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,14 @@ class Gap:
 
 
 def status_digest(status: RolloutStatus) -> str:
-    """Short sha256 of what a status says. An API server gives the cursor back with its keys in another order, and 1.0 as 1."""
-    text = status.model_dump_json(exclude={"cursor"}) + json.dumps(_canonical(status.cursor), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Short sha256 of what a status says. An API server gives the cursor back with its keys in another order, and 1.0 as 1.
+
+    Of the history only the newest points are in it: the others were in the digests of the turns before, and a long history would be
+    nine tenths of the time.
+    """
+    parts = [status.model_dump_json(exclude={"cursor", "history"}), json.dumps(_canonical(status.cursor), sort_keys=True)]
+    parts += [p.model_dump_json() for p in status.history[-_DIGEST_POINTS:]]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _canonical(value: Any) -> Any:
