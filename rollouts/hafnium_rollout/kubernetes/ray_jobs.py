@@ -11,9 +11,9 @@ from typing import Any, cast
 import yaml
 
 from hafnium_contract.errors import InputError
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict
-from hafnium_rollout.kubernetes.kinds import Kind
+from hafnium_rollout.kubernetes.kinds import Json, Kind
 from hafnium_rollout.kubernetes.objects_seen import dig
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.retraining.policy import Attempt

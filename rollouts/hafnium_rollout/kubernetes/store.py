@@ -13,9 +13,9 @@ from pathlib import Path
 
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.errors import StateError, UnknownRollout
-from hafnium_rollout.kubernetes.client import Json, KubernetesClient
+from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import NotFound
-from hafnium_rollout.kubernetes.kinds import MODEL_APPROVAL, MODEL_EVIDENCE, MODEL_ROLLOUT, Kind
+from hafnium_rollout.kubernetes.kinds import MODEL_APPROVAL, MODEL_EVIDENCE, MODEL_ROLLOUT, Json, Kind
 from hafnium_rollout.kubernetes.objects_seen import approvals_seen, dig, evidence_seen, meta_of, status_of
 from hafnium_rollout.objects import ModelApproval, ModelRollout, UserAction, parse_rollout
 from hafnium_rollout.status import RolloutStatus
