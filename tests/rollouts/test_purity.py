@@ -13,7 +13,8 @@ import hafnium_rollout
 PACKAGE = Path(str(hafnium_rollout.__file__)).parent
 PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions", "observation",
         "status", "objects", "errors", "planning", "statistics.tilt", "statistics.betting", "statistics.dispersion",
-        "statistics.sample_ratio", "statistics.across", "statistics.plan", "observation_codec", "record_lines", "replaying", "retraining.policy")
+        "statistics.sample_ratio", "statistics.across", "statistics.plan", "observation_codec", "record_lines",
+        "replaying", "retraining.policy")
 READS_FILES = {"objects"}  # parsing a YAML file is its job; decide only uses its types
 FORBIDDEN = {"time", "random", "secrets", "os", "socket", "subprocess", "threading", "http", "urllib", "asyncio", "pathlib"}
 OTHERS = {"numpy", "pydantic"}

@@ -13,7 +13,7 @@ from hafnium_contract.durations import format_duration
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.dossier.facts import Facts
 from hafnium_rollout.dossier.plots import VERDICT_COLOURS, GateTrace, bounds_plot, gate_trace, statistic_plot, weights_plot
-from hafnium_rollout.intake import fail_tests
+from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.status import GateStatus, HistoryPoint, ModelSeen
@@ -132,7 +132,7 @@ def _weights(facts: Facts) -> str:
 
 def _gates(facts: Facts) -> str:
     spec = facts.rollout.spec
-    tests = fail_tests(spec)
+    parts = alpha_parts(spec)
     latest = {g.name: g for g in facts.status.gates}
     out = [
         "<h2>Gates</h2>",
@@ -142,7 +142,7 @@ def _gates(facts: Facts) -> str:
         + ", ".join(f'<span style="color:{c}">●</span> {v}' for v, c in VERDICT_COLOURS.items()) + ".</p>",
     ]
     for gate in spec.gates:
-        trace, alpha_fail = gate_trace(gate, facts.history), gate.compare.alpha / (tests if gate.blocking else 1)
+        trace, alpha_fail = gate_trace(gate, facts.history), alphas_of(gate, parts)[0]
         out.append(f"<h3>{_e(gate.name)} <span class=\"note\">{_e(gate.role)}, {_e(_question(gate))}</span></h3>")
         out.append(_gate_line(latest.get(gate.name)))
         out += [f"<figure>{plot}</figure>" for plot in _gate_plots(gate, trace, alpha_fail) if plot]
