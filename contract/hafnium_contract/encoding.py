@@ -18,6 +18,8 @@ from hafnium_contract.model_contract import Derived, Feature, FromDerived, Model
 
 UNKNOWN_CATEGORY = -1.0
 _INT_EXACT_MAX = 2**53
+FLOAT_MAX = float(np.finfo(np.float32).max)
+"""The graph takes float32: a larger number would be infinity there."""
 
 Floats = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
@@ -52,13 +54,16 @@ def encode_value(feature: Feature, value: Any, path: str) -> float:
         raise _problem(path, "true or false", value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _problem(path, "a number", value)
-    if isinstance(value, int) and abs(value) > _INT_EXACT_MAX:
-        raise _problem(path, "a number below 2^53", value)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
     if math.isinf(number):
         raise _problem(path, "a finite number", value)
-    if feature.dtype == "int" and not number.is_integer():
-        raise _problem(path, "a whole number", value)
+    if abs(number) > FLOAT_MAX:
+        raise _problem(path, f"a number up to {FLOAT_MAX:.7g}, float32's largest", value)
+    if feature.dtype == "int" and (not number.is_integer() or abs(number) > _INT_EXACT_MAX):
+        raise _problem(path, "a whole number up to 2^53", value)
     assert feature.range is not None  # noqa: S101 - the contract's validator guarantees it
     low, high = feature.range
     if feature.out_of_range == "reject" and not low <= number <= high:

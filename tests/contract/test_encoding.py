@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 AMOUNT = Feature(name="a", description="-", dtype="float", range=(0, 100))
 CLAMPED = Feature(name="a", description="-", dtype="float", range=(0, 100), out_of_range="clamp")
 COUNT = Feature(name="n", description="-", dtype="int", range=(-100, 100))
+COUNTED = Feature(name="n", description="-", dtype="int", range=(-100, 100), out_of_range="clamp")
 FLAG = Feature(name="f", description="-", dtype="bool")
 KIND = Feature(name="k", description="-", dtype="category", categories=("x", "y"))
 
@@ -142,3 +143,20 @@ def test_plain_encoder_agrees_with_encode_value_or_leaves_it_to_it(data: st.Data
     if plain is not None:
         assert plain == encode_value(feature, value, "p")
         assert type(plain) is float
+
+
+@pytest.mark.parametrize("value", [9007199254740994, 9007199254740994.0, 1e30, -3.4028234663852886e38])
+def test_large_number_is_taken_however_it_is_written(value: float) -> None:
+    assert encode_value(CLAMPED, value, "f") == float(value)
+
+
+@pytest.mark.parametrize("value", [3.5e38, -1e300, 10**400, math.inf])
+def test_number_that_float32_has_not_is_refused(value: float) -> None:
+    with pytest.raises(FeatureError, match="expected a"):
+        encode_value(CLAMPED, value, "f")
+
+
+@pytest.mark.parametrize("value", [9007199254740994, 9007199254740994.0, 10**400, 1.5])
+def test_whole_number_beyond_what_float64_tells_apart_is_refused_however_it_is_written(value: float) -> None:
+    with pytest.raises(FeatureError, match=r"whole number up to 2\^53|finite"):
+        encode_value(COUNTED, value, "f")

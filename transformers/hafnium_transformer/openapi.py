@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hafnium_contract.encoding import FLOAT_MAX
 from hafnium_contract.model_contract import Feature
 from hafnium_contract.wire import BATCH_ROWS_MAX, PROBLEM_JSON
 from hafnium_transformer.plan import ENTITY_TEXT, Plan
@@ -88,9 +89,9 @@ def _feature(feature: Feature) -> dict[str, Any]:
         schema["examples"] = list(feature.categories[:5])
     if feature.range is not None:
         low, high = feature.range
-        exact = 2**53
+        most = 2**53 if feature.dtype == "int" else FLOAT_MAX
         reject = feature.out_of_range == "reject"
-        schema["minimum"], schema["maximum"] = (max(low, -exact), min(high, exact)) if reject else (-exact, exact)
+        schema["minimum"], schema["maximum"] = (max(low, -most), min(high, most)) if reject else (-most, most)
     return schema
 
 
