@@ -28,6 +28,7 @@ from hafnium_operator import (
     faulty_api,
     host,
     model_rollout,
+    release,
     service,
     until,
     versions,
@@ -54,6 +55,12 @@ def _surroundings(cluster: Kubectl) -> None:
     if not Path(tool).is_file():
         pytest.skip(f"the cluster hasn't got the image {IMAGE}; build it from tests/cluster/image")
     subprocess.run([tool, IMAGE, str(ROOT / "tests/cluster/image")], check=True, timeout=900, capture_output=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _left_behind(namespaced: Kubectl) -> Iterator[None]:
+    yield
+    release(namespaced)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hafnium_kubectl import Kubectl
-from hafnium_operator import Load, OperatorProcess, digest, model_rollout, until, versions
+from hafnium_operator import Load, OperatorProcess, digest, model_rollout, release, until, versions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 DOOR = os.environ.get("HAFNIUM_TEST_KNATIVE", "http://127.0.0.1:8020")
@@ -37,6 +37,7 @@ def knative(types: Kubectl) -> Iterator[Kubectl]:
     try:
         yield replace(types, namespace=name)
     finally:
+        release(replace(types, namespace=name))
         types("delete", "namespace", name, "--wait=false")
 
 

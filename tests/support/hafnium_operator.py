@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 import yaml
+from hafnium_kubectl import Kubectl
 from kubernetes import client as k8s
 from kubernetes import config as k8s_config
 
@@ -306,6 +307,13 @@ def model_rollout(
             "gates": [{"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.03, "alpha": 0.1}}], **spec,
         },
     }
+
+
+def release(kubectl: Kubectl) -> None:
+    """Takes the finalizers off what a test left under way: no operator is there any more that would, and the namespace has to go."""
+    for item in kubectl.read("modelrollouts")["items"]:
+        if item["metadata"].get("finalizers"):
+            kubectl.run("patch", "modelrollout", item["metadata"]["name"], "--type=merge", "-p", '{"metadata":{"finalizers":null}}')
 
 
 def digest(version: int) -> str:
