@@ -58,8 +58,8 @@ class Settings(BaseModel):
     gateway: str = Field(default="kserve/kserve-ingress-gateway", pattern=r"^[-a-z0-9]+/[-a-z0-9.]+$")
     """NAMESPACE/NAME of the Gateway for rollouts that name none. KServe's own default."""
     drain_s: float = Field(default=10.0, ge=0, le=600)
-    """A candidate's service is deleted so long after the route was written without it. Gateways report a route before they do it:
-    Traefik collects changes for 2 s, and answered 502 meanwhile (seen on a cluster)."""
+    """A candidate's service is deleted so long after the route was written without it. A gateway may report a route before it follows
+    it: on a cluster some answers came from no model when the service was deleted at once."""
     ingress_domain: str = Field(default="example.com", pattern=r"^[-a-z0-9.]+$")
     """A rollout without hostnames answers at NAME-NAMESPACE.DOMAIN. KServe's own default; must be KServe's ingressDomain."""
     mirroring_controllers: str = (
