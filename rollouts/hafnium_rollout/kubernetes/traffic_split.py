@@ -1,8 +1,8 @@
 """How many requests each arm got, in portions that can be held against the weights. Pure.
 
 Prometheus scrapes each pod at its own moment, so the arms' counts of one look are of times that lie up to a scrape apart. When
-traffic begins, ends or jumps just then, one arm has seen it and the other hasn't: at 150 requests/s one such look alone "proved" a wrong
-split (measured on a cluster). Two remedies, both needed:
+traffic begins, ends or jumps just then, one arm has seen it and the other hasn't. On a cluster a good candidate was stuck with "216 of 659
+at 20 %"; that this is why, is an explanation that fits and was not traced. Two remedies, both needed:
 
 - portions of at least `SCRAPES_MIN` scrapes: the ends are then a small share δ = 1/scrapes of what is in between;
 - what is handed on is scaled down to as many requests n that even the worst such difference, 2 δ n p (1 − p) when both arms are off
