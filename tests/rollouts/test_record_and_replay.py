@@ -48,6 +48,8 @@ def asked(kind: Any, id_: str, digest: str, reason: str, by: str) -> UserAction:
 
 
 NUMBER = st.floats(allow_nan=False) | st.integers(0, 2**40).map(float)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+"""Evidence refuses other numbers."""
 TIME = st.datetimes(timezones=st.just(UTC))
 NAMES = st.frozensets(TEXT, max_size=3)
 COUNTS = st.builds(Counts, NUMBER, NUMBER)
@@ -58,7 +60,7 @@ DIGEST = st.sampled_from([CANDIDATE, STABLE, OTHER])
 FINDING = st.builds(
     finding, DIGEST, st.sampled_from(["drift", "performance", "smoke", "fairness"]), TIME, TIME,
     st.sampled_from(["Pass", "Fail", "Inconclusive", "NoData", "Error"]), st.integers(0, 10**9),
-    st.lists(st.builds(value, TEXT, NUMBER, st.none() | NUMBER), max_size=2).map(tuple), TEXT, st.booleans(), TEXT, TEXT, TIME)
+    st.lists(st.builds(value, TEXT, FINITE, st.none() | FINITE), max_size=2).map(tuple), TEXT, st.booleans(), TEXT, TEXT, TIME)
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**50, 2**50) | NUMBER | TEXT,
                     lambda c: st.lists(c, max_size=3) | st.dictionaries(TEXT, c, max_size=3), max_leaves=6)
 OBSERVATION = st.builds(
@@ -68,6 +70,7 @@ OBSERVATION = st.builds(
     route_absent=st.booleans(), live=st.none() | st.builds(LiveRoute, st.dictionaries(TEXT, st.integers(0, 100)), NAMES),
     look=st.none() | st.builds(Look, TIME, TIME, GATES, st.none() | NUMBER, st.none() | NUMBER),
     evidence=st.lists(FINDING, max_size=2).map(tuple), evidence_error=TEXT, approvals=NAMES,
+    approvals_refused=st.lists(TEXT, max_size=2).map(tuple),
     actions=st.lists(st.builds(asked, st.sampled_from(["Promote", "Abort"]), st.text("ab", min_size=1, max_size=9), DIGEST, TEXT, TEXT),
                      max_size=2).map(tuple),
     problems=st.lists(TEXT, max_size=2).map(tuple), cursor=st.dictionaries(TEXT, JSON, max_size=3))
