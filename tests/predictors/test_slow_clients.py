@@ -90,7 +90,14 @@ def test_a_client_that_drips_bytes_ends_by_the_same_limit(limited: Server, right
 def test_a_connection_on_which_nothing_comes_ends_too(bundle: Bundle, tmp_path: Path) -> None:
     with predictor(bundle.path, tmp_path, args=["--keep_alive_s", "1"]) as running:
         running.wait()
+        for nothing in (b"", b"\r\n", b"\r\n\r\n"):  # empty lines before a request are none of it
+            with connect(running.port) as silent:
+                silent.sendall(nothing)
+                assert closed_within(silent, PATIENCE_S) == b""
         with connect(running.port) as silent:
+            silent.sendall(GOOD)
+            assert read_answer(silent).status == 200
+            silent.sendall(b"\r\n")
             assert closed_within(silent, PATIENCE_S) == b""
 
 
@@ -108,6 +115,40 @@ def test_a_head_without_end_gets_431(limited: Server, right: bytes, line: bytes)
         got = closed_within(s, PATIENCE_S)
     assert answers(got)[0].status == 431
     assert ask(limited.port, GOOD).body == right
+
+
+def test_a_head_without_end_is_refused_behind_the_answers_that_are_due(limited: Server, right: bytes) -> None:
+    with connect(limited.port) as s:
+        s.sendall(GOOD.replace(b"host: h", b"host: h\r\naccept-language: x") + b"POST %s HTTP/1.1\r\n" % V1 + b"x-a: b\r\n" * 3000)
+        got = answers(closed_within(s, PATIENCE_S))
+    assert [a.status for a in got] == [200, 431]
+    assert got[0].body == right
+
+
+@pytest.mark.parametrize("line", [b"x-a: " + b"a" * 200_000, b"x-a: b\r\n" * 30_000], ids=["one long line", "many lines"])
+def test_fields_behind_a_body_have_the_limit_of_a_head(limited: Server, right: bytes, line: bytes) -> None:
+    with connect(limited.port) as s:
+        try:
+            s.sendall(b"POST %s HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" % V1)
+            for at in range(0, len(line), 1000):
+                s.sendall(line[at : at + 1000])
+        except ConnectionError:
+            pass
+        got = answers(closed_within(s, PATIENCE_S))
+    assert [a.status for a in got] in ([431], [])
+    assert ask(limited.port, GOOD).body == right
+
+
+def test_a_long_body_in_small_chunks_is_no_long_head(limited: Server, right: bytes) -> None:
+    with connect(limited.port) as s:
+        s.sendall(b"POST %s HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n" % V1)
+        padded = BODY + b" " * 40_000
+        for at in range(0, len(padded), 500):
+            part = padded[at : at + 500]
+            s.sendall(b"%x\r\n%s\r\n" % (len(part), part))
+        s.sendall(b"0\r\n\r\n")
+        answer = read_answer(s)
+    assert (answer.status, answer.body) == (200, right)
 
 
 def test_a_client_that_closed_its_side_gets_what_is_due(limited: Server, right: bytes) -> None:

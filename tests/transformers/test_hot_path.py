@@ -188,7 +188,9 @@ def test_one_client_s_limit_is_not_another_s_and_says_when_to_come_again(
         many = front.post("/v1/score/batch", {"requests": [row] * 3}, {"x-api-key": "theirs"})
         assert many.status == 200
         assert front.post("/v1/score/batch", {"requests": [row] * 3}, {"x-api-key": "theirs"}).status == 429
-        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 2.0' \
+        asked = {"instances": [row] * 3}
+        assert [front.post("/v1/models/m:predict", asked, {"x-api-key": "by V1"}).status for _ in range(2)] == [200, 429]
+        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 3.0' \
             in front.get("/metrics").body.decode()
 
 

@@ -146,6 +146,20 @@ def test_the_limit_grows_back_when_nobody_waits_and_never_beyond_its_setting() -
     assert limit.now == 256
 
 
+def test_a_limit_forgets_a_queue_that_is_gone() -> None:
+    limit = QueueLimit(256, 0.02)
+    for k in range(30):
+        limit.left(0.05, k * 0.11)
+    low = limit.now
+    limit.forget(3.5)
+    assert limit.now == low < 256
+    limit.forget(5.0)
+    assert limit.now == 256
+    limit.left(0.05, 10.0)  # one long wait, and another an hour later, are no standing queue
+    limit.left(0.05, 3600.0)
+    assert limit.now == 256
+
+
 def test_a_limit_that_is_set_low_stays_where_it_was_set() -> None:
     limit = QueueLimit(2, 0.02)
     for k in range(30):

@@ -8,6 +8,7 @@ of one process.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ _STANDING_S = 0.1
 """A queue that is long for less than this is a burst, which is answered; after this it is an overload. CoDel's interval (RFC 8289)."""
 _SHRINK, _GROW = 0.75, 1.1
 """Steps of the limit, one in each such interval: quickly down, slowly up."""
+_FORGET_S = 1.0
+"""A queue that nothing left for so long is empty, and its limit of no meaning."""
 IN_FLIGHT_MIN = 64
 """The limit never shrinks below it: when the predictor itself is slow, few requests in flight would only make small batches."""
 _KEY_BYTES_MAX = 64
@@ -76,6 +79,8 @@ class QueueLimit:
         self._limit = self._max
         self._above_since: float | None = None
         self._changed = 0.0
+        self._left = 0.0
+        """When a batch left last."""
 
     @property
     def now(self) -> int:
@@ -83,6 +88,9 @@ class QueueLimit:
 
     def left(self, waited_s: float, now: float) -> None:
         """A batch leaves the queue, and its oldest row had waited for so long."""
+        if now - self._left > 2.0 * _STANDING_S:  # the queue was empty: nothing stood in it
+            self._above_since = None
+        self._left = now
         if waited_s > self._wait_max_s:
             if self._above_since is None:
                 self._above_since = now
@@ -92,6 +100,12 @@ class QueueLimit:
         self._above_since = None
         if self._limit < self._max and waited_s < self._wait_max_s / 2.0 and now - self._changed >= _STANDING_S:
             self._limit, self._changed = min(self._limit * _GROW, self._max), now
+
+
+    def forget(self, now: float) -> None:
+        """No batch has left for long: whatever shrank the limit is over."""
+        if now - self._left > _FORGET_S:
+            self._limit, self._above_since = self._max, None
 
 
 class QueryVolume:
@@ -146,6 +160,9 @@ class Admission:
     @property
     def full(self) -> bool:
         """The next request is one too many."""
+        if self.in_flight < self.limit.now:
+            return False
+        self.limit.forget(time.monotonic())
         return self.in_flight >= self.limit.now
 
     def enter(self) -> None:

@@ -42,7 +42,7 @@ from hafnium_contract.serving.workers import others_missing
 from hafnium_contract.trace_context import REQUEST_ID, request_id_of, trace_lines, without_repeated
 from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, check_layout
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER
-from hafnium_transformer.admission import Admission
+from hafnium_transformer.admission import Admission, overloaded
 from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, OverloadedError, ScoringError, SlowBodyError
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.openapi import document
@@ -68,8 +68,10 @@ SHADOW_SUFFIX = "-shadow"
 class Exchange:
     """One request's context on its way through the SDK, and the error that came of it."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, charge: Callable[[int], None] | None = None) -> None:
         self.context = context
+        self.charge = charge
+        """Counts further rows for the client. Raises RateLimitedError."""
         self.error: ScoringError | None = None
 
 
@@ -142,8 +144,8 @@ class Gate:
         kind: str | None = None
         entered = False
         try:
-            self._admission.enter()
-            entered = True
+            if self._admission.full:  # said before the body is read
+                raise overloaded()
             deadline = self._deadline(headers)
             context = Context(request_id, arm_of(headers), deadline, started, lines, span)
             try:
@@ -151,6 +153,8 @@ class Gate:
                     body = await read_body(headers, receive, self._settings.body_bytes_max)
             except TimeoutError as e:
                 raise SlowBodyError("the body did not come within the time given for the answer") from e
+            self._admission.enter()  # who only sends slowly takes nobody's place
+            entered = True
             answer = await self._score(scope, headers, body, context, echo)
         except ClientGoneError:
             self._count(started, "client_gone")
@@ -221,7 +225,7 @@ class Gate:
                 context.span.add(batch_facts(results))
             shown = [r.document() if isinstance(r, ScoringError) else r for r in results]
             return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown}))
-        self._ask(scope, headers, 1)  # how many rows it has, only the SDK finds out
+        self._ask(scope, headers, 1)  # how many more rows it has, only the SDK finds out
         return await self._through_sdk(scope, body, context, echo)
 
     def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int) -> None:
@@ -230,7 +234,7 @@ class Gate:
 
     async def _through_sdk(self, scope: Scope, body: bytes, context: Context, echo: Header) -> Answer:
         """KServe's own app. Without a length header V2's body is JSON, and V1's always is, whatever its label says."""
-        exchange = Exchange(context)
+        exchange = Exchange(context, lambda rows: self._ask(scope, headers_of(scope), rows))
         token = EXCHANGE.set(exchange)
         try:
             length = headers_of(scope).get(_LENGTH)

@@ -98,6 +98,9 @@ class HotPath:
         except RateLimitedError as e:
             waiting.answer(e)
             return True
+        except BaseException:
+            self._admission.leave()
+            raise
         self._coalescer.submit(waiting)
         return True
 
@@ -118,6 +121,7 @@ class HotPath:
         series = self._metrics.model(self._scorer.plan.contract.name, served.model_version if served else "none")
         series.requests.inc(refused)
         series.error(_OVERLOADED.kind, refused)
+        FAILURES.warning(time.monotonic(), f"{refused} requests were answered 503", kind=_OVERLOADED.kind, status=_OVERLOADED.status)
 
     def _done(self, waiting: Waiting, result: Result) -> None:
         self._admission.leave()

@@ -96,14 +96,17 @@ class RiskTransformer(Model):
         try:
             if isinstance(payload, InferRequest):
                 items = rows_of_v2(payload, self._scorer.plan, self._settings.batch_rows_max)
-                return _to_v2(payload, await self._all(items, "rows", exchange.context))
+                return _to_v2(payload, await self._all(items, "rows", exchange))
             items = batch_items(payload, "instances", self._settings.batch_rows_max)
-            return {"predictions": await self._all(items, "instances", exchange.context)}
+            return {"predictions": await self._all(items, "instances", exchange)}
         except ScoringError as e:
             exchange.error = e
             raise InvalidInput(f"{e.status} {e.title}: {e.detail}") from e
 
-    async def _all(self, items: list[Any], name: str, context: Context) -> list[dict[str, Any]]:
+    async def _all(self, items: list[Any], name: str, exchange: Exchange) -> list[dict[str, Any]]:
+        context = exchange.context
+        if exchange.charge is not None and len(items) > 1:
+            exchange.charge(len(items) - 1)  # the first was counted when nobody knew how many there are
         results = await self._scorer.score(items, context, [f"{name}[{i}]" for i in range(len(items))])
         if context.span is not None:
             context.span.add(batch_facts(results))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hafnium_contract.encoding import assemble
+from hafnium_contract.encoding import assemble, matrix_of
 from hafnium_contract.errors import InputError, Problem
 from hafnium_contract.trace_context import id_line
 from hafnium_contract.wire import BATCH_ROWS_MAX
@@ -407,7 +407,7 @@ def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
 def assembled(plan: Plan, encoded: Sequence[Encoded]) -> Matrix:
     """Encoded rows → float32 [rows, n]: few of them one by one, many column by column, to the same bits."""
     if len(encoded) <= _ONE_BY_ONE_MAX:
-        return np.array([plan.assemble_row(e.values, e.row.event_time_s) for e in encoded], np.float32)
+        return matrix_of([plan.assemble_row(e.values, e.row.event_time_s) for e in encoded])
     columns: dict[str, Floats] = {name: np.array([e.values[name] for e in encoded]) for name in encoded[0].values}
     return assemble(plan.contract, columns, np.array([e.row.event_time_s for e in encoded]))
 

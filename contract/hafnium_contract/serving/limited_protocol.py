@@ -53,6 +53,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         """Bytes of a head, but for those that came together with its beginning."""
+        self._without_body = 0
+        """Bytes since the last byte of a body: sizes of chunks, and fields behind them."""
+        self._refusal: tuple[int, str, str] | None = None
+        """What to say when the answers that are due are out."""
         self._unparsed = b""
         """Bytes behind requests that wait for their turn."""
         self._ended = False
@@ -68,13 +72,14 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport)
         if len(self.connections) > self.limits.connections_max:
+            self.connections.discard(self)  # or a flood of refused ones would keep others out
             self._refuse(503, "Overloaded", f"{self.limits.connections_max} connections are open; try again")
             return
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the socket, for uvicorn's parser."""
-        if self._refused:
+        if self._refused or self._refusal is not None:
             return
         if self._unparsed:
             self._unparsed += data
@@ -89,12 +94,17 @@ class LimitedProtocol(HttpToolsProtocol):
             if self._in_head:
                 self._head_bytes += len(part)
                 if self._head_bytes > self.limits.head_bytes_max:
-                    self._refuse(431, "Head too large", f"the head of the request is longer than {self.limits.head_bytes_max} bytes")
+                    self._refuse_in_turn()
                     return
+            self._without_body += len(part)
             super().data_received(part)
+            if self._inside and not self._in_head and self._without_body > self.limits.head_bytes_max:
+                self._refuse_in_turn()
+                return
             if self.transport.is_closing():
                 break
         self._watch()
+        self._keep_alive()
         self._abort_unread()
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -119,6 +129,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """It reads again."""
         super().resume_writing()
         self._stop_writing_timer()
+        self._abort_unread()
 
     # --- uvicorn ---------------------------------------------------------------------------------------------------------------
 
@@ -126,12 +137,19 @@ class LimitedProtocol(HttpToolsProtocol):
         """uvicorn's parser has the first byte of a message."""
         self._inside = self._in_head = True
         self._head_bytes = 0
+        self._stop_reading_timer()  # the time of the request before
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """uvicorn's parser has a head."""
         self._in_head = False
+        self._without_body = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """uvicorn's parser has a part of a body."""
+        self._without_body = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """uvicorn's parser has the last byte of a message."""
@@ -143,6 +161,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._unparsed and not self.pipeline:
             self.loop.call_soon(self._parse_on)
+        if self._refusal is not None and not self._due_to_client():
+            self._refuse(*self._refusal)
         if self._ended and not self._due_to_client():
             self._close()
         self._abort_unread()
@@ -200,7 +220,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._reading = None
         if self.transport.is_closing() or not self._incomplete():
             return
-        if self._reading_paused() or (self._in_head and self._due_to_client()):  # it waits for us, or the request before this one does
+        # it waits for us, or for the answers to those before it
+        if self._reading_paused() or self.pipeline or (self._in_head and self._due_to_client()):
             self._watch()
             return
         cycle = cast(Any, self.cycle)
@@ -209,6 +230,26 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         detail = f"the request did not arrive within {self.limits.read_timeout_s:g} s"
         self._refuse(408, "Request timeout", detail)
+
+    def _keep_alive(self) -> None:
+        """A client that sent nothing of a request (an empty line, say) is as idle as one that sent nothing."""
+        idle = not self._inside and not self._due_to_client() and not self.transport.is_closing()
+        if idle and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _refuse_in_turn(self) -> None:
+        """431, behind the answers that are due: overtaking them it would be taken for one of them."""
+        detail = f"head, or fields behind the body, are longer than {self.limits.head_bytes_max} bytes"
+        if self._in_head and self._due_to_client():
+            self._refusal = (431, "Head too large", detail)
+            self._flow.held = True
+            self._flow.pause_reading()
+            return
+        cycle = cast(Any, self.cycle)
+        if not self._in_head and (self.pipeline or (cycle is not None and cycle.response_started)):
+            self._give_up()  # in the middle of what nobody can answer any more
+            return
+        self._refuse(431, "Head too large", detail)
 
     def _refuse(self, status: int, title: str, detail: str) -> None:
         """Answers below ASGI and closes."""

@@ -30,6 +30,8 @@ BACKLOG = 2048
 STOP_S = 28.0
 """Workers have their own grace period before this; Kubernetes kills after 30 s."""
 _LOOK_S = 0.1
+_BAD_ARGUMENTS = 2
+"""Exit status of a part that can't start as it is configured."""
 _PAUSE_FIRST_S, _PAUSE_MAX_S = 0.2, 10.0
 """Before a crashed worker is started again; twice as long each time that it did not live for a minute."""
 _HEALTHY_S = 60.0
@@ -124,6 +126,8 @@ def supervise(module: str, argv: Sequence[str], *, host: str, port: int, workers
     try:
         while not stopping:
             time.sleep(_LOOK_S)
+            if any(worker.process.poll() == _BAD_ARGUMENTS for worker in running):
+                break  # it would end so each time
             for worker in running:
                 worker.look(time.monotonic())
         listening.close()  # the workers' copies close with them: until then connections wait in the socket's queue
