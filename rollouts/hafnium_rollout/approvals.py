@@ -40,8 +40,11 @@ def count(approvals: Iterable[ApprovalSpec], digest: str, trained_by: str) -> Co
 
 
 def candidate_of(rollout: ModelRollout, status: RolloutStatus) -> tuple[str, str]:
-    """Digest and trainer of the model that approvals are needed for: the one under way, which a queued one doesn't replace."""
+    """Digest and trainer of the model that approvals are needed for: the one under way, which a queued one doesn't replace.
+
+    Whoever was named as its trainer when it came stays so: naming another one on the way must not make an approval count.
+    """
     model, candidate = rollout.spec.model, status.candidate
-    if candidate is None or candidate.digest == model.digest:
+    if candidate is None:
         return model.digest, model.trained_by or ""
-    return candidate.digest, candidate.trained_by
+    return candidate.digest, candidate.trained_by or (model.trained_by or "" if candidate.digest == model.digest else "")

@@ -45,6 +45,13 @@ def test_a_queued_models_trainer_says_nothing_about_the_candidate_under_way() ->
     assert candidate_of(spec, under_way) == (CANDIDATE, "thea")
 
 
+def test_another_trainer_named_on_the_way_makes_no_approval_count() -> None:
+    spec = rollout(model={"digest": CANDIDATE, "trainedBy": "carol"})
+    under_way = RolloutStatus(candidate=ModelSeen(service="risk-aaaaaaaa", digest=CANDIDATE, trained_by="alice"))
+    assert candidate_of(spec, under_way) == (CANDIDATE, "alice")
+    assert count([approval("validation", "alice")], *candidate_of(spec, under_way)).stages == frozenset()
+
+
 def test_the_trainer_is_remembered_with_the_candidate() -> None:
     world = World()
     world.turn()

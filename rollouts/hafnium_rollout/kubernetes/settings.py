@@ -46,8 +46,9 @@ class Settings(BaseModel):
     """Rollouts looked at side by side: waiting for Prometheus is most of the time."""
     watch: bool = True
     """Let changes wake the loop. Without, it turns every look_s."""
-    prometheus_url: str = Field(default="", pattern=r"^(https?://[^\s]+)?$")
-    """Prometheus, or anything that speaks its API. Empty: gates over counters have no data, which holds every rollout that has one."""
+    prometheus_url: str = Field(default="", pattern=r"^(https?://[^\s@]+)?$")
+    """Prometheus, or anything that speaks its API. Without user and password: it stands in messages that every viewer reads. Empty: gates
+    over counters have no data, which holds every rollout that has one."""
     prometheus_timeout_s: float = Field(default=5.0, gt=0, le=60)
     """Of one query. A Prometheus that needs longer is as good as gone for this look."""
     scrape_interval_s: float = Field(default=15.0, gt=0, le=600)
@@ -66,8 +67,9 @@ class Settings(BaseModel):
         "projectcontour.io/gateway-controller,gateway.envoyproxy.io/gatewayclass-controller,istio.io/gateway-controller")
     """Gateway controllers that mirror requests though their GatewayClass doesn't list the feature HTTPRouteRequestMirror. Traefik
     is none: its route with a mirror is accepted and answers 500."""
-    inference_log: str = ""
-    """Where the transformers' inference log is: a folder (of a mounted volume) or s3://BUCKET/PREFIX, with {namespace}, {rollout} and
+    inference_log: str = Field(default="", pattern=r"^[^@]*$")
+    """Where the transformers' inference log is: a folder (of a mounted volume) or s3://BUCKET/PREFIX (credentials come from the
+    environment, never from here: it stands in messages), with {namespace}, {rollout} and
     {service} filled in. Needed for gates that compare scores."""
     data_folder: Path | None = None
     """Folder on a volume that outlives the pod: every turn of each rollout (`hafnium rollout replay`, `report`), what receivers were

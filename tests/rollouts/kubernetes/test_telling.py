@@ -208,6 +208,8 @@ def test_the_command_line_comes_before_the_environment() -> None:
     (["--look_s=soon"], "--look_s .*HAFNIUM_OPERATOR_LOOK_S.*'soon'"),
     (["--gateway=mine"], "--gateway"),
     (["--prometheus_url=prometheus:9090"], "--prometheus_url"),
+    (["--prometheus_url=http://user:word@prometheus:9090"], "--prometheus_url"),
+    (["--inference_log=s3://key:word@bucket/log"], "--inference_log"),
     (["--lease_renew_deadline_s=15"], "lease_renew_deadline_s must be below lease_duration_s, else two may write at once"),
     (["--lease_retry_s=12"], "lease_retry_s must be below"),
 ])
