@@ -174,7 +174,8 @@ def assemble(contract: ModelContract, values: Mapping[str, Floats], event_time: 
 
 def matrix_of(rows: Sequence[Sequence[float]]) -> Matrix:
     """Rows of `row_assembler` → float32 [rows, n]."""
-    return _without_infinity(np.array(rows, np.float32))
+    with np.errstate(over="ignore"):
+        return _without_infinity(np.array(rows, np.float32))
 
 
 def _without_infinity(matrix: Matrix) -> Matrix:
