@@ -97,7 +97,8 @@ def _step_down(turn: Turn, text: str) -> Outcome:
         down = enter(turn.say("BlindStepDown", "Blind", text, alert=True).update(force_promote=False), status.step.index - 1)
         if status.phase != "Paused":
             return down
-        return Outcome(down.turn.update(phase="Paused", reason=status.reason, message=status.message), down.actions)
+        kept = {"phase": "Paused", "paused_by_spec": status.paused_by_spec, "reason": status.reason, "message": status.message}
+        return Outcome(down.turn.update(**kept), down.actions)
     assert status.stable is not None  # noqa: S101 - no step without a stable service
     turn = turn.update(phase="Paused", step=status.step.model_copy(update={"weight_desired": 0, "weight_effective_since": None}))
     turn = want_route(turn.say("BlindStepDown", "Blind", f"{text}; no live traffic until Retry", alert=True),
@@ -170,7 +171,7 @@ def enter(turn: Turn, index: int) -> Outcome:
     assert status.stable is not None  # noqa: S101 - no step without a stable service
     assert status.candidate is not None  # noqa: S101 - nor without a candidate
     turn = turn.update(
-        phase="Progressing", step=begin_step(turn, index), gates=tuple(new_step(g) for g in status.gates),
+        phase="Progressing", paused_by_spec=False, step=begin_step(turn, index), gates=tuple(new_step(g) for g in status.gates),
         sample_ratio=RatioState(), sample_ratio_message="",
     )
     route = RouteWanted(

@@ -135,14 +135,17 @@ def stopped(turn: Turn) -> Outcome | None:
     if turn.rollout.spec.paused and status.phase in ("Pending", "Progressing"):
         if status.step is None:
             return hold(turn, "PausedBySpec", "spec.paused is true")
-        return Outcome(turn.update(phase="Paused").say("Paused", "PausedBySpec", "spec.paused is true"))
-    if not turn.rollout.spec.paused and status.phase == "Paused" and status.reason == "PausedBySpec" and status.step is not None:
+        return Outcome(turn.update(phase="Paused", paused_by_spec=True).say("Paused", "PausedBySpec", "spec.paused is true"))
+    if not turn.rollout.spec.paused and status.phase == "Paused" and status.paused_by_spec and status.step is not None:
         step = status.step.model_copy(update={"entered_at": turn.now})  # the deadline's clock stood still
-        return Outcome(turn.update(phase="Progressing", step=step).say("Resumed", "Resumed", "spec.paused is false"))
+        turn = turn.update(phase="Progressing", paused_by_spec=False, step=step)
+        return Outcome(turn.say("Resumed", "Resumed", "spec.paused is false"))
     return None
 
 
 RULES: tuple[Callable[[Turn], Outcome | None], ...] = (
-    rolling_back, finished, _unsafe, _superseded, persons_word, outside_change, write_again, stopped, pending, blind,
-    missing_service, overdue, advance,
+    rolling_back, finished, _unsafe, _superseded, persons_word, outside_change, blind, overdue, missing_service, write_again, stopped,
+    pending, advance,
 )
+"""`write_again` answers for as long as the route can't be written (too few pods for the weight, say), so what has to be said or done
+meanwhile is asked before it."""

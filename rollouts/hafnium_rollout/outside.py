@@ -29,7 +29,7 @@ def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     if len(recent) + 1 >= CHANGES_MAX and not always:
         text += f"; {len(recent) + 1} times in ten minutes: left as it is, a person must settle it and Retry"
         if status.phase in ("Pending", "Progressing"):
-            turn = turn.update(phase="Paused")
+            turn = turn.update(phase="Paused", paused_by_spec=False)
         return Outcome(turn.say("ExternalChange", "ExternalChange", text, alert=True))
     turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
     return Outcome(turn, (route_action(turn),))

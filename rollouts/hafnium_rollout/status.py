@@ -261,6 +261,8 @@ class RolloutStatus(Strict):
     """When somebody else changed the route."""
     rollback: RollbackStatus | None = None
     """A rollback under way."""
+    paused_by_spec: bool = False
+    """It is paused because spec.paused says so, whatever else was said since; it goes on when the spec says so."""
     force_promote: bool = False
     """A person asked to promote: steps are not waited for, Safety still is."""
     rejected_digests: tuple[str, ...] = ()

@@ -456,3 +456,54 @@ def test_10_a_missing_route_is_written_again() -> None:
     world.route = None
     world.turn()
     assert world.weight == 5
+
+
+def waiting_for_pods() -> World:
+    """At 5 % in the route, and 25 % wanted, which no pod comes for."""
+    world = World(room_for=5)
+    world.until_step(1)
+    for _ in range(200):
+        world.turn()
+        if world.status.step is not None and world.status.step.index == 2:
+            break
+    assert world.status.step is not None
+    assert (world.status.step.index, world.weight) == (2, 5)
+    return world
+
+
+def test_4_blindness_takes_weight_away_also_while_a_larger_one_can_not_be_given() -> None:
+    world = waiting_for_pods()
+    world.blind = True
+    for _ in range(40):
+        world.turn()
+    assert "BlindStepDown" in world.events
+    for _ in range(80):
+        world.turn()
+    assert world.weight == 0
+
+
+def test_5_a_weight_that_can_not_be_given_ends_at_the_deadline() -> None:
+    world = waiting_for_pods()
+    assert world.until("Paused", turns=800) == "Paused"
+    assert world.status.reason == "DeadlineExceeded"
+    assert "is not seen at the gateway" in world.status.message
+    assert world.weight == 5
+
+
+def test_a_service_that_is_gone_is_made_again_while_a_weight_waits() -> None:
+    world = waiting_for_pods()
+    world.managed.discard(SERVICE)
+    world.turn()
+    assert SERVICE in world.managed
+
+
+def test_a_pause_of_the_spec_ends_with_it_whatever_was_said_meanwhile() -> None:
+    world = World()
+    world.until_step(1)
+    world.spec = rollout(paused=True)
+    assert world.until("Paused") == "Paused"
+    world.actions = (UserAction(type="Promote", id="late", candidate_digest=OTHER),)
+    world.turn()
+    assert world.status.reason == "ActionIgnored"
+    world.spec = rollout()
+    assert world.until("Progressing", turns=3) == "Progressing"

@@ -57,6 +57,8 @@ class World:
     live_lag: int = 0
     """Turns until the gateway takes a route over."""
     blind: bool = False
+    room_for: int = 100
+    """The largest weight that the candidate has pods for. A backend waits with a larger one for as long as it takes."""
     ready: bool = True
     restarts: int = 0
     candidate_digest: str = CANDIDATE
@@ -119,6 +121,8 @@ class World:
             case SetShadow():
                 self.route = RouteSeen(action.stable, action.candidate, 0, True)
             case SetWeight():
+                if action.weight > self.room_for:
+                    return
                 self.route = RouteSeen(action.stable, action.candidate, action.weight, False)
             case Promote():
                 self.route = RouteSeen(action.service, None, 0, False)

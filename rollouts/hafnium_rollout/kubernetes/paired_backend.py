@@ -23,6 +23,7 @@ from hafnium_rollout.kubernetes.kinds import (
     Json,
 )
 from hafnium_rollout.kubernetes.objects_seen import (
+    FOREIGN,
     Meta,
     PodSeen,
     components,
@@ -106,10 +107,12 @@ class PairedBackend:
             case EnsureCandidate():
                 return self._create(rollout, meta.namespace, action)
             case SetShadow():
-                self._prepare(meta.namespace, action.stable, action.candidate, 100, snapshot)
+                if not self._answers(rollout, meta.namespace, action.candidate, 0, snapshot):
+                    self._prepare(meta.namespace, action.stable, action.candidate, 100, snapshot)
                 return self._write_route(rollout, meta.namespace, snapshot, action.stable, action.candidate, 0, shadow=True)
             case SetWeight():
-                self._prepare(meta.namespace, action.stable, action.candidate, action.weight, snapshot)
+                if not self._answers(rollout, meta.namespace, action.candidate, action.weight, snapshot):
+                    self._prepare(meta.namespace, action.stable, action.candidate, action.weight, snapshot)
                 return self._write_route(rollout, meta.namespace, snapshot, action.stable, action.candidate, action.weight, shadow=False)
             case Promote():
                 return self._write_route(rollout, meta.namespace, snapshot, action.service, None, 0, shadow=False)
@@ -117,6 +120,17 @@ class PairedBackend:
                 return self._write_route(rollout, meta.namespace, snapshot, action.stable, None, 0, shadow=False)
             case RetireService():
                 return self._retire(rollout, meta.namespace, action.service, snapshot)
+
+    def _answers(self, rollout: ModelRollout, namespace: str, candidate: str, weight: int, snapshot: Snapshot) -> bool:
+        """Whether the route gives the candidate more live requests than `weight` % by now. Less of them needs no further pods."""
+        item = (snapshot.routes or {}).get((namespace, rollout.name))
+        if item is None:
+            return False
+        there = route_seen(item)
+        if there.stable == FOREIGN:
+            return True  # nobody knows what it does: what was known before is better at once
+        share = 100 if there.stable == candidate else there.weight if there.candidate == candidate else 0
+        return share > weight
 
     def _create(self, rollout: ModelRollout, namespace: str, action: EnsureCandidate) -> str:
         item = paired_services.candidate_service(rollout, namespace, action.model, action.template)
