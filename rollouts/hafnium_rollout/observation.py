@@ -76,6 +76,8 @@ class RouteSeen:
     weight: int
     shadow: bool
     manager: str = ""
+    others: tuple[str, ...] = ()
+    """Services that a route of a foreign form names, sorted: what it does with them isn't known, only that it may."""
 
 
 @dataclass(frozen=True, slots=True)

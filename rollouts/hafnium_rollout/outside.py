@@ -91,7 +91,7 @@ def keep_route(turn: Turn) -> Outcome | None:
         return write_again(turn) if seen.route_absent and status.route is not None else None
     if normal(seen.route) in [normal(r) for r in status.route_before] and not status.route_confirmed:
         return write_again(turn)
-    services = {seen.route.stable, seen.route.candidate}
+    services = {seen.route.stable, seen.route.candidate, *seen.route.others}
     rejected = {turn.rollout.service_name(d) for d in status.rejected_digests}
     return put_back(turn, always=bool(services & rejected))
 
@@ -101,5 +101,6 @@ def garbage(turn: Turn) -> tuple[Action, ...]:
     status, live = turn.status, turn.seen.live
     if live is None or turn.seen.route is None or status.stable is None:
         return ()
-    used = {status.stable.service, turn.seen.route.stable, turn.seen.route.candidate, *live.weights, *live.mirrors}
+    route = turn.seen.route
+    used = {status.stable.service, route.stable, route.candidate, *route.others, *live.weights, *live.mirrors}
     return tuple(RetireService(name) for name in sorted(turn.seen.managed - used))

@@ -450,6 +450,18 @@ def test_10_a_rejected_model_is_put_back_however_often_it_is_brought() -> None:
         assert world.route == RouteSeen("risk", None, 0, False)
 
 
+def test_10_a_rejected_model_is_taken_out_of_a_route_of_any_form() -> None:
+    world = World()
+    world.until_step(1)
+    world.bad_candidate = 0.5
+    assert world.until("RolledBack") == "RolledBack"
+    for _ in range(8):
+        world.route = RouteSeen("~foreign", None, 0, False, "gitops", ("risk", SERVICE))
+        world.turn()
+        assert world.route is not None
+        assert (world.route.stable, world.route.candidate, world.route.others) == ("risk", None, ())
+
+
 def test_10_a_missing_route_is_written_again() -> None:
     world = World()
     world.until_step(1)

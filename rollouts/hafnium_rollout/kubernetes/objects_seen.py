@@ -177,12 +177,20 @@ def service_of_backend(name: str) -> str:
     return name
 
 
+def _named(rules: Sequence[Json]) -> tuple[str, ...]:
+    """Services that rules send requests or copies to."""
+    refs = [r for rule in rules for r in rows(rule, "backendRefs") if r.get("weight") != 0]
+    filters = [f for rule in rules for f in (*rows(rule, "filters"), *(x for r in rows(rule, "backendRefs") for x in rows(r, "filters")))]
+    copies = [str(dig(f, "requestMirror", "backendRef", "name")) for f in filters if f.get("type") == "RequestMirror"]
+    return tuple(sorted({service_of_backend(n) for n in (*(str(r.get("name")) for r in refs), *copies)}))
+
+
 def route_seen(item: Json) -> RouteSeen:
     """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right."""
     manager = other_manager(item)
     rules = rows(item, "spec", "rules")
     if len(rules) != 1:
-        return RouteSeen(FOREIGN, None, 0, False, manager)
+        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules))
     rule = rules[0]
     matches = rows(rule, "matches")
     everything = all(dig(m, "path", "value") in (None, "/") and set(m) <= {"path"} for m in matches)
@@ -192,7 +200,7 @@ def route_seen(item: Json) -> RouteSeen:
     total = sum(w for _, w in refs)
     ours = everything and 1 <= len(refs) <= 2 and total > 0 and len(mirrors) == len(filters) <= 1 and not (mirrors and len(refs) == 2)
     if not ours:
-        return RouteSeen(FOREIGN, None, 0, False, manager)
+        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules))
     if len(refs) == 1:
         return RouteSeen(refs[0][0], service_of_backend(mirrors[0]) if mirrors else None, 0, bool(mirrors), manager)
     # The first is the stable one by our order; a stranger's order is another route, and is put back like any other change.

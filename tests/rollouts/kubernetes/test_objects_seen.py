@@ -94,6 +94,16 @@ def test_a_route_of_another_form_equals_none_that_could_be_wanted(change: str) -
     assert route_seen(_foreign(change)).stable == FOREIGN
 
 
+def test_a_route_of_another_form_still_says_which_services_it_names() -> None:
+    both = route_seen(_foreign("only one path")).others
+    assert len(both) == 2
+    assert set(route_seen(_foreign("a third backend")).others) == {*both, "other"}
+    assert route_seen(_foreign("no rule")).others == route_seen(_foreign("no weight at all")).others == ()
+    mirrored = _foreign("weights and a mirror")
+    mirrored["spec"]["rules"][0]["backendRefs"] = []
+    assert route_seen(mirrored).others == ("risk-bbbbbbbb",)
+
+
 def test_our_own_writes_name_nobody() -> None:
     route = fixture("httproute_weights")
     route["metadata"]["managedFields"][0]["manager"] = "hafnium-rollout"
