@@ -15,6 +15,7 @@ import random
 import shutil
 import statistics
 import sys
+import time
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contestants import Contestant, Field
 from figures import OUT, Figure, publish
 from load import Load, press, wrk_or_none
+from processes import Process, end_in_order
 from setting import Setting, git_describe, prepare
 
 CONNECTIONS = (1, 8, 32)
+FLOORS = ("floor", "floor-chain")
+"""No servers (peers/floor.py): pressed with one connection and one row only."""
 WARM_S = 1
 
 
@@ -59,11 +63,14 @@ def cases(field: Field, setting: Setting, only: set[str]) -> list[Case]:
         if only and not any(c.name == o or c.name.startswith(f"{o}-") for o in only):
             continue
         one = "v2" if c.kind == "v2" else f"{c.kind}1"
+        if c.name in FLOORS:
+            found.append(Case(c, 1, 1, setting.bodies[one], c.path, c.name))
+            continue
         found += [Case(c, 1, n, setting.bodies[one], c.path, c.name) for n in CONNECTIONS]
-        if c.kind != "v2":
+        if c.kind != "v2" and not c.name.endswith("-traced"):
             path = "/v1/score/batch" if c.kind == "chain" else c.path
             found.append(Case(c, 64, 8, setting.bodies[f"{c.kind}64"], path, c.name))
-        if c.kind == "chain" and not c.name.endswith("without-log"):
+        if c.kind == "chain" and not c.name.endswith(("-without-log", "-traced")):
             found.append(Case(c, 1, 1, setting.bodies["explain1"], c.path, f"{c.name}-explain"))
     return found
 
@@ -86,6 +93,17 @@ def run(case: Case, seconds: int, number: int, script: Path) -> Seen:
     load = press(url, case.bodies, case.connections, seconds, script)
     cpu = sum(p.cpu_ns() for p in case.contestant.processes) - before
     return Seen(case.name, case.rows, case.connections, number, load, cpu / 1000.0 / max(load.requests, 1))
+
+
+def spans_came(receiver: Process) -> bool:
+    """Whether anything was recorded. The exporting threads send every five seconds."""
+    until = time.monotonic() + 15.0
+    while time.monotonic() < until:
+        with urllib.request.urlopen(f"http://127.0.0.1:{receiver.port}/", timeout=5) as answer:
+            if int(answer.read()) > 0:
+                return True
+        time.sleep(0.5)
+    return False
 
 
 class Results:
@@ -116,6 +134,12 @@ def figures_of(results: Results, store: str) -> dict[str, Figure]:
         found[f"predictor_v1_over_bare_asgi_c{n}"] = results.ratio("hafnium", "bare-asgi", n, goal=1.0)
         found[f"predictor_v2_over_kserve_c{n}"] = results.ratio("hafnium-v2", "kserve-v2", n)
     found["predictor_over_mlserver_c8"] = results.ratio("hafnium-v2", "mlserver", 8, goal=10.0)
+    # The most that these ratios can be on this machine, and how much of it is reached
+    found["floor_over_kserve_c1"] = results.ratio("floor", "kserve", 1)
+    found["predictor_over_floor_c1"] = results.ratio("hafnium", "floor", 1)
+    found["floor_over_naive_c1"] = results.ratio("floor-chain", "naive-redis", 1)
+    found["floor_over_tuned_c1"] = results.ratio("floor-chain", "tuned-redis", 1)
+    found["chain_over_floor_c1"] = results.ratio("hafnium-redis", "floor-chain", 1)
     for name in ("fastapi", "bentoml", "litserve"):
         found[f"predictor_over_{name}_c8"] = results.ratio("hafnium", name, 8)
     found["predictor_64_rows_over_kserve_c8"] = results.ratio("hafnium", "kserve", 8, 64, 5.0)
@@ -141,6 +165,10 @@ def figures_of(results: Results, store: str) -> dict[str, Figure]:
             results.of(chain, 1, 8), results.of(f"{chain}-without-log", 1, 8), strict=False))
         if shares:
             found[f"log_added_share{suffix}"] = Figure(statistics.median(shares), "", "lower", 0.03, shares)
+        shares = tuple(a.cpu_us / b.cpu_us - 1.0 for a, b in zip(
+            results.of(f"{chain}-traced", 1, 8), results.of(chain, 1, 8), strict=False))
+        if shares:
+            found[f"tracing_added_share{suffix}"] = Figure(statistics.median(shares), "", "lower", None, shares)
     return {k: f for k, f in found.items() if f is not None}
 
 
@@ -208,6 +236,9 @@ def main() -> int:
     try:
         todo = cases(field, setting, {o.strip() for o in args.only.split(",") if o.strip()})
         used = {p.name for c in todo for p in c.contestant.processes}
+        traced = any(c.name.endswith("-traced") for c in todo)
+        if traced:
+            used.add(field.receiver.name)
         field.processes[:] = [p for p in field.processes if p.name in used or p.running is not None]
         field.start()
         for case in list(todo):
@@ -226,6 +257,9 @@ def main() -> int:
                     seen.append(run(case, args.seconds, number, script))
                 except RuntimeError as e:
                     missing.append(f"{case.name}, {case.connections} connections: {e}")
+        if traced and not spans_came(field.receiver):
+            missing.append("tracing: no span reached the receiver, so tracing_added_share says nothing")
+            seen = [s for s in seen if not s.contestant.endswith("-traced")]
         for case in todo:
             memory[case.name] = sum(p.rss_mb() for p in case.contestant.processes)
     finally:
@@ -241,4 +275,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())

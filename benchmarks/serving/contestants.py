@@ -19,6 +19,10 @@ ENVIRONMENTS = {
 """Peers that pin other versions than Hafnium does get an environment of their own."""
 
 
+TRACED_SHARE = "0.01"
+"""Of the requests of the traced chain: what docs/serving.md recommends in production."""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A server, or a chain of them, at one address."""
@@ -70,13 +74,13 @@ class Field:
         self.processes.append(made)
         return made
 
-    def _hafnium_predictor(self) -> Process:
+    def _hafnium_predictor(self, name: str = "hafnium-predictor", env: dict[str, str] | None = None) -> Process:
         port = free_port()
         argv = python_module(
             "hafnium_predictor", "--model_name", "m", "--model_dir", str(self._setting.bundle.path), "--host", "127.0.0.1",
             "--http_port", str(port), "--enable_grpc", "false",
         )
-        return self._process("hafnium-predictor", argv, port, ready="/health/ready")
+        return self._process(name, argv, port, env, ready="/health/ready")
 
     def _kserve(self, tuned: bool) -> Process:
         env = {**self._model, "BENCH_TUNED": "1" if tuned else "0"}
@@ -89,6 +93,9 @@ class Field:
                              "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning")
         return self._process(name, argv, port, self._model)
 
+    def _floor(self, name: str, env: dict[str, str]) -> Process:
+        return self._process(name, [sys.executable, str(PEERS / "floor.py")], free_port(), {**self._model, **env})
+
     def _predictors(self, folder: Path) -> None:
         v1 = "/v1/models/m:predict"
         hafnium, kserve = self._hafnium_predictor(), self._kserve(False)
@@ -97,6 +104,7 @@ class Field:
             "kserve": Contestant("kserve", (kserve,), v1, "rows"),
             "bare-asgi": Contestant("bare-asgi", (self._uvicorn("bare-asgi", "bare_asgi"),), v1, "rows"),
             "fastapi": Contestant("fastapi", (self._uvicorn("fastapi", "fastapi_app"),), v1, "rows"),
+            "floor": Contestant("floor", (self._floor("floor", {}),), v1, "rows"),
             "hafnium-v2": Contestant("hafnium-v2", (hafnium,), "/v2/models/m/infer", "v2"),
             "kserve-v2": Contestant("kserve-v2", (kserve,), "/v2/models/m/infer", "v2"),
         }
@@ -127,19 +135,32 @@ class Field:
     def _chains(self, folder: Path) -> None:
         s = self._setting
         hafnium, naive_predictor, tuned_predictor = self._hafnium_predictor(), self._kserve(False), self._kserve(True)
+        self.receiver = self._process("otlp-receiver", [sys.executable, str(Path(__file__).with_name("otlp_receiver.py"))], free_port())
+        traced = {
+            "HAFNIUM_TRACING": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.receiver.port}",
+            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": TRACED_SHARE,
+        }
+        traced_predictor = self._hafnium_predictor("hafnium-predictor-traced", traced)
+        if s.redis is not None:
+            behind = self._floor("floor-predictor", {})
+            chain = self._floor("floor-chain", {"BENCH_STORE": f"127.0.0.1:{s.redis.port}", "BENCH_PREDICTOR": f"127.0.0.1:{behind.port}"})
+            self.chains["floor-chain"] = Contestant("floor-chain", (chain, behind, s.redis), "/v1/score", "naive")
         if "redis" not in s.repos:
             self.missing.append("redis: no redis-server here (Debian: apt-get install redis-server)")
         for store, repo in s.repos.items():
             more = (s.redis,) if store == "redis" and s.redis else ()
-            for name, log in ((f"hafnium-{store}", True), (f"hafnium-{store}-without-log", False)):
+            for name, log, behind, env in (
+                (f"hafnium-{store}", True, hafnium, {}), (f"hafnium-{store}-without-log", False, hafnium, {}),
+                (f"hafnium-{store}-traced", True, traced_predictor, traced),
+            ):
                 port = free_port()
                 argv = python_module(
-                    "hafnium_transformer", "--model_name", "m", "--predictor_host", f"127.0.0.1:{hafnium.port}", "--host", "127.0.0.1",
+                    "hafnium_transformer", "--model_name", "m", "--predictor_host", f"127.0.0.1:{behind.port}", "--host", "127.0.0.1",
                     "--http_port", str(port), "--feature_repo", str(repo),
                 )
                 argv += ["--inference_log", str(folder / "inference-log")] if log else []
-                chain = self._process(f"{name}-transformer", argv, port, ready="/health/ready")
-                self.chains[name] = Contestant(name, (chain, hafnium, *more), "/v1/score", "chain")
+                chain = self._process(f"{name}-transformer", argv, port, env, ready="/health/ready")
+                self.chains[name] = Contestant(name, (chain, behind, *more), "/v1/score", "chain")
             for name, tuned, predictor in ((f"naive-{store}", False, naive_predictor), (f"tuned-{store}", True, tuned_predictor)):
                 env = {"BENCH_SPEC": s.spec, "BENCH_REPO": str(repo), "BENCH_TUNED": "1" if tuned else "0",
                        "BENCH_PREDICTOR": f"127.0.0.1:{predictor.port}"}

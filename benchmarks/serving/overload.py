@@ -3,14 +3,17 @@
     python benchmarks/serving/overload.py --rounds 3 --seconds 5 --factor 2
 
 Each round measures the capacity (closed loop, the best of CLOSED connections) and right after it sends `factor` times that rate, in
-open loop: requests come whether or not the ones before were answered. The same load generator does both. It takes CPU from the
-servers on the same machine, twice as much at twice the rate: its share is printed.
+open loop: requests come whether or not the ones before were answered. The same load generator does both.
+
+Clients are other machines. Here the generator has a core of its own, and the three servers (transformer, predictor, Redis) share another:
+else it would take twice as much from them at twice the rate, and the figure would be about itself. `--shared` lets all share all cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import OUT, Figure, publish
-from processes import Process, free_port, python_module
+from processes import Process, end_in_order, free_port, python_module
 from setting import Setting, prepare
 
 CLOSED = (32, 128)
@@ -43,10 +46,11 @@ class Seen:
     """CPU of the transformer, of one core. It has one thread for Python: at 1 it is full."""
 
 
-def press(front: Process, bodies: Path, connections: int, seconds: float, rate: float = 0.0) -> Seen:
-    """Runs the generator in a process of its own."""
+def press(front: Process, bodies: Path, connections: int, seconds: float, rate: float = 0.0, core: int | None = None) -> Seen:
+    """Runs the generator in a process of its own, on a core of its own if there is one."""
     before = front.cpu_ns()
-    argv = [sys.executable, str(Path(__file__).with_name("raw_load.py")), str(front.port), "/v1/score", str(bodies), "--connections",
+    program = str(Path(__file__).with_name("raw_load.py"))
+    argv = [*on_core(core), sys.executable, program, str(front.port), "/v1/score", str(bodies), "--connections",
             str(connections), "--seconds", str(seconds), "--rate", str(rate)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + 120, check=False)
     if done.returncode != 0:
@@ -63,18 +67,23 @@ def press(front: Process, bodies: Path, connections: int, seconds: float, rate: 
     )
 
 
+def on_core(core: int | None) -> list[str]:
+    """The words before a command that keep it on a core."""
+    return [] if core is None else ["taskset", "--cpu-list", str(core)]
+
+
 def show(name: str, s: Seen) -> None:
     print(f"{name:<22}{s.accepted_per_s:>10,.0f}{s.accepted_p99_ms:>10.1f}{s.refused_per_s:>10,.0f}{s.refused_p99_ms:>10.1f}"
           f"{s.other:>7}{s.front_share:>11.2f}{s.generator_share:>10.2f}", flush=True)
 
 
-def servers(setting: Setting, folder: Path, more: list[str]) -> tuple[Process, Process]:
+def servers(setting: Setting, folder: Path, more: list[str], core: int | None) -> tuple[Process, Process]:
     """Predictor and transformer, with their defaults and the inference log on."""
     ports = free_port(), free_port()
-    behind = Process("overload-predictor", python_module(
+    behind = Process("overload-predictor", on_core(core) + python_module(
         "hafnium_predictor", "--model_name", "m", "--model_dir", str(setting.bundle.path), "--host", "127.0.0.1", "--http_port",
         str(ports[0]), "--enable_grpc", "false"), ports[0], folder / "logs" / "overload-predictor.log", ready="/health/ready")
-    front = Process("overload-transformer", python_module(
+    front = Process("overload-transformer", on_core(core) + python_module(
         "hafnium_transformer", "--model_name", "m", "--predictor_host", f"127.0.0.1:{ports[0]}", "--host", "127.0.0.1", "--http_port",
         str(ports[1]), "--feature_repo", str(setting.repos.get("redis", setting.repos["sqlite"])), "--inference_log",
         str(folder / "inference-log"), *more), ports[1], folder / "logs" / "overload-transformer.log", ready="/health/ready")
@@ -87,11 +96,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--factor", type=float, default=2.0, help="of the capacity")
     parser.add_argument("--connections", type=int, default=900, help="of the open loop: enough that a request seldom waits for one")
+    parser.add_argument("--shared", action="store_true", help="generator and servers share all cores")
     args, more = parser.parse_known_args()
+    cores = sorted(os.sched_getaffinity(0))
+    apart = not args.shared and len(cores) > 1
+    server_core, generator_core = (cores[0], cores[1]) if apart else (None, None)
     folder = (OUT / "serving").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     setting = prepare(folder, "small")
-    behind, front = servers(setting, folder, more)
+    behind, front = servers(setting, folder, more, server_core)
+    if setting.redis is not None and setting.redis.running is not None and server_core is not None:
+        os.sched_setaffinity(setting.redis.running.pid, {server_core})
+    print(f"servers on core {server_core}, generator on core {generator_core}" if apart else "servers and generator share all cores")
     shares: list[float] = []
     p99s: list[float] = []
     refusals: list[float] = []
@@ -105,12 +121,12 @@ def main() -> int:
         for number in range(args.rounds):
             capacity = 0.0
             for connections in CLOSED:
-                seen = press(front, setting.bodies["chain1"], connections, args.seconds)
+                seen = press(front, setting.bodies["chain1"], connections, args.seconds, core=generator_core)
                 show(f"{number + 1}: closed, {connections}", seen)
                 capacity = max(capacity, seen.accepted_per_s)
             if capacity == 0.0:
                 raise RuntimeError(f"no request was answered; see {front.log}")
-            seen = press(front, setting.bodies["chain1"], args.connections, args.seconds, args.factor * capacity)
+            seen = press(front, setting.bodies["chain1"], args.connections, args.seconds, args.factor * capacity, generator_core)
             show(f"{number + 1}: open, {args.factor:g} x", seen)
             shares.append(seen.accepted_per_s / capacity)
             p99s.append(seen.accepted_p99_ms)
@@ -132,4 +148,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())

@@ -23,7 +23,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import OUT, Figure, publish
-from processes import Process, free_port
+from processes import Process, end_in_order, free_port
 from raw_load import status_of
 from setting import Setting, prepare
 
@@ -219,4 +219,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())

@@ -59,7 +59,7 @@ async def read_body(headers: MutableMapping[bytes, bytes], receive: Receive, byt
     Of a body that is too long as much again is read and thrown away: a server that answers and closes with bytes unread
     resets the connection, and most clients then lose the answer that says why.
     """
-    declared = headers.get(b"content-length", b"0")
+    declared = headers.get(b"content-length", b"0").strip(b" \t")  # white space around a value isn't part of it (RFC 9110, 5.5)
     if not declared.isdigit() or int(declared) > bytes_max:
         await _discard(receive, _DISCARD_FACTOR * bytes_max)
         raise BodyTooLargeError(f"body of {declared[:20].decode('ascii', 'replace')} bytes; at most {bytes_max} are taken")

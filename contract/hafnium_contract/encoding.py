@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -78,9 +80,7 @@ def plain_encoder(feature: Feature) -> Callable[[Any], float | None]:
         return lambda value: codes.get(value) if type(value) is str else None
     if feature.dtype == "bool":
         return lambda value: float(value) if type(value) is bool else None
-    assert feature.range is not None  # noqa: S101 - the contract's validator guarantees it
-    low, high = feature.range if feature.out_of_range == "reject" else (-_INT_EXACT_MAX, _INT_EXACT_MAX)
-    low, high = max(low, -_INT_EXACT_MAX), min(high, _INT_EXACT_MAX)
+    low, high = _plain_range(feature)
     if feature.dtype == "int":
         return lambda value: float(value) if (
             (type(value) is int or (type(value) is float and value.is_integer())) and low <= value <= high
@@ -93,6 +93,58 @@ def plain_encoder(feature: Feature) -> Callable[[Any], float | None]:
         return float(value) if kind is int and low <= value <= high else None
 
     return number
+
+
+def _plain_range(feature: Feature) -> tuple[float, float]:
+    """Between which a number is plainly good, and a code, too."""
+    if feature.dtype == "category":
+        return 0.0, len(feature.categories) - 1.0
+    if feature.dtype == "bool":
+        return 0.0, 1.0
+    assert feature.range is not None  # noqa: S101 - the contract's validator guarantees it
+    low, high = feature.range if feature.out_of_range == "reject" else (-_INT_EXACT_MAX, _INT_EXACT_MAX)
+    return max(low, -_INT_EXACT_MAX), min(high, _INT_EXACT_MAX)
+
+
+@dataclass(frozen=True)
+class PlainColumns:
+    """`plain_encoder` of several features for many rows at once: which values are plainly good. Each [features, 1]."""
+
+    low: Floats
+    high: Floats
+    whole: npt.NDArray[np.bool_]
+    """Whole numbers only."""
+
+    @classmethod
+    def of(cls, features: Sequence[Feature]) -> Self:
+        ranges = np.array([_plain_range(f) for f in features], np.float64).reshape(-1, 2)
+        return cls(ranges[:, :1], ranges[:, 1:], np.array([[f.dtype == "int"] for f in features], bool).reshape(-1, 1))
+
+    def good(self, values: Floats) -> npt.NDArray[np.bool_]:
+        """Numbers, or codes of categories and bools, [features, rows] → which are plainly good. NaN is not."""
+        return (values >= self.low) & (values <= self.high) & ((values == np.floor(values)) | ~self.whole)
+
+
+def number_column(feature: Feature) -> Callable[[Sequence[Any]], Floats]:
+    """A function from a column of values to numbers, and codes of categories and bools; NaN where the type is not plainly right.
+
+    Together with PlainColumns, which says whether they are in range, it is `plain_encoder` for many rows.
+    """
+    plain = plain_encoder(feature)
+    right = {"category": frozenset({str}), "bool": frozenset({bool})}.get(feature.dtype, frozenset({float, int}))
+    codes = {c: float(i) for c, i in category_codes(feature).items()}
+
+    def column(values: Sequence[Any]) -> Floats:
+        if right.issuperset(map(type, values)):
+            if codes:
+                return np.fromiter(map(codes.get, values, repeat(math.nan)), np.float64, len(values))
+            try:
+                return np.array(values, np.float64)
+            except OverflowError:  # a whole number of more than 308 digits
+                pass
+        return np.array([math.nan if (number := plain(value)) is None else number for value in values], np.float64)
+
+    return column
 
 
 def _unit(feature: Feature) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+from pydantic.dataclasses import dataclass
 
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.model_contract import Strict
@@ -30,10 +32,17 @@ class EvidenceError(HafniumError):
     """An evidence file is unreadable or has another form."""
 
 
-class EvidenceValue(Strict):
-    """One number behind the verdict."""
+_VALUE = ConfigDict(
+    alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True, extra="forbid",
+    use_attribute_docstrings=True, allow_inf_nan=False,  # JSON has neither
+)
 
-    model_config = ConfigDict(allow_inf_nan=False)  # JSON has neither
+
+# A dataclass with slots and no BaseModel: a finding has dozens of them, an operator holds thousands of findings, and these are 100 bytes
+# and not a thousand.
+@dataclass(frozen=True, slots=True, kw_only=True, config=_VALUE)
+class EvidenceValue:
+    """One number behind the verdict."""
 
     name: str = Field(max_length=100)
     """What it was measured on: a feature, `score`, `missing:<feature>`."""

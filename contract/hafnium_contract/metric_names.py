@@ -35,6 +35,10 @@ PREDICTION_LATENCY = Metric(
 )
 SCORE = Metric("model_score", "histogram", "Scores given", ("model_name", "model_version"), SCORE_BUCKETS)
 FEATURE_LOOKUP = Metric("feature_lookup_seconds", "histogram", "Time of a feature lookup", ("model_name",), LATENCY_BUCKETS_S)
+FEATURE_LOOKUP_FAILURES = Metric(
+    "feature_lookup_failures_total", "counter",
+    "Lookups without an answer: unavailable, deadline, overloaded; not_asked: the store is left alone; hurry: the caller's own deadline",
+    ("model_name", "type"))
 FEATURE_STALENESS = Metric(
     "feature_staleness_seconds", "gauge", "Age of the values last read from a view, at the event's time", ("view",), across="mostrecent",
 )
@@ -67,14 +71,26 @@ ROLLOUT_BLIND = Metric("modelrollout_blind_seconds", "gauge", "Since when a Safe
 ROLLBACK_LATENCY = Metric(
     "modelrollout_rollback_latency_seconds", "histogram", "Time from the verdict until counters show that no request reaches the candidate",
     _ROLLOUT, (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0))
+ROLLBACK_UNCONFIRMED = Metric(
+    "modelrollout_rollback_unconfirmed_seconds", "gauge", "Since when a rollback is asked for and not seen to be done; 0 while none is",
+    _ROLLOUT)
 EXTERNAL_CHANGES = Metric("modelrollout_external_change_total", "counter", "Times that somebody else changed the route", _ROLLOUT)
 RECONCILE_ERRORS = Metric(
     "modelrollout_reconcile_errors_total", "counter", "Turns that ended in an error; of all rollouts, or of one", (*_ROLLOUT, "type"))
+RECORD_LOST = Metric(
+    "modelrollout_record_lost_total", "counter", "Turns that are missing in the record: its volume was slow or full", _ROLLOUT)
+EVIDENCES = Metric("modelrollout_evidences", "gauge", "ModelEvidence objects that were there at the last look", ("namespace",))
+EVIDENCE_SURPLUS = Metric(
+    "modelrollout_evidence_surplus", "gauge", "Those of them that nothing needs and that are still to be removed", ("namespace",))
+EVIDENCE_REMOVED = Metric("modelrollout_evidence_removed_total", "counter", "ModelEvidence that the operator removed", ("namespace",))
+EVIDENCE_REMOVAL_ERRORS = Metric(
+    "modelrollout_evidence_removal_errors_total", "counter", "Times that removing ModelEvidence failed, by type", ("type",))
 ROLLOUT_LEADER = Metric("modelrollout_leader", "gauge", "1 while this process leads and writes")
 
 ALL = (
-    REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_STALENESS,
-    FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
+    REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
+    FEATURE_STALENESS, FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
     ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
-    ROLLOUT_BLIND, ROLLBACK_LATENCY, EXTERNAL_CHANGES, RECONCILE_ERRORS, ROLLOUT_LEADER,
+    ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, RECORD_LOST, ROLLOUT_LEADER,
+    EVIDENCES, EVIDENCE_SURPLUS, EVIDENCE_REMOVED, EVIDENCE_REMOVAL_ERRORS,
 )

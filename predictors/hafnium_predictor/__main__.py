@@ -6,6 +6,7 @@ import sys
 
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.serving.json_log import set_up
+from hafnium_contract.serving.lean_sdk import lean_sdk
 from hafnium_contract.serving.workers import is_worker, supervise
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"hafnium_predictor: {settings.host}:{settings.http_port}: {e.strerror or e}\n")
             return 2
     sys.argv = [sys.argv[0], *settings.sdk_arguments]  # KServe reads sys.argv when it is imported
+    lean_sdk()
     from kserve import model_server
 
     from hafnium_contract.serving.tracing import open_tracing

@@ -59,7 +59,7 @@ _LENGTH = LENGTH_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
 _OCTETS: Header = (b"content-type", b"application/octet-stream")
 _TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 501: "Not implemented", 503: "Not ready"}
-_KINDS = {400: "bad_request", 404: "not_found", 409: "contract_mismatch", 413: "too_large", 501: "not_implemented",
+KINDS = {400: "bad_request", 404: "not_found", 409: "contract_mismatch", 413: "too_large", 501: "not_implemented",
           503: "not_ready", 504: "deadline"}
 
 Handler = Callable[[Scope, Receive], Awaitable[Answer]]
@@ -124,7 +124,7 @@ class Gate:
             answer = problem_answer(e.status, e.title, str(e), headers=self._identity())
             kind = e.kind
         if answer.status >= 400 and kind is None:
-            kind = _KINDS.get(answer.status, "internal")
+            kind = KINDS.get(answer.status, "internal")
         if answer.status >= 400 and (request_id := request_id_of(headers.get(REQUEST_ID))):
             answer = replace(answer, headers=(*answer.headers, (REQUEST_ID, request_id.encode("ascii"))))
         await send_answer(send, answer)
@@ -146,7 +146,7 @@ class Gate:
         if digest is not None:
             check_contract(engine, digest.decode("latin-1"))
         deadline = headers.get(_DEADLINE)
-        if deadline is not None and not _positive(deadline):
+        if deadline is not None and not positive(deadline):
             raise DeadlineError(f"{DEADLINE_HEADER}: {deadline.decode('latin-1')[:20]} ms are left")
         length = headers.get(_LENGTH)
         if length is not None and scope["path"] == self._infer_path:
@@ -223,7 +223,8 @@ class Gate:
         return problem_answer(503, "Model not ready", self._model.reason or "stopping")
 
 
-def _positive(milliseconds: bytes) -> bool:
+def positive(milliseconds: bytes) -> bool:
+    """Whether a deadline is still to come."""
     try:
         return float(milliseconds) > 0.0
     except ValueError:

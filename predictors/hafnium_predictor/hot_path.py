@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 import time
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +40,9 @@ _V1_KEYS = ["instances"]
 _V2_KEYS = frozenset({"id", "inputs"})
 _V2_INPUT_KEYS = frozenset({"name", "shape", "datatype", "data"})
 _DATATYPES = frozenset({"FP32", "FP64"})
+SHARED_ROWS_MAX = 16
+"""A request of more rows runs alone, behind the small ones of its turn: a call of the model costs what ten rows cost
+(docs/performance.md), so it gains little by sharing, and whoever asked for one row would wait for all of its."""
 
 
 class _Rows:
@@ -181,13 +185,17 @@ class HotPath:
             return
         group: list[_Rows] = []
         size = 0
-        for rows in waiting:
+        for rows in [rows for rows in waiting if len(rows.matrix) <= SHARED_ROWS_MAX]:
             if group and size + len(rows.matrix) > engine.rows_max:
                 self._run(engine, group)
                 group, size = [], 0
             group.append(rows)
             size += len(rows.matrix)
-        self._run(engine, group)
+        if group:
+            self._run(engine, group)
+        for rows in waiting:
+            if len(rows.matrix) > SHARED_ROWS_MAX:
+                self._run(engine, [rows])
 
     def _run(self, engine: Engine, group: list[_Rows]) -> None:
         matrix = group[0].matrix if len(group) == 1 else np.concatenate([rows.matrix for rows in group])
@@ -260,15 +268,12 @@ def _matrix(instances: Any, columns: int, rows_max: int) -> Matrix | None:
     rows = cast(list[list[Any]], instances)
     if {list} != set(map(type, rows)) or {columns} != set(map(len, rows)):
         return None
-    types = set(map(type, chain.from_iterable(rows)))
-    if not types <= _NUMBERS:
-        return None
-    if type(None) in types:
-        return _float32(rows)
-    try:
-        return np.fromiter(chain.from_iterable(rows), np.float32, len(rows) * columns).reshape(len(rows), columns)
-    except (ValueError, TypeError, OverflowError):
-        return None
+    flat = list(chain.from_iterable(rows))
+    try:  # struct takes numbers only: what numpy would make one, such as "1", it refuses, so nobody has to look at each type
+        packed = struct.pack(f"<{len(flat)}d", *flat)
+    except (struct.error, OverflowError):
+        return _float32(rows) if _NUMBERS.issuperset(map(type, flat)) else None
+    return np.frombuffer(packed, "<f8").astype(np.float32).reshape(len(rows), columns)  # too large becomes inf, which run() refuses
 
 
 def _float32(numbers: list[Any]) -> Matrix | None:

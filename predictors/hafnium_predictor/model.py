@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,13 +13,11 @@ from kserve.errors import InferenceError, InvalidInput
 
 from hafnium_contract.bundle import INPUT_NAME, INTERVAL_OUTPUT, SCORE_OUTPUT
 from hafnium_contract.errors import HafniumError
-from hafnium_contract.trace_context import REQUEST_ID, TRACEPARENT, TRACESTATE
 from hafnium_contract.v2_binary import TensorError, check_numbers
 from hafnium_contract.wire import CONTRACT_HEADER, MODEL_DIGEST_HEADER
 from hafnium_predictor.engine import Engine, load_engine
 from hafnium_predictor.errors import AnswerError, ContractMismatchError, ModelFailureError, NotReadyError, RowsError
 from hafnium_predictor.metrics import PredictorMetrics
-from hafnium_predictor.request_spans import GRPC, model_facts, request_facts
 from hafnium_predictor.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,8 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hafnium.predictor")
 Matrix = npt.NDArray[np.float32]
 SPAN: ContextVar[LiveSpan | None] = ContextVar("hafnium_span", default=None)
-"""Of the request in hand, for who counts its rows. The SDK is between it and the gate."""
-_FROM_METADATA = (REQUEST_ID, TRACEPARENT, TRACESTATE)
+"""Of the request in hand, for who counts its rows. The SDK is between it and the gates."""
 
 
 class RiskModel(Model):
@@ -92,25 +88,7 @@ class RiskModel(Model):
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None,
     ) -> dict[str, Any] | InferResponse:
         """V1 `{"instances": [[...], ...]}` → `{"predictions": [score], "intervals": [[low, high]]}`; V2 → V2."""
-        if self._tracing is None or not (isinstance(payload, InferRequest) and vars(payload)["from_grpc"]):  # the gate has the others
-            return self._predict(payload, headers)
-        started = time.perf_counter()
-        metadata = {name: headers[name.decode()].encode("utf-8") for name in _FROM_METADATA if headers and name.decode() in headers}
-        span = self._tracing.request(metadata, GRPC, started)
-        if span is None:
-            return self._predict(payload, headers)
-        kind: str | None = "internal"
-        SPAN.set(span)
-        try:
-            answer = self._predict(payload, headers)
-            kind = None
-        except InvalidInput as e:
-            kind = e.__cause__.kind if isinstance(e.__cause__, AnswerError) else "bad_request"
-            raise
-        finally:
-            span.add({"rpc.system": "grpc", **request_facts("", metadata), **({} if self._engine is None else model_facts(self._engine))})
-            span.end(kind)
-        return answer
+        return self._predict(payload, headers)
 
     def _predict(self, payload: Any, headers: dict[str, str] | None) -> dict[str, Any] | InferResponse:
         try:

@@ -11,8 +11,6 @@ from hafnium_predictor.engine import Engine
 if TYPE_CHECKING:
     from hafnium_contract.telemetry.spans import Value
 
-GRPC = "inference.GRPCInferenceService/ModelInfer"
-
 
 def request_facts(path: str, headers: Mapping[bytes, bytes]) -> dict[str, Value]:
     """Known when the request has arrived. `path`: one of ours; '' by gRPC."""

@@ -16,15 +16,18 @@ import numpy as np
 import uvloop
 from kserve import ModelServer
 from kserve.model_server import app as kserve_app
-from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.grpc_calls import InferenceServer, listening_address
 from hafnium_contract.serving.limited_protocol import limited_protocol_class
 from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
 from hafnium_predictor.gate import Gate
+from hafnium_predictor.grpc_gate import GrpcGate
 from hafnium_predictor.hot_path import HotPath
 from hafnium_predictor.metrics import PredictorMetrics
 from hafnium_predictor.model import RiskModel
@@ -34,8 +37,6 @@ if TYPE_CHECKING:
     from hafnium_contract.telemetry.spans import Tracing
 
 log = logging.getLogger("hafnium.predictor")
-GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
-"""KServe's own limit."""
 
 
 class _GatedRestServer(RESTServer):
@@ -73,6 +74,7 @@ class PredictorServer(ModelServer):
         self._metrics = PredictorMetrics(settings.model_name)
         self._tracing = tracing
         self._model = RiskModel(settings, self._metrics, tracing)
+        self._grpc: InferenceServer | None = None
 
     def run(self) -> None:
         """Blocks until the server has stopped."""
@@ -117,16 +119,17 @@ class PredictorServer(ModelServer):
         """gRPC opens when the model is ready: the SDK answers INTERNAL for a model that is not (it means UNAVAILABLE)."""
         if not await asyncio.shield(loading):
             return
-        self._grpc_server = GRPCServer(
-            self.grpc_port, self.dataplane, self.model_repository_extension, grace_period=self.grace_period,
-            kwargs={"grpc_max_send_message_length": GRPC_MESSAGE_BYTES_MAX,
-                    "grpc_max_receive_message_length": GRPC_MESSAGE_BYTES_MAX},
+        s = self._settings
+        self._grpc = InferenceServer(
+            listening_address(s.host, s.grpc_port), GrpcGate(self._model, self._metrics, s, self._tracing),
+            body_bytes_max=s.body_bytes_max, grace_period_s=s.grace_period_s, streams_max=s.grpc_streams_max,
         )
-        await self._grpc_server.start(self.max_threads)
+        servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
+        add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
+        await self._grpc.serve()
 
     async def _stop_grpc(self, task: asyncio.Task[None]) -> None:
-        server = cast(GRPCServer | None, self._grpc_server)
-        if server is not None:
-            await server.stop()
+        if self._grpc is not None:
+            await self._grpc.stop()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -121,6 +121,7 @@ HEADS: dict[str, bytes] = {
     "a space before the colon": post(V1, GOOD_V1, [b"Content-Length : %d" % len(GOOD_V1)]),
     "a plus before the length": post(V1, GOOD_V1, [b"Content-Length: +%d" % len(GOOD_V1)]),
     "a hexadecimal length": post(V1, GOOD_V1, [b"Content-Length: 0x%x" % len(GOOD_V1)]),
+    "white space behind the length": post(V1, GOOD_V1, [b"Content-Length: %d \t" % len(GOOD_V1)]),
     "an enormous length": post(V1, GOOD_V1, [b"Content-Length: 99999999999999999999"]),
     "a folded line": post(V1, GOOD_V1, [b"X-A: b\r\n c"]),
     "a bare line feed": post(V1, GOOD_V1, [b"X-A: b\nX-C: d"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hafnium_raw_http import answers, ask, closed_within, connect, read_answer
+from hafnium_raw_http import RawAnswer, answers, ask, closed_within, connect, read_answer
 from hafnium_servers import Server, predictor
 
 from hafnium_contract.bundle import Bundle
@@ -194,6 +194,37 @@ def test_idle_connections_cost_others_nothing_and_one_too_many_is_told(limited: 
         assert dict(refused[0].headers)[b"retry-after"] == b"1"
         idle[0].sendall(GOOD)
         assert read_answer(idle[0]).body == right
+    assert ask(limited.port, GOOD).body == right
+
+
+PROBES = (b"/health/live", b"/health/ready", b"/v2/health/live", b"/metrics", b"/")
+
+
+def probe(port: int, path: bytes) -> RawAnswer:
+    return ask(port, b"GET %s HTTP/1.1\r\nhost: h\r\n\r\n" % path)
+
+
+def test_whoever_takes_all_places_does_not_make_probes_fail(limited: Server, right: bytes) -> None:
+    """Far more silent connections than there are places, and again and again new ones: health and metrics are answered, nothing else is."""
+    with ExitStack() as stack:
+        for _ in range(3):
+            held = [stack.enter_context(connect(limited.port)) for _ in range(270)]
+            for path in PROBES:
+                answer = probe(limited.port, path)
+                assert (path, answer.status) == (path, 200)
+                assert dict(answer.headers)[b"connection"] == b"close"
+            refused = ask(limited.port, GOOD)
+            assert (refused.status, dict(refused.headers)[b"retry-after"]) == (503, b"1")
+            for other in (b"GET /v1/models/m/contract HTTP/1.1\r\nhost: h\r\n\r\n", b"GET /health/livex HTTP/1.1\r\nhost: h\r\n\r\n"):
+                assert ask(limited.port, other).status == 503
+        with connect(limited.port) as s:  # health, and then what it is not there for
+            s.sendall(b"GET /health/live HTTP/1.1\r\nhost: h\r\n\r\n" + GOOD)
+            assert [a.status for a in answers(closed_within(s, PATIENCE_S))] == [200]
+        with connect(limited.port) as s:  # half a probe holds its place for a second
+            s.sendall(b"GET /health/live HTTP/1.1\r\nhost:")
+            assert [a.status for a in answers(closed_within(s, PATIENCE_S))] in ([], [503])
+        del held
+    assert open_connections(limited) == 0
     assert ask(limited.port, GOOD).body == right
 
 

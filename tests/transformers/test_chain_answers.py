@@ -23,7 +23,6 @@ from hafnium_transformer.explanation import Explainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import VIEW_SEED, Chain
-
 from hafnium_contract.encoding import assemble, encode_value
 from hafnium_contract.model_contract import FromView, ModelContract
 from hafnium_contract.v2_binary import LENGTH_HEADER

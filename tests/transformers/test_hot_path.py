@@ -20,7 +20,7 @@ from hafnium_contract.bundle import Bundle
 from hafnium_contract.model_contract import ModelContract
 from hafnium_testing import make_bundle, synthetic_rows
 
-SCORE = b"/v1/score"
+SCORE, V1 = b"/v1/score", b"/v1/models/m:predict"
 PATIENT = ["--deadline_ms", "20000", "--lookup_timeout_ms", "10000"]
 
 
@@ -44,6 +44,10 @@ def post(body: bytes, headers: list[bytes] | None = None, path: bytes = SCORE) -
 
 def changed(row: dict[str, Any], **changes: Any) -> bytes:
     return json.dumps({**row, **changes}).encode()
+
+
+def instances(rows: Any) -> bytes:
+    return json.dumps({"instances": rows}).encode()
 
 
 def cases(contract: ModelContract) -> dict[str, bytes]:
@@ -73,6 +77,24 @@ def cases(contract: ModelContract) -> dict[str, bytes]:
         "chunks": post(good, [b"transfer-encoding: chunked"]),
         "a batch": post(json.dumps({"requests": [row, {}]}).encode(), path=b"/v1/score/batch"),
         "V1": post(json.dumps({"instances": [row]}).encode(), path=b"/v1/models/m:predict"),
+        **{name: post(body, path=V1) for name, body in {
+            "V1, explained": instances([{**row, "explain": True}]), "V1, an id of its own": instances([{**row, "request_id": "mine"}]),
+            "V1, rows": instances([row, {**row, "explain": True}, row]), "V1, nobody": instances([{**row, "entity": {}}]),
+            "V1, one bad row of three": instances([row, {**row, "more": 1}, row]), "V1, no rows": instances([]),
+            "V1, no list": instances({"a": 1}), "V1, a row of numbers": instances([[1.0, 2.0]]), "V1, a row of null": instances([None]),
+            "V1, more keys": json.dumps({"instances": [row], "signature_name": "x"}).encode(), "V1, other keys": b'{"inputs": [1]}',
+            "V1, not JSON": instances([row])[:-3], "V1, a list": b"[1]", "V1, nothing": b"", "V1, NaN": b'{"instances": [NaN]}',
+            "V1, deep": b'{"instances": [' + b"[" * 60 + b"]" * 60 + b"]}", "V1, too many": instances([{}] * 1001),
+            "V1, twice the key": b'{"instances": [1], "instances": [%s]}' % good,
+            "V1, out of range": instances([{**row, "features": {**features, name: 1e30}}]),
+            "V1, unknown entity": instances([{**row, "entity": dict.fromkeys(row["entity"], "nobody")}]),
+            "V1, bad UTF-8": b'{"instances": ["\xff"]}',
+        }.items()},
+        "V1, no time left": post(instances([row]), [b"x-hafnium-deadline-ms: 0"], V1),
+        "V1, other label": post(instances([row]), [b"content-type: text/plain"], V1),
+        "V1, chunks": post(instances([row]), [b"transfer-encoding: chunked"], V1),
+        "V1, a length of tensors": post(instances([row]), [b"inference-header-content-length: 10"], V1),
+        "V1, a cloud event": post(instances([row]), [b"ce-id: 1", b"ce-type: x", b"ce-source: y", b"ce-specversion: 1.0"], V1),
         "GET": b"GET /v1/score HTTP/1.1\r\nhost: h\r\n\r\n",
         "two at once": post(good) + post(good),
     }
@@ -83,6 +105,11 @@ CASES = [
     "a missing field", "a field that is null", "out of range", "NaN", "a list", "no JSON", "nothing", "bad UTF-8", "an old event",
     "a time without offset", "no time left", "a deadline that is no number", "a long id", "an arm", "chunks",
     "a batch", "V1", "GET", "two at once",
+    *(f"V1, {name}" for name in (
+        "explained", "an id of its own", "rows", "nobody", "one bad row of three", "no rows", "no list", "a row of numbers",
+        "a row of null", "more keys", "other keys", "not JSON", "a list", "nothing", "NaN", "deep", "too many", "twice the key",
+        "out of range", "unknown entity", "bad UTF-8", "no time left", "other label", "chunks", "a length of tensors", "a cloud event",
+    )),
 ]
 
 

@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from hafnium_contract.contract_file import load_contract
 from hafnium_contract.errors import InputError
-from hafnium_contract.inference_log import log_files, read_files
+from hafnium_contract.inference_log import FEATURE_PREFIX, log_files, read_files
 from hafnium_transformer.__main__ import main
 from hafnium_transformer.errors import DeadlineError, UnavailableError
 from hafnium_transformer.gate import arm_of
 from hafnium_transformer.log_target import Folder
-from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogBatch, LogRow
+from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogBatch
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.plan import Plan, make_plan
 from hafnium_transformer.predictor_client import Deadline, HopLimits, PredictorClient
@@ -31,8 +31,11 @@ def plan() -> Plan:
 
 
 def log_row(plan: Plan, number: int, version: str = "1", day: int = 1, rows: int = 1) -> LogBatch:
-    logged = [LogRow(f"r{number + i}", "stable", 0.5, 0.4, 0.6, "approve", (), 1.0, {"customer_id": "c"}) for i in range(rows)]
-    return LogBatch(plan, datetime(2026, 1, day, tzinfo=UTC), version, "sha256:x", logged, np.full((rows, 15), number, np.float32))
+    return LogBatch(
+        plan, datetime(2026, 1, day, tzinfo=UTC), version, "sha256:x", [f"r{number + i}" for i in range(rows)], ["stable"] * rows,
+        np.full(rows, 0.5, np.float32), np.full((rows, 2), [0.4, 0.6], np.float32), ["approve"] * rows, {}, [1.0] * rows,
+        [{"customer_id": "c"}] * rows, np.full((rows, 15), number, np.float32),
+    )
 
 
 def open_log(folder: Path, registry: CollectorRegistry, queue: int, flush_rows: int = 1000) -> InferenceLog:
@@ -66,6 +69,31 @@ def test_a_batch_is_cut_where_the_room_ends(plan: Plan, tmp_path: Path) -> None:
     assert sorted(table["request_id"].to_pylist()) == sorted(f"r{i}" for i in range(1200))
     assert set(table["time"].to_pylist()) == {datetime(2026, 1, 1, tzinfo=UTC)}
     assert 'inference_log_dropped_total{reason="queue_full"} 200.0' in generate_latest(registry).decode()
+
+
+def test_each_row_of_a_batch_keeps_what_is_its_own(plan: Plan, tmp_path: Path) -> None:
+    batch = log_row(plan, 0, rows=5)._replace(
+        arms=["stable", "candidate", "shadow", "stable", "stable"], scores=np.array([0.1, 0.2, 0.3, 0.4, 0.5], np.float32),
+        intervals=np.array([[0.1 * i, 0.2 * i] for i in range(5)], np.float32), decisions=list("abcde"),
+        degraded={1: ["x", "y"], 4: ["z"]}, latencies_ms=[1.5, 2.5, 3.5, 4.5, 5.5], entities=[{"c": i} for i in range(4)] + [{}],
+        inputs=np.arange(75, dtype=np.float32).reshape(5, 15),
+    )
+    for kept in (5, 2):
+        folder = tmp_path / str(kept)
+        log = open_log(folder, CollectorRegistry(), queue=kept)
+        log.append(batch)
+        log.close()
+        table = read_files(log_files(folder))
+        assert table is not None
+        rows = table.to_pylist()
+        assert len(rows) == kept
+        for i, row in enumerate(rows):
+            assert (row["request_id"], row["arm"], row["decision"]) == (f"r{i}", batch.arms[i], batch.decisions[i])
+            assert (row["score"], row["confidence_lower"], row["confidence_upper"]) == (batch.scores[i], *batch.intervals[i])
+            assert (row["degraded"], row["latency_ms"]) == ({1: ["x", "y"], 4: ["z"]}.get(i, []), 1.5 + i)
+            assert row["entity_hash"] == EntityHash("k").of({"c": i} if i < 4 else {})
+            logged = [row[FEATURE_PREFIX + plan.contract.inputs[j].name] for j in plan.logged_columns]
+            assert logged == [15 * i + j for j in plan.logged_columns]
 
 
 def test_files_are_parted_by_day_and_version_and_flushed_by_rows(plan: Plan, tmp_path: Path) -> None:

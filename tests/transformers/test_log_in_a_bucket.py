@@ -17,7 +17,7 @@ from pyarrow.fs import FileSelector, FileSystem
 from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import ModelContract
 from hafnium_transformer.log_target import Bucket, Folder, log_target
-from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogBatch, LogRow
+from hafnium_transformer.log_writer import EntityHash, InferenceLog, LogBatch
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.plan import make_plan
 from hafnium_transformer.settings import parse_settings
@@ -26,9 +26,10 @@ pytestmark = pytest.mark.slow
 
 
 def batch(contract: ModelContract, number: int) -> LogBatch:
-    rows = [LogRow(f"r{number}", "stable", 0.5, 0.4, 0.6, "approve", (), 1.0, {"customer_id": "c"})]
-    plan = make_plan(contract)
-    return LogBatch(plan, datetime(2026, 1, 5, tzinfo=UTC), "7", "sha256:x", rows, np.zeros((1, len(contract.inputs)), np.float32))
+    return LogBatch(
+        make_plan(contract), datetime(2026, 1, 5, tzinfo=UTC), "7", "sha256:x", [f"r{number}"], ["stable"], np.full(1, 0.5, np.float32),
+        np.array([[0.4, 0.6]], np.float32), ["approve"], {}, [1.0], [{"customer_id": "c"}], np.zeros((1, len(contract.inputs)), np.float32),
+    )
 
 
 def objects(uri: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import shutil
@@ -227,7 +228,54 @@ def test_connection_strings_are_read_as_feast_reads_them(given: str, expected: R
     assert parse_address(given) == expected
 
 
-@pytest.mark.parametrize("given", ["redis", "a:1,b:2", "redis:6379,db=x", "redis:6379,skip_full_coverage_check=true,password=s3cret", ""])
+async def test_a_connection_that_goes_silent_is_given_up_however_little_time_each_caller_has(
+    tmp_path: Path, contract: ModelContract,
+) -> None:
+    """A node that died closes nothing: what is sent to it vanishes, until somebody connects anew."""
+    pumps: list[asyncio.Task[None]] = []
+    kept: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while part := await reader.read(65536):
+            writer.write(part)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, to_there = await asyncio.open_connection("127.0.0.1", server.port)
+        pumps.extend(asyncio.create_task(pump(a, b)) for a, b in ((reader, to_there), (there, writer)))
+        kept.extend((writer, to_there))
+
+    with Redis(tmp_path) as server:
+        make_feature_repo(tmp_path / "repo", contract, synthetic_views(contract, 1, entities=3), redis=server.address)
+        async with await asyncio.start_server(relay, "127.0.0.1", 0) as between:
+            config = tmp_path / "repo" / "feature_store.yaml"
+            config.write_text(config.read_text().replace(server.address, f"127.0.0.1:{between.sockets[0].getsockname()[1]}"))
+            feast = FeastReader(tmp_path / "repo")
+            plan = make_plan(contract, feast.entity_types(make_plan(contract)))
+            asked = [{key: f"{key}-1" for key in plan.join_keys}]
+            direct = feast.direct_store(rows_max=9)
+            assert isinstance(direct, RedisStore)
+            good = await direct.read(plan, asked, 5.0)
+            assert good != [{}]
+            for task in pumps:
+                task.cancel()
+            opened, found = len(pumps), None
+            until = time.monotonic() + 60.0
+            while found is None and time.monotonic() < until:
+                with contextlib.suppress(DeadlineError):
+                    found = await direct.read(plan, asked, 0.03)
+            assert found == good
+            assert len(pumps) > opened
+            direct.close()
+            for task in pumps:
+                task.cancel()
+            for writer in kept:
+                writer.close()
+
+
+@pytest.mark.parametrize("given", [
+    "redis", "a:1,b:2", "redis:6379,db=x", "redis:6379,skip_full_coverage_check=true,password=s3cret", "",
+    "redis:6379,password=s3cret,0ther", "redis:6379,password=0ther,s3cret=1", "redis:6379,password=a,db=s3cret",
+])
 def test_other_connection_strings_are_refused_without_their_password(given: str) -> None:
     with pytest.raises(InputError) as e:
         parse_address(given)
@@ -256,6 +304,7 @@ def test_scores_go_on_by_the_policy_while_redis_is_gone_and_recover_with_it(
             for _ in range(20):  # by now it is not asked every time
                 front.post(SCORE, rows[0])
             assert time.monotonic() - began < 20 * 0.3
+            assert front.get("/health/ready").status == 200
             server.go_on()
             until = time.monotonic() + 20.0
             while time.monotonic() < until:

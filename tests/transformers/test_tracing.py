@@ -18,7 +18,7 @@ import grpc
 import pytest
 from hafnium_otlp import Collector, SeenSpan
 from hafnium_raw_http import RawAnswer, answers
-from hafnium_servers import Server, free_port, http, lines_of, predictor, transformer
+from hafnium_servers import Server, free_port, http, lines_of, predictor, stopped, transformer
 from kserve import InferInput, InferRequest
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
@@ -289,6 +289,32 @@ def test_a_prediction_that_callers_share_is_linked_with_each_of_them(traced: Tra
     assert {i for i, c in zip(ids, callers, strict=True) if c.sampled} <= set(shown)
 
 
+def test_a_plain_row_s_prediction_never_carries_somebody_s_explanation(traced: Traced) -> None:
+    """Plain and explained rows that arrive at once: each plain caller's prediction has the rows of plain callers and no others."""
+    count = 12
+    rows = [{**r, "explain": i % 2 == 1} for i, r in enumerate(synthetic_rows(traced.contract, count, seed=12))]
+    right = [traced.transformer.post(SCORE, {**r, "explain": False}).json["score"] for r in rows]
+    callers = [caller() for _ in rows]
+    got = together(traced.transformer, [score_request(r, f"apart-{i}", c) for i, (r, c) in enumerate(zip(rows, callers, strict=True))])
+    answers_of = [json.loads(body) for _, body in got]
+    assert [a["score"] for a in answers_of] == right, "to the last bit, whoever shares the prediction"
+    assert [bool(a.get("explanation")) for a in answers_of] == [r["explain"] for r in rows]
+    mine = {c.trace_id: i for i, c in enumerate(callers)}
+    spans = traced.collector.wait(lambda seen: sum(s.name == "POST /v1/score" and s.trace_id in mine for s in seen) == count)
+    predicts = [s for s in spans if s.name == "predict" and s.trace_id in mine]
+    served = {p.span_id: {mine[t] for t, _ in p.links} or {mine[p.trace_id]} for p in predicts}
+    assert sorted(i for found in served.values() for i in found) == list(range(count))
+    for p in predicts:
+        explained = {rows[i]["explain"] for i in served[p.span_id]}
+        assert len(explained) == 1, "a batch is plain or explained"
+        assert p.attributes["hafnium.rows"] == (len(served[p.span_id]) if explained == {False} else 58 * len(served[p.span_id]))
+    everything = traced.collector.wait(
+        lambda seen: sum(s.service == "hafnium-predictor" and s.trace_id in mine for s in seen) == len(predicts))
+    for scored in (s for s in everything if s.service == "hafnium-predictor" and s.trace_id in mine and "hafnium.run_rows" in s.attributes):
+        if not rows[min(served[scored.parent_id])]["explain"]:
+            assert scored.attributes["hafnium.run_rows"] < 58, "nor does a run of the model"
+
+
 def test_a_refused_row_is_no_error_of_the_server_and_its_values_stay_here(traced: Traced) -> None:
     row, me = synthetic_rows(traced.contract, 1, seed=7)[0], caller()
     row["features"]["transaction_amount"] = "secret-amount"
@@ -323,6 +349,41 @@ def test_malformed_bodies_and_late_callers_leave_spans_too(traced: Traced) -> No
         [span] = traced.collector.trace(me.trace_id, 1)
         assert (span.attributes["http.response.status_code"], span.attributes["error.type"]) == (status, kind)
         assert span.status == (2 if status >= 500 else 0)
+
+
+@pytest.mark.slow
+def test_what_is_refused_on_the_hot_path_has_a_span_that_says_why(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    row = synthetic_rows(contract, 1, seed=13)[0]
+    args = [*PATIENT, "--in_flight_max", "1", "--rate_limit_per_s", "0.001", "--rate_limit_burst", "1", "--body_bytes_max", "5000"]
+    with Collector() as collector, predictor(bundle.path, tmp_path, env=collector.env) as behind, transformer(
+        behind.port, tmp_path, repo=repo, args=args, env=collector.env,
+    ) as front:
+        behind.wait()
+        front.wait()
+
+        def refused(body: Any, key: str, status: int) -> SeenSpan:
+            me = caller()
+            assert front.post(SCORE, body, {**me.headers, "x-api-key": key, "x-request-id": key}).status == status
+            [span] = collector.trace(me.trace_id, 1)
+            assert (span.name, span.kind, span.parent_id) == ("POST /v1/score", SERVER, me.span_id)
+            assert (span.attributes["http.response.status_code"], span.attributes["hafnium.request_id"]) == (status, key)
+            assert span.attributes["hafnium.model.version"] == "7"
+            return span
+
+        assert front.post(SCORE, row, {"x-api-key": "mine"}).status == 200
+        limited = refused(row, "mine", 429)
+        assert (limited.attributes["error.type"], limited.status) == ("rate_limited", 0)
+        large = refused({**row, "padding": "x" * 6000}, "large", 413)
+        assert (large.attributes["error.type"], large.status) == ("too_large", 0)
+        with stopped(behind), socket.create_connection(("127.0.0.1", front.port), timeout=30) as s:
+            s.sendall(score_request(row, "first", None))
+            until = time.monotonic() + 30  # until it is in progress; a probe that comes before it waits for its own deadline
+            while front.post(SCORE, row, {"x-hafnium-deadline-ms": "50"}).status != 503 and time.monotonic() < until:
+                pass
+            over = refused(row, "over", 503)
+            assert (over.attributes["error.type"], over.status, over.status_message) == ("overloaded", 2, "")
 
 
 @pytest.mark.slow
@@ -365,7 +426,10 @@ def test_a_predictor_that_is_gone_and_one_with_another_contract(
             got = together(front, [score_request(r, f"new-{i}", c) for i, (r, c) in enumerate(zip(rows, callers, strict=True))])
             assert {s for s, _ in got} == {b"200"}
             mine = {c.trace_id for c in callers}
-            seen = collector.wait(lambda spans: sum(s.name == "POST /v1/score" and s.trace_id in mine for s in spans) == 6)
+            # Two processes, each of which sends when it likes
+            seen = collector.wait(lambda spans: sum(s.name == "POST /v1/score" and s.trace_id in mine for s in spans) == 6 and {
+                s.attributes.get("http.response.status_code") for s in spans if s.service == "hafnium-predictor" and s.trace_id in mine
+            } >= {200, 409})
             refused = [s for s in seen if s.trace_id in mine and s.attributes.get("http.response.status_code") == 409]
             assert {(s.service, s.name) for s in refused} == {("hafnium-transformer", "predict"), ("hafnium-predictor", f"POST {V2}")}
             assert {s.attributes["error.type"] for s in refused} == {"contract_mismatch"}

@@ -2,6 +2,9 @@
 
 Nobody waits for company: a row that finds a free place leaves in the same turn of the event loop. Each row keeps its own
 deadline; a batch gets the longest of them, and a row whose time is over is answered without it.
+
+Rows that are to be explained stand in a queue of their own: each asks for some sixty rows of the predictor, and whoever wants a score only
+must not wait for them. Their batches are no larger, in rows for the predictor, than those of plain rows, and one is on its way at a time.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ class Waiting:
     context: Context
     request: HotRequest
     done: Callable[[Waiting, Result], None]
+    shown_as: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """How an answer is written; None: as it is."""
     answered: bool = False
 
     def answer(self, result: Result) -> None:
@@ -66,6 +71,9 @@ class Coalescer:
         self._rows_max = rows_max
         self._traced = traced
         self._waiting: deque[Waiting] = deque()
+        """Plain rows."""
+        self._to_explain: deque[Waiting] = deque()
+        self._explaining: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._batches: dict[asyncio.Task[None], list[Waiting]] = {}
         self._scheduled = False
@@ -73,7 +81,7 @@ class Coalescer:
 
     def submit(self, waiting: Waiting) -> None:
         """Takes a row; it leaves in this turn of the event loop or when a batch comes back."""
-        self._waiting.append(waiting)
+        (self._to_explain if waiting.row.explain else self._waiting).append(waiting)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._start)
@@ -82,33 +90,35 @@ class Coalescer:
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     def _start(self) -> None:
+        """Plain rows first; explained ones beside them, so that neither keeps the other from leaving."""
         self._scheduled = False
         while self._waiting and len(self._running) < self._batches_max:
-            batch: list[Waiting] = []
-            while self._waiting and len(batch) < self._rows_max:
-                if self._waiting[0].answered:
-                    self._waiting.popleft()
-                elif batch and self._waiting[0].plan is not batch[0].plan:
-                    break
-                else:
-                    batch.append(self._waiting.popleft())
-            if not batch:
-                return
-            self._limit.left(time.perf_counter() - batch[0].context.started, time.monotonic())
-            task = asyncio.get_running_loop().create_task(self._run(batch))
-            self._running.add(task)
-            self._batches[task] = batch
-            task.add_done_callback(self._ended)
+            if (batch := _batch(self._waiting, self._rows_max)) is None:
+                break
+            self._running.add(self._leave(batch))
+        if self._to_explain and self._explaining is None:
+            rows_each = self._scorer.rows_asked(self._to_explain[0].plan)
+            if (batch := _batch(self._to_explain, max(self._rows_max // rows_each, 1))) is not None:
+                self._explaining = self._leave(batch)
+
+    def _leave(self, batch: list[Waiting]) -> asyncio.Task[None]:
+        self._limit.left(time.perf_counter() - batch[0].context.started, time.monotonic())
+        task = asyncio.get_running_loop().create_task(self._run(batch))
+        self._batches[task] = batch
+        task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        if task is self._explaining:
+            self._explaining = None
         batch = self._batches.pop(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("a batch of %d rows failed", len(batch), exc_info=error)
         for waiting in batch:  # those that nobody answered: a batch that failed by itself
             waiting.answer(ScoringError("the request could not be answered"))
-        if self._waiting:
+        if self._waiting or self._to_explain:
             self._start()
 
     async def _run(self, batch: list[Waiting]) -> None:
@@ -159,7 +169,7 @@ class Coalescer:
     def _sweep(self) -> None:
         """Answers rows whose time is over, and comes again while any is on its way."""
         now = time.monotonic()
-        on_their_way = [w for group in (self._waiting, *self._batches.values()) for w in group if not w.answered]
+        on_their_way = [w for group in (self._waiting, self._to_explain, *self._batches.values()) for w in group if not w.answered]
         self._sweeping = bool(on_their_way)
         if on_their_way:
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
@@ -169,9 +179,22 @@ class Coalescer:
 
     async def drain(self) -> None:
         """Waits until every row is answered."""
-        while self._waiting or self._running:
-            await asyncio.gather(*self._running, return_exceptions=True)
+        while self._waiting or self._to_explain or self._batches:
+            await asyncio.gather(*self._batches, return_exceptions=True)
             await asyncio.sleep(0)
+
+
+def _batch(queue: deque[Waiting], rows_max: int) -> list[Waiting] | None:
+    """The first rows of a queue that are of one contract; None when nobody in it waits any more."""
+    batch: list[Waiting] = []
+    while queue and len(batch) < rows_max:
+        if queue[0].answered:
+            queue.popleft()
+        elif batch and queue[0].plan is not batch[0].plan:
+            break
+        else:
+            batch.append(queue.popleft())
+    return batch or None
 
 
 def _all(batch: list[Waiting], error: ScoringError) -> None:

@@ -1,7 +1,8 @@
 """The outermost ASGI app: answers scoring, health and the contract itself, and passes everything else to KServe's app.
 
-`/v1/score` and `/v1/score/batch` are ours. KServe's V1 and V2 go through its SDK into `model.py` and come back to the same
-scorer; since the SDK keeps no status of ours, the error travels beside it in a context variable.
+`/v1/score` and `/v1/score/batch` are ours, and so is V1 in its plain form. What else there is of KServe's V1 and V2 goes through its
+SDK into `model.py` and comes back to the same scorer; since the SDK keeps no status of ours, the error travels beside it in a context
+variable.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupport
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
-from hafnium_transformer.request_spans import SPAN_NAMES, batch_facts, model_facts, request_facts
+from hafnium_transformer.request_spans import batch_facts, model_facts, request_facts, span_name
 from hafnium_transformer.scoring import Context, Scorer
 from hafnium_transformer.settings import Settings
 
@@ -61,7 +62,7 @@ _LENGTH = LENGTH_HEADER.encode()
 FAILURES = Sampled(log, lines_per_s=10.0)
 """One line for an answer of 5xx, so that an id from a caller's log is found in ours."""
 _READY_KEPT_S = 1.0
-"""A readiness answer is kept this long, so that probes by many don't become load on predictor and store."""
+"""A readiness answer is kept this long, so that probes by many don't become load on the predictor."""
 SHADOW_SUFFIX = "-shadow"
 
 
@@ -75,7 +76,8 @@ class Exchange:
         self.error: ScoringError | None = None
 
 
-EXCHANGE: ContextVar[Exchange | None] = ContextVar("hafnium_exchange", default=None)
+EXCHANGE: ContextVar[Exchange] = ContextVar("hafnium_exchange")
+"""Of the request in hand. The SDK is between the gates, HTTP's and gRPC's, and `model.py`."""
 
 
 class Gate:
@@ -93,7 +95,8 @@ class Gate:
         self._tracing = tracing
         self.stopping = False
         name = settings.model_name
-        self._sdk_paths = {f"/v1/models/{name}:predict", f"/v2/models/{name}/infer"}
+        self._v1_path = f"/v1/models/{name}:predict"
+        self._sdk_paths = {self._v1_path, f"/v2/models/{name}/infer"}
         self._contract_path = f"/v1/models/{name}/contract"
         self._ready_until = 0.0
         self._ready_reason = ""
@@ -134,7 +137,7 @@ class Gate:
             lines = trace_lines(headers)
         else:
             path: str = scope["path"]
-            found = self._tracing.accept(headers, SPAN_NAMES.get(path, f"POST {path}"), started)
+            found = self._tracing.accept(headers, span_name(path), started)
             lines = b""
             if isinstance(found, bytes):
                 lines = found
@@ -146,7 +149,7 @@ class Gate:
         try:
             if self._admission.full:  # said before the body is read
                 raise overloaded()
-            deadline = self._deadline(headers)
+            deadline = deadline_of(headers, self._settings.deadline_ms)
             context = Context(request_id, arm_of(headers), deadline, started, lines, span)
             try:
                 async with asyncio.timeout(context.deadline.left_s()):
@@ -186,26 +189,7 @@ class Gate:
             span.answered(answer.status, kind)
 
     def _count(self, started: float, kind: str | None) -> None:
-        served = self._scorer.served
-        name = served.contract.name if served else self._settings.model_name
-        series = self._metrics.model(name, served.model_version if served else "none")
-        series.requests.inc()
-        if kind != OverloadedError.kind:  # refused unread: thousands of them would make an overload look fast
-            series.duration.observe(time.perf_counter() - started)
-        if kind is not None:
-            series.error(kind)
-
-    def _deadline(self, headers: dict[bytes, bytes]) -> Deadline:
-        deadline_ms = self._settings.deadline_ms
-        given = headers.get(_DEADLINE)
-        if given is not None:
-            try:
-                deadline_ms = min(deadline_ms, float(given))
-            except ValueError as e:
-                raise MalformedError(f"{DEADLINE_HEADER}: expected milliseconds, got {given[:20]!r}") from e
-            if not deadline_ms > 0.0:
-                raise DeadlineError(f"{DEADLINE_HEADER}: {given.decode('latin-1')[:20]} ms are left")
-        return Deadline.after_ms(deadline_ms)
+        counted(self._scorer, self._metrics, self._settings, started, kind)
 
     async def _score(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, context: Context, echo: Header) -> Answer:
         if scope["path"] == "/v1/score":
@@ -225,8 +209,29 @@ class Gate:
                 context.span.add(batch_facts(results))
             shown = [r.document() if isinstance(r, ScoringError) else r for r in results]
             return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown}))
+        if scope["path"] == self._v1_path and _LENGTH not in headers and (instances := self._plain_v1(body)) is not None:
+            self._ask(scope, headers, len(instances))
+            results = await self._scorer.score(instances, context, [f"instances[{i}]" for i in range(len(instances))])
+            if context.span is not None:
+                context.span.add(batch_facts(results))
+            for result in results:  # V1 has no errors of rows
+                if isinstance(result, ScoringError):
+                    raise result
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"predictions": results}))
         self._ask(scope, headers, 1)  # how many more rows it has, only the SDK finds out
         return await self._through_sdk(scope, body, context, echo)
+
+    def _plain_v1(self, body: bytes) -> list[Any] | None:
+        """The rows of `{"instances": [row, …]}`; None: another form, or the SDK is to answer all."""
+        if not self._settings.hot_path:
+            return None
+        parsed = _json(body)
+        if type(parsed) is not dict or list(cast(dict[str, Any], parsed)) != ["instances"] or nested_too_deep(parsed):
+            return None
+        instances: Any = parsed["instances"]
+        if type(instances) is not list or not 1 <= len(cast(list[Any], instances)) <= self._settings.batch_rows_max:
+            return None
+        return cast(list[Any], instances)
 
     def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int) -> None:
         peer = scope.get("client")
@@ -293,6 +298,31 @@ class Gate:
             return problem_answer(503, "Not ready", self._scorer.reason)
         made = document(self._scorer.plan, self._settings.model_name, served.model_version, self._settings.batch_rows_max)
         return Answer(200, (JSON_TYPE,), orjson.dumps(made))
+
+
+def counted(scorer: Scorer, metrics: TransformerMetrics, settings: Settings, started: float, kind: str | None) -> None:
+    """One request was answered. `kind`: of its error, None for success."""
+    served = scorer.served
+    name = served.contract.name if served else settings.model_name
+    series = metrics.model(name, served.model_version if served else "none")
+    series.requests.inc()
+    if kind != OverloadedError.kind:  # refused unread: thousands of them would make an overload look fast
+        series.duration.observe(time.perf_counter() - started)
+    if kind is not None:
+        series.error(kind)
+
+
+def deadline_of(headers: Mapping[bytes, bytes], deadline_ms: float) -> Deadline:
+    """When the answer is due: what the caller gives, at most `deadline_ms`. Raises MalformedError or DeadlineError."""
+    given = headers.get(_DEADLINE)
+    if given is not None:
+        try:
+            deadline_ms = min(deadline_ms, float(given))
+        except ValueError as e:
+            raise MalformedError(f"{DEADLINE_HEADER}: expected milliseconds, got {given[:20]!r}") from e
+        if not deadline_ms > 0.0:
+            raise DeadlineError(f"{DEADLINE_HEADER}: {given.decode('latin-1')[:20]} ms are left")
+    return Deadline.after_ms(deadline_ms)
 
 
 def arm_of(headers: Mapping[bytes, bytes]) -> str:

@@ -6,7 +6,7 @@ import os
 import secrets
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from hafnium_contract.errors import InputError
@@ -39,14 +39,14 @@ class Folder:
     def write(self, table: Any, when: datetime, model_version: str, name: str) -> None:
         import pyarrow.parquet as pq  # 0.4 s to import, and only the log's thread needs it
 
-        from hafnium_contract.inference_log import partition
+        from hafnium_contract.inference_log import OF_FEW_VALUES, partition
 
         target = partition(self._folder, when, model_version)
         target.mkdir(parents=True, exist_ok=True)
         temporary = target / f".{name}.tmp"
         try:
             with temporary.open("wb") as f:
-                pq.write_table(table, f, compression="zstd")
+                pq.write_table(table, f, compression="zstd", use_dictionary=cast(Any, list(OF_FEW_VALUES)))
                 f.flush()
                 os.fsync(f.fileno())
             temporary.rename(target / f"{name}.parquet")
@@ -69,10 +69,10 @@ class Bucket:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from hafnium_contract.inference_log import partition
+        from hafnium_contract.inference_log import OF_FEW_VALUES, partition
 
         whole = pa.BufferOutputStream()  # made first: an upload that breaks off in the middle might end as an object
-        pq.write_table(table, whole, compression="zstd")
+        pq.write_table(table, whole, compression="zstd", use_dictionary=cast(Any, list(OF_FEW_VALUES)))
         filesystem, prefix = self._open()
         path = partition(Path(prefix), when, model_version) / f"{name}.parquet"
         try:

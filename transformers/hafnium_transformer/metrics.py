@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -11,6 +12,8 @@ from hafnium_contract import metric_names
 from hafnium_contract.metric_names import Metric
 
 COMPONENT = "transformer"
+_TOGETHER_MIN = 8
+"""Scores from which counting them by bucket is faster than one by one."""
 
 
 def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
@@ -23,6 +26,29 @@ def _gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
 
 def _histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
     return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
+
+
+class ScoreHistogram(Histogram):
+    """A histogram that takes a batch at once: bucket by bucket, which is a seventh of the work for 64 scores.
+
+    It reaches into prometheus_client's own buckets; a test holds it to what `observe` does, so that a version with others fails there.
+    """
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        """`observe` of each."""
+        if len(values) < _TOGETHER_MIN:
+            for value in values:
+                self.observe(value)
+            return
+        bounds = self._upper_bounds
+        counts = [0] * len(bounds)
+        for value in values:
+            if value == value:  # NaN is in no bucket
+                counts[bisect_left(bounds, value)] += 1
+        self._sum.inc(sum(values))
+        for bucket, count in zip(self._buckets, counts, strict=True):
+            if count:
+                bucket.inc(count)
 
 
 class ModelSeries:
@@ -38,7 +64,7 @@ class ModelSeries:
         self._predictions: dict[str, Counter] = {}
 
     @cached_property
-    def score(self) -> Histogram:
+    def score(self) -> ScoreHistogram:
         """Only a model that scored something has this series."""
         return self._metrics.score.labels(*self._model)
 
@@ -49,7 +75,7 @@ class ModelSeries:
             child = self._errors[kind] = self._metrics.errors.labels(COMPONENT, *self._model, kind)
         child.inc(count)
 
-    def predicted(self, scores: Iterable[float], decided: Mapping[str, int]) -> None:
+    def predicted(self, scores: Sequence[float], decided: Mapping[str, int]) -> None:
         """Rows were scored: their scores, and how many got which decision."""
         for decision, count in decided.items():
             if count:
@@ -57,9 +83,7 @@ class ModelSeries:
                 if child is None:
                     child = self._predictions[decision] = self._metrics.predictions.labels(*self._model, decision)
                 child.inc(count)
-        observe = self.score.observe
-        for score in scores:
-            observe(score)
+        self.score.observe_all(scores)
 
 
 class TransformerMetrics:
@@ -70,8 +94,10 @@ class TransformerMetrics:
         self.errors = _counter(metric_names.ERRORS, registry)
         self.duration = _histogram(metric_names.DURATION, registry)
         self.predictions = _counter(metric_names.PREDICTIONS, registry)
-        self.score = _histogram(metric_names.SCORE, registry)
+        score = metric_names.SCORE
+        self.score = ScoreHistogram(score.name, score.help, score.labels, buckets=score.buckets, registry=registry)
         self._lookup = _histogram(metric_names.FEATURE_LOOKUP, registry)
+        self._lookup_failures = _counter(metric_names.FEATURE_LOOKUP_FAILURES, registry)
         self._staleness = _gauge(metric_names.FEATURE_STALENESS, registry)
         self._missing = _counter(metric_names.FEATURE_MISSING, registry)
         self._clients = _gauge(metric_names.CLIENTS, registry)
@@ -80,6 +106,7 @@ class TransformerMetrics:
         self.log_written = _counter(metric_names.LOG_WRITTEN, registry)
         self._models: dict[tuple[str, str], ModelSeries] = {}
         self._children: dict[tuple[str, str], Counter | Gauge | Histogram] = {}
+        self._lookup_failed: dict[tuple[str, str], Counter] = {}
 
     def model(self, model_name: str, model_version: str) -> ModelSeries:
         """Series of a model version, kept. Versions come from bundles, so they are few."""
@@ -94,6 +121,13 @@ class TransformerMetrics:
         if not isinstance(child, Histogram):
             child = self._children[("lookup", model_name)] = self._lookup.labels(model_name)
         child.observe(seconds)
+
+    def lookup_failed(self, model_name: str, kind: str) -> None:
+        """One lookup got no answer: its rows go on without looked-up features."""
+        child = self._lookup_failed.get((model_name, kind))
+        if child is None:
+            child = self._lookup_failed[(model_name, kind)] = self._lookup_failures.labels(model_name, kind)
+        child.inc()
 
     def staleness(self, view: str, seconds: float) -> None:
         """Age of the values just read from a view."""

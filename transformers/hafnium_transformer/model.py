@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
-import uuid
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
 from kserve.errors import InvalidInput
 
 from hafnium_contract.bundle import INTERVAL_OUTPUT, SCORE_OUTPUT
-from hafnium_contract.trace_context import REQUEST_ID, TRACEPARENT, TRACESTATE, request_id_of, trace_lines
 from hafnium_transformer.errors import MalformedError, ScoringError
 from hafnium_transformer.gate import EXCHANGE, Exchange, batch_items
 from hafnium_transformer.plan import Plan
-from hafnium_transformer.predictor_client import Deadline
-from hafnium_transformer.request_spans import batch_facts, model_facts
-from hafnium_transformer.scoring import Context, Scorer
+from hafnium_transformer.request_spans import batch_facts
+from hafnium_transformer.scoring import Scorer
 from hafnium_transformer.settings import Settings
 
-if TYPE_CHECKING:
-    from hafnium_contract.telemetry.spans import Tracing
-
 _TOP = ("event_time", "request_id")
-_FROM_METADATA = (REQUEST_ID, TRACEPARENT, TRACESTATE)
-_GRPC = "inference.GRPCInferenceService/ModelInfer"
 _FAMILIES: dict[str, tuple[tuple[type, ...], str]] = {
     "INT": ((int,), "whole numbers"), "UINT": ((int,), "whole numbers"), "FP": ((int, float, type(None)), "numbers or null"),
     "BOOL": ((bool,), "true or false"), "BYTES": ((str, bytes), "texts"),
@@ -39,11 +30,10 @@ class RiskTransformer(Model):
     Neither protocol has errors per row: one bad row is the whole request's error, with its path.
     """
 
-    def __init__(self, settings: Settings, scorer: Scorer, tracing: Tracing | None = None) -> None:
+    def __init__(self, settings: Settings, scorer: Scorer) -> None:
         super().__init__(settings.model_name)
         self._settings = settings
         self._scorer = scorer
-        self._tracing = tracing
         self.ready = True
 
     def start(self) -> None:
@@ -71,26 +61,8 @@ class RiskTransformer(Model):
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None,
     ) -> dict[str, Any] | InferResponse:
-        """Scores all rows. Raises InvalidInput; over HTTP the gate puts the real error in its place."""
-        exchange = EXCHANGE.get()
-        if exchange is None:
-            return await self._by_grpc(payload, headers or {})
-        return await self._predict(payload, exchange)
-
-    async def _by_grpc(self, payload: Any, metadata: dict[str, str]) -> dict[str, Any] | InferResponse:
-        exchange = Exchange(self._grpc_context(metadata))
-        span = exchange.context.span
-        if span is None:
-            return await self._predict(payload, exchange)
-        kind: str | None = "internal"
-        try:
-            answer = await self._predict(payload, exchange)
-            kind = None
-        finally:
-            span.add(model_facts(self._scorer))
-            error = exchange.error
-            span.answered(200 if kind is None else error.status if error else 500, error.kind if error else kind)
-        return answer
+        """Scores all rows. Raises InvalidInput; the gates put the real error in its place."""
+        return await self._predict(payload, EXCHANGE.get())
 
     async def _predict(self, payload: Any, exchange: Exchange) -> dict[str, Any] | InferResponse:
         try:
@@ -114,18 +86,6 @@ class RiskTransformer(Model):
             if isinstance(result, ScoringError):
                 raise result
         return [r for r in results if not isinstance(r, ScoringError)]
-
-    def _grpc_context(self, metadata: dict[str, str]) -> Context:
-        headers = {name: metadata[name.decode()].encode("utf-8") for name in _FROM_METADATA if name.decode() in metadata}
-        request_id = request_id_of(headers.get(REQUEST_ID)) or uuid.uuid4().hex
-        deadline, started = Deadline.after_ms(self._settings.deadline_ms), time.perf_counter()
-        if self._tracing is None:
-            return Context(request_id, "stable", deadline, started, trace_lines(headers))
-        span = self._tracing.accept(headers, _GRPC, started)
-        if isinstance(span, bytes):
-            return Context(request_id, "stable", deadline, started, span)
-        span.add({"rpc.system": "grpc", "rpc.method": "ModelInfer", "hafnium.request_id": request_id})
-        return Context(request_id, "stable", deadline, started, b"", span)
 
 
 def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[str, Any]]:

@@ -5,11 +5,13 @@ A request must not search the contract; it walks the tuples below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hafnium_contract.encoding import plain_encoder, row_assembler
+import numpy as np
+
+from hafnium_contract.encoding import Floats, PlainColumns, number_column, plain_encoder, row_assembler
 from hafnium_contract.model_contract import Feature, FromDerived, FromView, ModelContract
 
 ENTITY_TEXT = "a string"
@@ -24,6 +26,8 @@ class LookedUp:
     column: str
     """Name in Feast's answer with full feature names: `view__field`."""
     max_age_s: float
+    view: int
+    """Its place among the views that are read."""
     plain: Callable[[Any], float | None]
     """hafnium_contract.encoding.plain_encoder of the feature."""
 
@@ -47,9 +51,19 @@ class Plan:
     """(field of the request, its feature)."""
     plain_fields: tuple[tuple[str, str, Callable[[Any], float | None]], ...]
     """(field, name of its feature, plain encoder), in the same order."""
+    plain_columns: tuple[tuple[str, Callable[[Sequence[Any]], Floats]], ...]
+    """(field, hafnium_contract.encoding.number_column of its feature), in the same order."""
+    plain_request: PlainColumns
+    """What these numbers must be."""
     fields: frozenset[str]
     protected: frozenset[str]
     views: tuple[ViewPlan, ...]
+    looked_up: tuple[LookedUp, ...]
+    """Of all views, in their order: the columns of a lookup."""
+    plain: PlainColumns
+    """Of `looked_up`: what their encoded values must be, to be plainly good."""
+    max_age_s: Floats
+    """Of `looked_up`, [features, 1]."""
     join_keys: tuple[str, ...]
     """Needed for the lookup."""
     needed_keys: frozenset[str]
@@ -61,6 +75,8 @@ class Plan:
     """hafnium_contract.encoding.row_assembler of the contract."""
     derived_inputs: tuple[tuple[int, Feature], ...]
     """(column, feature) of the inputs that are computed."""
+    derived_columns: list[int]
+    """Their columns."""
     looked_up_behind: dict[str, tuple[str, ...]]
     """Derived feature → views that its inputs come from."""
     logged_columns: tuple[int, ...]
@@ -77,19 +93,24 @@ def make_plan(contract: ModelContract, entity_types: dict[str, str] | None = Non
         for f in contract.features_of(view.name):
             if isinstance(f.source, FromView):
                 age = (f.max_age or view.max_age).total_seconds()
-                looked_up.append(LookedUp(f, f"{view.name}__{f.source.field}", age, plain_encoder(f)))
+                looked_up.append(LookedUp(f, f"{view.name}__{f.source.field}", age, len(views), plain_encoder(f)))
                 references.append(f"{view.name}:{f.source.field}")
         if looked_up:
             views.append(ViewPlan(view.name, contract.entity(view.entity).join_key, tuple(looked_up)))
+    columns = tuple(f for v in views for f in v.features)
     derived = tuple((j, f) for j, f in enumerate(contract.inputs) if isinstance(f.source, FromDerived))
     return Plan(
         contract=contract, digest=contract.digest, request_features=tuple(contract.request_fields.items()),
         plain_fields=tuple((field, f.name, plain_encoder(f)) for field, f in contract.request_fields.items()),
+        plain_columns=tuple((field, number_column(f)) for field, f in contract.request_fields.items()),
+        plain_request=PlainColumns.of(tuple(contract.request_fields.values())),
         fields=frozenset(contract.request_fields), protected=frozenset(p.name for p in contract.protected),
-        views=tuple(views), join_keys=tuple(dict.fromkeys(v.join_key for v in views)),
+        views=tuple(views), looked_up=columns, plain=PlainColumns.of([f.feature for f in columns]),
+        max_age_s=np.array([[f.max_age_s] for f in columns], np.float64), join_keys=tuple(dict.fromkeys(v.join_key for v in views)),
         needed_keys=frozenset(v.join_key for v in views),
         declared_keys=frozenset(e.join_key for e in contract.entities), references=tuple(dict.fromkeys(references)),
-        assemble_row=row_assembler(contract), derived_inputs=derived, looked_up_behind=_views_behind(contract),
+        assemble_row=row_assembler(contract), derived_inputs=derived, derived_columns=[j for j, _ in derived],
+        looked_up_behind=_views_behind(contract),
         logged_columns=tuple(j for j, f in enumerate(contract.inputs) if not f.personal),
         entity_types=dict(entity_types or {}),
     )

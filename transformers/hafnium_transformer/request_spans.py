@@ -11,7 +11,12 @@ from hafnium_transformer.scoring import Result, Scorer
 if TYPE_CHECKING:
     from hafnium_contract.telemetry.spans import Value
 
-SPAN_NAMES = {"/v1/score": "POST /v1/score", "/v1/score/batch": "POST /v1/score/batch"}
+_NAMES = {"/v1/score": "POST /v1/score", "/v1/score/batch": "POST /v1/score/batch"}
+
+
+def span_name(path: str) -> str:
+    """Of a request to one of our paths."""
+    return _NAMES.get(path) or f"POST {path}"
 
 
 def request_facts(path: str, request_id: str, arm: str) -> dict[str, Value]:

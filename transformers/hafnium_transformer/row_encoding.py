@@ -7,7 +7,6 @@ A value that should be there but could not be read at all (the store is gone) al
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +16,19 @@ from hafnium_contract.errors import FeatureError, Problem
 from hafnium_transformer.errors import LookedUpError, RowInvalidError
 from hafnium_transformer.online_store.records import Found
 from hafnium_transformer.plan import LookedUp, Plan, ViewPlan
-from hafnium_transformer.rows import Row, expected_form
+from hafnium_transformer.rows import Lacking, Row, expected_form
 
 CLOCK_SKEW_S = 300.0
 """A value this much younger than the event is from the future; less is two clocks that differ."""
 
 
-class Encoded(NamedTuple):
-    """A row that can be scored."""
+def encode_row(plan: Plan, row: Row, found: Found | None) -> tuple[dict[str, float], Lacking]:
+    """Encoded features by name, NaN = missing, without derived ones; and what the row lacks.
 
-    row: Row
-    values: dict[str, float]
-    """Encoded features by name, NaN = missing; without derived ones."""
-    degraded: tuple[str, ...]
-    missing: tuple[str, ...]
-    """Features that were missing, stale or unusable, whatever the policy: for counting."""
-
-
-def encode_row(plan: Plan, row: Row, found: Found | None) -> Encoded:
-    """`found`: None when the store could not be asked. Raises LookedUpError for a value that the contract demands."""
+    `found`: None when the store could not be asked. Raises LookedUpError for a value that the contract demands.
+    """
     if not plan.views:
-        return Encoded(row, row.values, row.degraded, row.missing)
+        return row.values, row.lacking
     values = dict(row.values)
     degraded: list[str] = []
     missing: list[str] = []
@@ -64,7 +55,11 @@ def encode_row(plan: Plan, row: Row, found: Found | None) -> Encoded:
     if problems:
         views = sorted({p.path.split(".")[0] for p in problems})
         raise LookedUpError(f"view {', '.join(views)}: {problems[0].path} {problems[0].message}", problems, missing)
-    return Encoded(row, values, (*row.degraded, *degraded), (*row.missing, *missing))
+    return values, _and(row.lacking, degraded, missing)
+
+
+def _and(lacking: Lacking, degraded: list[str], missing: list[str]) -> Lacking:
+    return Lacking((*lacking.degraded, *degraded), (*lacking.missing, *missing)) if missing else lacking
 
 
 def _value(view: ViewPlan, looked_up: LookedUp, row: Row, found: Found | None) -> tuple[float, str, bool]:
@@ -87,7 +82,7 @@ def _value(view: ViewPlan, looked_up: LookedUp, row: Row, found: Found | None) -
     return value, f"has no value for {view.join_key}" if math.isnan(value) else "", True
 
 
-def check_derived(plan: Plan, encoded: Encoded, inputs: npt.NDArray[np.float32]) -> Encoded:
+def check_derived(plan: Plan, lacking: Lacking, inputs: npt.NDArray[np.float32]) -> Lacking:
     """Policies of derived inputs that can't be computed (an input is missing, or x/0). `inputs` [n]: the row, assembled.
 
     Raises LookedUpError or RowInvalidError, after where the cause lies.
@@ -106,6 +101,4 @@ def check_derived(plan: Plan, encoded: Encoded, inputs: npt.NDArray[np.float32])
             if views:
                 raise LookedUpError(f"view {', '.join(views)}: {problem.path} {problem.message}", [problem], missing)
             raise RowInvalidError([problem])
-    if not missing:
-        return encoded
-    return Encoded(encoded.row, encoded.values, (*encoded.degraded, *degraded), (*encoded.missing, *missing))
+    return _and(lacking, degraded, missing)

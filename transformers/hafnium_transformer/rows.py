@@ -14,10 +14,23 @@ from hafnium_transformer.errors import RowInvalidError
 from hafnium_transformer.online_store.records import EntityValue
 from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan
 
-_KEYS = frozenset({"request_id", "event_time", "entity", "features", "explain"})
+KEYS = frozenset({"request_id", "event_time", "entity", "features", "explain"})
 _YEAR_1_S, _YEAR_10000_S = datetime(1, 1, 1, tzinfo=UTC).timestamp(), datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400.0
 TEXT_MAX = 256
 """Characters of a request id or an entity key: they are logged, hashed and sent to the store."""
+
+
+class Lacking(NamedTuple):
+    """What a row has to do without."""
+
+    degraded: tuple[str, ...]
+    """Missing features whose policy is `degrade`: the answer names them."""
+    missing: tuple[str, ...]
+    """Features that are missing, stale or unusable, whatever the policy: for counting."""
+
+
+NOTHING = Lacking((), ())
+"""The usual row lacks nothing, and has this very object."""
 
 
 class Row(NamedTuple):  # made for every row: a frozen dataclass takes four times as long
@@ -28,10 +41,8 @@ class Row(NamedTuple):  # made for every row: a frozen dataclass takes four time
     """Seconds since 1970-01-01 UTC."""
     entity: dict[str, EntityValue]
     values: dict[str, float]
-    degraded: tuple[str, ...]
-    """Missing request features whose policy is `degrade`."""
-    missing: tuple[str, ...]
-    """Missing request features, whatever the policy."""
+    lacking: Lacking
+    """Of its request features."""
     explain: bool
 
 
@@ -45,10 +56,10 @@ def parse_row(plan: Plan, data: Any, *, request_id: str, now_s: float, path: str
         raise RowInvalidError([Problem(path, f"expected an object with features, got {_shown(data)}")])
     body = cast(dict[str, Any], data)
     prefix = path + "." if path else ""
-    if not body.keys() <= _KEYS:
+    if not body.keys() <= KEYS:
         problems.extend(
-            Problem(prefix + str(key)[:80], f"unknown field; expected {', '.join(sorted(_KEYS))}")
-            for key in body if key not in _KEYS
+            Problem(prefix + str(key)[:80], f"unknown field; expected {', '.join(sorted(KEYS))}")
+            for key in body if key not in KEYS
         )
     given_id = body.get("request_id")
     if given_id is not None:
@@ -61,15 +72,25 @@ def parse_row(plan: Plan, data: Any, *, request_id: str, now_s: float, path: str
     if not isinstance(explain, bool):
         problems.append(Problem(prefix + "explain", f"expected true or false, got {_shown(explain)}"))
     entity = _entity(plan, body.get("entity"), prefix, problems)
-    values, degraded, missing = _features(plan, body.get("features"), prefix, problems)
+    values, lacking = _features(plan, body.get("features"), prefix, problems)
     if problems:
         raise RowInvalidError(problems)
-    return Row(request_id, event_time_s, entity, values, degraded, missing, bool(explain))
+    return Row(request_id, event_time_s, entity, values, lacking, bool(explain))
 
 
 def _event_time(given: Any, now_s: float, prefix: str, problems: list[Problem]) -> float:
     if given is None:
         return now_s
+    seconds = plain_event_time(given)
+    if seconds is not None:
+        return seconds
+    expected = "expected RFC 3339 time with an offset, such as 2026-01-15T12:00:00Z"
+    problems.append(Problem(prefix + "event_time", f"{expected}, got {_shown(given)}"))
+    return math.nan
+
+
+def plain_event_time(given: Any) -> float | None:
+    """RFC 3339 with an offset → seconds since 1970; None: it is something else."""
     if isinstance(given, str) and len(given) <= 40:
         try:
             when = datetime.fromisoformat(given)
@@ -79,9 +100,14 @@ def _event_time(given: Any, now_s: float, prefix: str, problems: list[Problem]) 
                     return seconds
         except (ValueError, OverflowError):
             pass
-    expected = "expected RFC 3339 time with an offset, such as 2026-01-15T12:00:00Z"
-    problems.append(Problem(prefix + "event_time", f"{expected}, got {_shown(given)}"))
-    return math.nan
+    return None
+
+
+def is_key(value: Any, expected: str | None) -> bool:
+    """Whether an entity can be looked up by it. `expected`: ENTITY_TEXT, ENTITY_NUMBER, or None when the store does not say."""
+    if type(value) is str:
+        return 0 < len(value) <= TEXT_MAX and expected != ENTITY_NUMBER
+    return type(value) is int and abs(value) < 2**63 and expected != ENTITY_TEXT
 
 
 def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dict[str, EntityValue]:
@@ -98,9 +124,7 @@ def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dic
             problems.append(Problem(f"{prefix}entity.{str(key)[:80]}", f"unknown entity key; the contract's are: {known}"))
         elif value is not None:
             expected = plan.entity_types.get(key)
-            text = type(value) is str and 0 < len(value) <= TEXT_MAX
-            number = type(value) is int and abs(value) < 2**63
-            if (text and expected != ENTITY_NUMBER) or (number and expected != ENTITY_TEXT):
+            if is_key(value, expected):
                 out[key] = value
             else:
                 form = f"a string of 1 to {TEXT_MAX} characters" if expected != ENTITY_NUMBER else ENTITY_NUMBER
@@ -115,12 +139,12 @@ def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dic
 
 def _features(
     plan: Plan, given: Any, prefix: str, problems: list[Problem],
-) -> tuple[dict[str, float], tuple[str, ...], tuple[str, ...]]:
+) -> tuple[dict[str, float], Lacking]:
     if given is None:
         given = {}
     if not isinstance(given, dict):
         problems.append(Problem(prefix + "features", f"expected an object, got {_shown(given)}"))
-        return {}, (), ()
+        return {}, NOTHING
     features: Mapping[str, Any] = cast(dict[str, Any], given)
     values: dict[str, float] = {}
     if len(features) == len(plan.plain_fields):  # the usual row: all there, all plainly good
@@ -130,7 +154,7 @@ def _features(
                 break
             values[feature_name] = value
         else:
-            return values, (), ()
+            return values, NOTHING
     problems.extend(
         Problem(f"{prefix}features.{key[:80]}", _unknown(plan, key)) for key in features if key not in plan.fields
     )
@@ -150,7 +174,7 @@ def _features(
             elif feature.missing == "degrade":
                 degraded.append(feature.name)
         values[feature.name] = value
-    return values, tuple(degraded), tuple(missing)
+    return values, Lacking(tuple(degraded), tuple(missing)) if missing else NOTHING
 
 
 def _unknown(plan: Plan, key: str) -> str:

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hafnium_contract.encoding import assemble, matrix_of
 from hafnium_contract.errors import InputError, Problem
 from hafnium_contract.trace_context import id_line
 from hafnium_contract.wire import BATCH_ROWS_MAX
+from hafnium_transformer.batch import Batch, Parsed, parse_columns, parse_each
+from hafnium_transformer.batch_encoding import ONE_BY_ONE_MAX, Encoded, encode, rows_without_derived
 from hafnium_transformer.breaker import Breaker
 from hafnium_transformer.errors import (
     ContractChangedError,
     DeadlineError,
-    LookedUpError,
     OverloadedError,
     RowInvalidError,
     ScoringError,
@@ -34,14 +34,15 @@ from hafnium_transformer.errors import (
 )
 from hafnium_transformer.explanation import ROWS_MAX, Explainer, contributions
 from hafnium_transformer.hop_spans import HopSpans
-from hafnium_transformer.log_writer import InferenceLog, LogBatch, LogRow
+from hafnium_transformer.log_writer import InferenceLog, LogBatch
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.feast import Reader
 from hafnium_transformer.online_store.records import EntityValue, Found, OnlineStore
+from hafnium_transformer.online_store.value_columns import NO_COLUMNS, FoundColumns
 from hafnium_transformer.plan import ENTITY_TEXT, Plan, make_plan
 from hafnium_transformer.predictor_client import Deadline, Prediction, PredictorClient, Served
-from hafnium_transformer.row_encoding import Encoded, check_derived, encode_row
-from hafnium_transformer.rows import Row, parse_row
+from hafnium_transformer.row_encoding import check_derived
+from hafnium_transformer.rows import NOTHING, Lacking, Row
 from hafnium_transformer.settings import Settings
 
 if TYPE_CHECKING:
@@ -49,14 +50,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hafnium.transformer")
 Matrix = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
 Result = dict[str, Any] | ScoringError
-_YIELD_ROWS = 64
+_YIELD_ROWS = 256
 """Rows that are parsed before other requests get their turn of the event loop: about 1 ms."""
 _SHARE_DECIMALS = 7
 """What float32 scores hold."""
-_ONE_BY_ONE_MAX = 16
-"""Rows up to which numpy's cost per column is more than Python's per value."""
 _WARM_READ_S = 30.0
 _PING_S = 1.0
 _FAIR_S = 0.1
@@ -85,6 +83,15 @@ class Asked(NamedTuple):
 
     row: Row
     context: Context
+
+
+class _Ready(NamedTuple):
+    """Rows that the predictor was asked for. `places`: of the prediction's rows in the batch, and in `contexts`."""
+
+    batch: Batch
+    places: list[int]
+    lacking: dict[int, Lacking]
+    contexts: Sequence[Context]
 
 
 class Scorer:
@@ -155,7 +162,10 @@ class Scorer:
         except InputError as e:
             raise UnavailableError(f"feature store: {e}") from e
         plan = replace(plan, entity_types=types)
-        await self._store.read(plan, [_nobody(plan)], _WARM_READ_S)  # the first read opens connections
+        if self._plan is None:
+            # The first read opens connections, and shows that address and password are right: a pod that can't read its store never takes
+            # the place of one that can. After that a store that is gone keeps no new contract out, whose policies answer without it
+            await self._store.read(plan, [_nobody(plan)], _WARM_READ_S)
         return plan
 
     async def refreshed(self, replaced: Plan, deadline: Deadline) -> None:
@@ -180,16 +190,12 @@ class Scorer:
             await asyncio.to_thread(self._reader.refresh)
 
     async def not_ready(self) -> str:
-        """'' when a request could be answered now, else what is missing: contract, predictor or feature store."""
-        if self._plan is None:
-            return self.reason
-        reason = await self._client.ready(_PING_S)
-        if not reason and self._plan.views and self._store is not None:
-            try:
-                await self._store.read(self._plan, [_nobody(self._plan)], _PING_S)
-            except ScoringError as e:
-                reason = e.detail
-        return reason
+        """'' when a request could be answered now, else what is missing: contract or predictor.
+
+        There is no contract before the store was read once. A store that went away later is no reason: requests are answered without it,
+        and it is one for all pods, which would be taken out together.
+        """
+        return self.reason if self._plan is None else await self._client.ready(_PING_S)
 
     def close(self) -> None:
         """Lets go of the store."""
@@ -213,31 +219,46 @@ class Scorer:
             return await self._score(self.plan, items, context, paths)
 
     async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[Result]:
-        results: list[Result | None] = [None] * len(items)
-        asked: list[Asked] = []
-        places: list[int] = []
-        now = self.clock().timestamp()
-        explained = 0
-        for i, item in enumerate(items):
-            if i % _YIELD_ROWS == _YIELD_ROWS - 1:
-                await asyncio.sleep(0)
-            own_id = context.request_id if len(items) == 1 else f"{context.request_id}-{i}"
-            try:
-                row = parse_row(plan, item, request_id=own_id, now_s=now, path=paths[i])
-                explained += row.explain
-                if row.explain and explained > self._settings.explain_rows_max:
-                    message = f"more than {self._settings.explain_rows_max} explained rows in one batch"
-                    raise RowInvalidError([Problem(f"{paths[i]}.explain".lstrip("."), message)])
-                asked.append(Asked(row, context))
-                places.append(i)
-            except RowInvalidError as e:
-                results[i] = e
-        if asked:
+        now_s = self.clock().timestamp()
+        if len(items) == 1:
+            parsed = parse_each(plan, items, request_ids=[context.request_id], now_s=now_s, path_of=paths.__getitem__)
+        else:
+            parsed = await self._parse(plan, items, context, now_s, paths)
+        batch, places, errors = parsed.batch, parsed.places, dict[int, ScoringError](parsed.errors)
+        if sum(batch.explained) > self._settings.explain_rows_max:
+            explained = [k for k, explain in enumerate(batch.explained) if explain][self._settings.explain_rows_max :]
+            message = f"more than {self._settings.explain_rows_max} explained rows in one batch"
+            for k in explained:
+                errors[places[k]] = RowInvalidError([Problem(f"{paths[places[k]]}.explain".lstrip("."), message)])
+            kept = sorted(set(range(len(batch))) - set(explained))
+            batch, places = batch.only(kept), [places[k] for k in kept]
+        results: list[Result | None] = [errors.get(i) for i in range(len(items))] if errors else [None] * len(items)
+        if places:
             spans = None if context.span is None else HopSpans([context.span])
             lines = id_line([context.request_id], 1) + context.trace_lines
-            for i, result in zip(places, await self.score_rows(plan, asked, context.deadline, lines, spans), strict=True):
+            scored = await self._score_batch(plan, batch, [context] * len(batch), context.deadline, lines, spans)
+            for i, result in zip(places, scored, strict=True):
                 results[i] = result
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
+
+    async def _parse(self, plan: Plan, items: Sequence[Any], context: Context, now_s: float, paths: Sequence[str]) -> Parsed:
+        """The rows of a batch, of which a thousand would keep others waiting."""
+        parse = parse_each if len(items) <= ONE_BY_ONE_MAX else parse_columns
+        parts: list[Parsed] = []
+        for begin in range(0, len(items), _YIELD_ROWS):
+            if begin:
+                await asyncio.sleep(0)
+            part = items[begin : begin + _YIELD_ROWS]
+            request_ids = [f"{context.request_id}-{i}" for i in range(begin, begin + len(part))]
+            parts.append(parse(plan, part, request_ids=request_ids, now_s=now_s, path_of=lambda i, begin=begin: paths[begin + i]))
+        parsed = parts[0]
+        for n, part in enumerate(parts[1:], 1):
+            begin = n * _YIELD_ROWS
+            parsed = Parsed(
+                parsed.batch.and_then(plan, part.batch), parsed.places + [begin + i for i in part.places],
+                parsed.errors | {begin + i: e for i, e in part.errors.items()},
+            )
+        return parsed
 
     async def score_rows(
         self, plan: Plan, asked: Sequence[Asked], deadline: Deadline, passed_on: bytes, spans: HopSpans | None = None,
@@ -247,90 +268,113 @@ class Scorer:
         `passed_on`: header lines for the predictor: ids, and the trace when there are no `spans` whose trace it is.
         Raises ScoringError when no row can be answered; ContractChangedError when the predictor has another contract.
         """
-        results: list[Result | None] = [None] * len(asked)
-        encoded: list[Encoded] = []
-        places: list[int] = []
-        rows = [a.row for a in asked]
+        return await self._score_batch(
+            plan, Batch.of([a.row for a in asked]), [a.context for a in asked], deadline, passed_on, spans)
+
+    async def _score_batch(
+        self, plan: Plan, batch: Batch, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes, spans: HopSpans | None,
+    ) -> list[Result]:
+        results: list[Result | None] = [None] * len(batch)
         if spans is None or not plan.views:
-            looked_up = await self._look_up(plan, rows, deadline)
+            found = await self._look_up(plan, batch, deadline)
         else:
-            with spans.lookup(plan, len(rows)) as lookup:
-                looked_up = await self._look_up(plan, rows, deadline)
-                lookup.found(looked_up)
-        for i, (row, found) in enumerate(zip(rows, looked_up, strict=True)):
-            try:
-                encoded.append(encode_row(plan, row, found))
-                places.append(i)
-            except LookedUpError as e:
-                results[i] = e
-                for feature in e.features:
-                    self._metrics.missing(feature)
-        if encoded:
-            await self._predict(plan, encoded, places, asked, deadline, passed_on, spans, results)
+            with spans.lookup(plan, len(batch)) as lookup:
+                found = await self._look_up(plan, batch, deadline)
+                lookup.found(len(batch) if found is None else 0)
+        encoded = encode(plan, batch, found)
+        for i, error in encoded.errors.items():
+            results[i] = error
+            for feature in error.features:
+                self._metrics.missing(feature)
+        if encoded.places:
+            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, results)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
-    async def _look_up(self, plan: Plan, rows: Sequence[Row], deadline: Deadline) -> Sequence[Found | None]:
+    async def _look_up(self, plan: Plan, batch: Batch, deadline: Deadline) -> Sequence[Found] | FoundColumns | None:
         """What the store has for each row; None when it could not be asked (the contract's policies then decide)."""
         if not plan.views:
-            return [{}] * len(rows)
+            return [{}] * len(batch) if len(batch) <= ONE_BY_ONE_MAX else NO_COLUMNS
         start = time.perf_counter()
         timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s())
+        name = plan.contract.name
         if self._store is None or not self._store_breaker.may_ask(time.monotonic()):
-            return [None] * len(rows)
+            self._metrics.lookup_failed(name, "not_asked")
+            return None
         try:
-            found = await self._store.read(plan, [row.entity for row in rows], timeout_s)
+            if len(batch) <= ONE_BY_ONE_MAX:
+                found = await self._store.read(plan, batch.entities, timeout_s)
+            else:
+                found = await self._store.read_columns(plan, batch.entities, timeout_s)
         except (OverloadedError, DeadlineError, UnavailableError) as e:
-            if isinstance(e, UnavailableError) or (isinstance(e, DeadlineError) and timeout_s >= self._fair_s):
+            hurried = isinstance(e, DeadlineError) and timeout_s < self._fair_s
+            if not hurried and not isinstance(e, OverloadedError):
                 self._store_breaker.failed(time.monotonic())
+            self._metrics.lookup_failed(name, "hurry" if hurried else e.kind)
             if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
                 self._complained = time.monotonic()
-                log.warning("%d rows without looked-up features: %s", len(rows), e)
-            return [None] * len(rows)
+                log.warning("%d rows without looked-up features: %s", len(batch), e)
+            return None
         else:
             self._store_breaker.succeeded()
-            self._count_ages(plan, rows[0], found[0])
+            self._count_ages(plan, batch.event_times_s[0], found)
             return found
         finally:
-            self._metrics.looked_up(plan.contract.name, time.perf_counter() - start)
+            self._metrics.looked_up(name, time.perf_counter() - start)
 
-    def _count_ages(self, plan: Plan, row: Row, found: Found) -> None:
+    def _count_ages(self, plan: Plan, event_time_s: float, found: Sequence[Found] | FoundColumns) -> None:
         """Age of the values just read, one row of a batch: what is stale is stale for all."""
         for view in plan.views:
-            item = found.get(view.features[0].column)
-            if item is not None:
-                self._metrics.staleness(view.name, max(row.event_time_s - item[1], 0.0))
+            if isinstance(found, FoundColumns):
+                seconds = found.time_of_first(plan, view)
+            else:
+                item = found[0].get(view.features[0].column)
+                seconds = None if item is None else item[1]
+            if seconds is not None:
+                self._metrics.staleness(view.name, max(event_time_s - seconds, 0.0))
 
     async def _predict(
-        self, plan: Plan, encoded: Sequence[Encoded], places: Sequence[int], asked: Sequence[Asked], deadline: Deadline,
-        passed_on: bytes, spans: HopSpans | None, results: list[Result | None],
+        self, plan: Plan, batch: Batch, encoded: Encoded, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes,
+        spans: HopSpans | None, results: list[Result | None],
     ) -> None:
-        matrix = assembled(plan, encoded)
-        kept: list[tuple[int, Encoded]] = []
-        lines: list[int] = []
-        explainer = self._explainer(matrix.shape[1]) if any(e.row.explain for e in encoded) else None
-        for k, e in enumerate(encoded):
-            try:
-                if e.row.explain and explainer is None:
-                    raise RowInvalidError([Problem("explain", f"a model of more than {ROWS_MAX} inputs can't be explained")])
-                kept.append((places[k], check_derived(plan, e, matrix[k]) if plan.derived_inputs else e))
-                lines.append(k)
-            except ScoringError as error:
-                results[places[k]] = error
-        if not kept:
-            return
-        if len(kept) < len(encoded):
-            matrix = matrix[lines]
+        places, matrix = encoded.places, encoded.matrix
+        explainer = self._explainer(matrix.shape[1]) if any(batch.explained) else None
+        refused = self._check(plan, batch, encoded, explainer)
+        if refused:
+            for i, error in refused.items():
+                results[i] = error
+            kept = [k for k, i in enumerate(places) if i not in refused]
+            if not kept:
+                return
+            places, matrix = [places[k] for k in kept], matrix[kept]
+        ready = _Ready(batch, places, encoded.lacking, contexts)
         if explainer is None:
             prediction = await self._ask(plan, matrix, deadline, passed_on, spans)
-            self._answer(plan, kept, asked, matrix, prediction, None, results)
+            self._answer(plan, ready, matrix, prediction, None, results)
             return
         # A row and what explains it go together, since another model may answer the next prediction
         predicted: list[tuple[slice, Prediction]] = []
-        for part in parts_of([1 + explainer.rows * e.row.explain for _, e in kept], BATCH_ROWS_MAX):
-            sent = [matrix[part], *(explainer.asked(matrix[k]) for k in range(part.start, part.stop) if kept[k][1].row.explain)]
+        for part in parts_of([1 + explainer.rows * batch.explained[i] for i in places], BATCH_ROWS_MAX):
+            sent = [matrix[part], *(explainer.asked(matrix[k]) for k in range(part.start, part.stop) if batch.explained[places[k]])]
             predicted.append((part, await self._ask(plan, np.concatenate(sent), deadline, passed_on, spans)))
         for part, prediction in predicted:
-            self._answer(plan, kept[part], asked, matrix[part], prediction, explainer, results)
+            self._answer(plan, ready._replace(places=places[part]), matrix[part], prediction, explainer, results)
+
+    def _check(self, plan: Plan, batch: Batch, encoded: Encoded, explainer: Explainer | None) -> dict[int, ScoringError]:
+        """Rows that can't be scored after all, by place; what derived inputs lack is added to `encoded.lacking`."""
+        refused: dict[int, ScoringError] = {}
+        if explainer is None and any(batch.explained):
+            for i in encoded.places:
+                if batch.explained[i]:
+                    refused[i] = RowInvalidError([Problem("explain", f"a model of more than {ROWS_MAX} inputs can't be explained")])
+        for k in rows_without_derived(plan, encoded.matrix):
+            i = encoded.places[k]
+            if i in refused:
+                continue
+            try:
+                encoded.lacking[i] = check_derived(plan, encoded.lacking.get(i, NOTHING), encoded.matrix[k])
+            except ScoringError as error:
+                refused[i] = error
+        return refused
 
     async def _ask(self, plan: Plan, sent: Matrix, deadline: Deadline, passed_on: bytes, spans: HopSpans | None) -> Prediction:
         if spans is None:
@@ -340,55 +384,73 @@ class Scorer:
             hop.answered(prediction)
         return prediction
 
+    def rows_asked(self, plan: Plan) -> int:
+        """Rows that the predictor is asked for when one row is explained, itself included."""
+        explainer = self._explainer(len(plan.contract.inputs))
+        return 1 + (explainer.rows if explainer is not None else 0)
+
     def _explainer(self, inputs: int) -> Explainer | None:
         if inputs not in self._explainers:
             self._explainers[inputs] = Explainer.of(inputs, self._settings.explain_method, self._settings.explain_orders)
         return self._explainers[inputs]
 
     def _answer(
-        self, plan: Plan, rows: Sequence[tuple[int, Encoded]], asked: Sequence[Asked], matrix: Matrix, prediction: Prediction,
-        explainer: Explainer | None, results: list[Result | None],
+        self, plan: Plan, ready: _Ready, matrix: Matrix, prediction: Prediction, explainer: Explainer | None, results: list[Result | None],
     ) -> None:
-        rule, name = plan.contract.decision, plan.contract.name
-        version, digits = prediction.model_version, self._settings.score_decimals
-        series = self._metrics.model(name, version)
-        scores: list[float] = prediction.score[: len(rows)].tolist()
-        intervals: list[list[float]] = prediction.interval[: len(rows)].tolist()
+        batch, places, lacking, contexts = ready
+        rule, name, version = plan.contract.decision, plan.contract.name, prediction.model_version
+        scores: list[float] = prediction.score[: len(places)].tolist()
+        intervals: list[list[float]] = prediction.interval[: len(places)].tolist()
         now, ended = self.clock(), time.perf_counter()
-        explained_from = len(rows)
-        logged: list[LogRow] | None = [] if self._log is not None else None
-        decided = {rule.above: 0, rule.below: 0}
         above, below, threshold = rule.above, rule.below, rule.threshold
-        for k, (place, e) in enumerate(rows):
-            row, score = e.row, scores[k]
-            lower, upper = intervals[k]
-            decision = above if score >= threshold else below
-            decided[decision] += 1
-            shown = (round(score, digits), round(lower, digits), round(upper, digits)) if digits else (score, lower, upper)
-            result: dict[str, Any] = {
-                "request_id": row.request_id, "score": shown[0], "confidence_lower": shown[1], "confidence_upper": shown[2],
-                "decision": decision, "model_name": name, "model_version": version, "degraded": list(e.degraded),
-            }
-            if row.explain and explainer is not None:
-                shares, base = explainer.shares(score, prediction.score[explained_from : explained_from + explainer.rows])
-                explained_from += explainer.rows
-                result["explanation"] = contributions(
-                    plan.contract, matrix[k], shares, self._settings.explain_top_k, digits or _SHARE_DECIMALS,
-                )
-                if base is not None:
-                    result["explanation_base"] = round(base, digits) if digits else base
-            results[place] = result
-            for feature in e.missing:
+        decisions = [above if score >= threshold else below for score in scores]
+        shown, bounds, digits = scores, intervals, self._settings.score_decimals
+        if digits:
+            shown = [round(score, digits) for score in scores]
+            bounds = [[round(lower, digits), round(upper, digits)] for lower, upper in intervals]
+        request_ids = [batch.request_ids[i] for i in places]
+        answers: list[dict[str, Any]] = [
+            {"request_id": request_id, "score": score, "confidence_lower": lower, "confidence_upper": upper, "decision": decision,
+             "model_name": name, "model_version": version, "degraded": []}
+            for request_id, score, (lower, upper), decision in zip(request_ids, shown, bounds, decisions, strict=True)
+        ]
+        for i, answer in zip(places, answers, strict=True):
+            results[i] = answer
+        lacks = [(k, lacking[i]) for k, i in enumerate(places) if i in lacking] if lacking else []
+        for k, (degraded, missing) in lacks:
+            answers[k]["degraded"] = list(degraded)
+            for feature in missing:
                 self._metrics.missing(feature)
-            if logged is not None:
-                context = asked[place].context
-                logged.append(LogRow(
-                    row.request_id, context.arm, score, lower, upper, decision, e.degraded, (ended - context.started) * 1000.0,
-                    row.entity,
-                ))
-        series.predicted(scores, decided)
-        if self._log is not None and logged is not None:
-            self._log.append(LogBatch(plan, now, version, prediction.model_digest, logged, matrix))
+        if explainer is not None:
+            self._explain(plan, [k for k, i in enumerate(places) if batch.explained[i]], answers, scores, matrix, prediction, explainer)
+        series = self._metrics.model(name, version)
+        series.predicted(scores, {decision: decisions.count(decision) for decision in {above, below}})
+        if self._log is not None:
+            asked = [contexts[i] for i in places]
+            logged_scores, logged_intervals = prediction.score, prediction.interval
+            if len(logged_scores) > len(places):  # rows of explanations, which what is queued would keep
+                logged_scores, logged_intervals = logged_scores[: len(places)].copy(), logged_intervals[: len(places)].copy()
+            self._log.append(LogBatch(
+                plan, now, version, prediction.model_digest, request_ids, [context.arm for context in asked],
+                logged_scores, logged_intervals, decisions,
+                {k: degraded for k, (degraded, _) in lacks}, [(ended - context.started) * 1000.0 for context in asked],
+                [batch.entities[i] for i in places], matrix,
+            ))
+
+    def _explain(
+        self, plan: Plan, explained: Sequence[int], answers: Sequence[dict[str, Any]], scores: Sequence[float], matrix: Matrix,
+        prediction: Prediction, explainer: Explainer,
+    ) -> None:
+        """Adds explanations. Their rows stand behind all others in the prediction."""
+        digits, begin = self._settings.score_decimals, len(scores)
+        for k in explained:
+            shares, base = explainer.shares(scores[k], prediction.score[begin : begin + explainer.rows])
+            begin += explainer.rows
+            answers[k]["explanation"] = contributions(
+                plan.contract, matrix[k], shares, self._settings.explain_top_k, digits or _SHARE_DECIMALS,
+            )
+            if base is not None:
+                answers[k]["explanation_base"] = round(base, digits) if digits else base
 
 
 def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
@@ -402,14 +464,6 @@ def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
         total += size
     parts.append(slice(start, len(sizes)))
     return parts
-
-
-def assembled(plan: Plan, encoded: Sequence[Encoded]) -> Matrix:
-    """Encoded rows → float32 [rows, n]: few of them one by one, many column by column, to the same bits."""
-    if len(encoded) <= _ONE_BY_ONE_MAX:
-        return matrix_of([plan.assemble_row(e.values, e.row.event_time_s) for e in encoded])
-    columns: dict[str, Floats] = {name: np.array([e.values[name] for e in encoded]) for name in encoded[0].values}
-    return assemble(plan.contract, columns, np.array([e.row.event_time_s for e in encoded]))
 
 
 def _nobody(plan: Plan) -> dict[str, EntityValue]:

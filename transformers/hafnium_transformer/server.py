@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,13 +20,15 @@ import numpy as np
 import uvloop
 from kserve import ModelServer
 from kserve.model_server import app as kserve_app
-from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
 from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.garbage import release, settle
+from hafnium_contract.serving.grpc_calls import InferenceServer, listening_address
 from hafnium_contract.serving.limited_protocol import limited_protocol_class
 from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
@@ -32,6 +36,7 @@ from hafnium_transformer.admission import Admission
 from hafnium_transformer.coalescing import Coalescer
 from hafnium_transformer.errors import ScoringError
 from hafnium_transformer.gate import Gate
+from hafnium_transformer.grpc_gate import GrpcGate
 from hafnium_transformer.hot_path import HotPath
 from hafnium_transformer.log_target import log_target
 from hafnium_transformer.log_writer import EntityHash, InferenceLog
@@ -47,8 +52,6 @@ if TYPE_CHECKING:
     from hafnium_contract.telemetry.spans import Tracing
 
 log = logging.getLogger("hafnium.transformer")
-GRPC_MESSAGE_BYTES_MAX = 8 * 1024 * 1024
-"""KServe's own limit."""
 _SWITCH_S = 0.0005
 """How long the log's thread may keep the interpreter while requests wait. Python's default of 5 ms showed in the p99."""
 _WAIT_S = 0.05
@@ -92,7 +95,9 @@ class TransformerServer(ModelServer):
         )
         self._settings = settings
         self._tracing = tracing
-        self._grpc: GRPCServer | None = None
+        self._grpc: InferenceServer | None = None
+        self._opening = threading.Event()
+        """A thread is importing Feast or opening its store: seconds in which nothing can end it."""
 
     def run(self) -> None:
         """Blocks until the server has stopped."""
@@ -114,7 +119,7 @@ class TransformerServer(ModelServer):
             s.connection_age_s, s.retry_share, s.retry_spare, s.breaker_failures_max, s.breaker_pause_first_s, s.breaker_pause_max_s,
         ))
         scorer = Scorer(s, client, metrics, inference_log)
-        self.register_model(RiskTransformer(s, scorer, self._tracing))
+        self.register_model(RiskTransformer(s, scorer))
         rest = _GatedRestServer(
             "kserve.model_server:app", self.dataplane, self.model_repository_extension, self.http_port,
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
@@ -131,7 +136,8 @@ class TransformerServer(ModelServer):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
         background = [asyncio.create_task(self._become_ready(scorer))]
         if self.enable_grpc:
-            background.append(asyncio.create_task(self._serve_grpc()))
+            grpc_gate = GrpcGate(scorer, admission, metrics, s, self._tracing)
+            background.append(asyncio.create_task(self._serve_grpc(grpc_gate)))
         try:
             while is_worker() and others_missing() == 0 and not scorer.active and not rest.told_to_stop:
                 await asyncio.sleep(_WAIT_S)  # started again beside others that answer: it must not take what it can't answer yet
@@ -149,6 +155,11 @@ class TransformerServer(ModelServer):
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close, FLUSH_S)
             log.info("stopped")
+            if self._opening.is_set():
+                # Nothing was scored yet, and all that there was is written. Python would wait for the thread until its import is over,
+                # on a busy machine longer than Kubernetes waits
+                logging.shutdown()
+                os._exit(0)
 
     async def _become_ready(self, scorer: Scorer) -> None:
         """Opens the feature store, gets the contract, and afterwards keeps the store's registry fresh."""
@@ -180,7 +191,7 @@ class TransformerServer(ModelServer):
 
     async def _open_store(self, repo: Path) -> tuple[FeastReader, OnlineStore]:
         s = self._settings
-        reader = await asyncio.to_thread(FeastReader, repo)
+        reader = await asyncio.to_thread(self._open_reader, repo)
         store = reader.direct_store(rows_max=s.lookup_queue_rows_max) if s.lookup_direct else None
         if store is None:
             store = SdkStore(
@@ -189,16 +200,23 @@ class TransformerServer(ModelServer):
         log.info("features are read by %s", type(store).__name__)
         return reader, store
 
+    def _open_reader(self, repo: Path) -> FeastReader:
+        self._opening.set()
+        try:
+            return FeastReader(repo)
+        finally:
+            self._opening.clear()
+
     @staticmethod
     def _not_yet(scorer: Scorer, reason: str) -> None:
         if reason != scorer.reason:
             log.info("not ready yet: %s", reason)
         scorer.reason = reason
 
-    async def _serve_grpc(self) -> None:
-        self._grpc = GRPCServer(
-            self.grpc_port, self.dataplane, self.model_repository_extension, grace_period=self.grace_period,
-            kwargs={"grpc_max_send_message_length": GRPC_MESSAGE_BYTES_MAX,
-                    "grpc_max_receive_message_length": GRPC_MESSAGE_BYTES_MAX},
-        )
-        await self._grpc.start(self.max_threads)
+    async def _serve_grpc(self, gate: GrpcGate) -> None:
+        s = self._settings
+        self._grpc = InferenceServer(
+            listening_address(s.host, s.grpc_port), gate, body_bytes_max=s.body_bytes_max, grace_period_s=s.grace_period_s)
+        servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
+        add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
+        await self._grpc.serve()

@@ -130,11 +130,16 @@ class Settings(BaseModel):
     read_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds from a request's first byte to its last; then 408. The longest body takes them at 3.4 Mbit/s; a proxy sends it at once."""
     write_timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds that a client may leave answers unread, when more than 64 kB wait for it; then the connection ends."""
+    """Seconds in which a client reads nothing of its answers, when more than 64 kB wait for it; then the connection ends. One that reads
+    slowly goes on."""
+    write_total_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds in which it has to have read them: at 17 kB/s a megabyte, more than the longest answer to a thousand rows. Until then its
+    answers take memory."""
     head_bytes_max: int = Field(default=65_536, ge=8_192)
     """Bytes of request line and headers; then 431. Envoy takes 60 KiB, most others 8."""
     connections_max: int = Field(default=1_000, ge=1)
-    """Open connections; the next gets 503. An idle one takes memory and a file; a shell's usual limit is 1,024 files."""
+    """Open connections; the next gets 503, but for one that asks for health or metrics: whoever takes all places must not make probes
+    fail. An idle connection takes memory and a file; a shell's usual limit is 1,024 files."""
     entity_hash_key: SecretStr | None = None
     """Key of the hash that stands for the entity in the log; environment only, since flags are seen by everybody.
     Without it each process draws its own: nobody can then join rows of different processes by entity."""
@@ -144,7 +149,8 @@ class Settings(BaseModel):
     @property
     def connection_limits(self) -> ConnectionLimits:
         """What one client may cost."""
-        return ConnectionLimits(self.read_timeout_s, self.write_timeout_s, self.head_bytes_max, self.connections_max)
+        return ConnectionLimits(
+            self.read_timeout_s, self.write_timeout_s, self.write_total_timeout_s, self.head_bytes_max, self.connections_max)
 
 
 def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:

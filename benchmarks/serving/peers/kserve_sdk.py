@@ -29,8 +29,7 @@ if __name__ == "__main__":
     model = OnnxModel("m")
     model.load()
     if tuned:
-        for name in ("kserve", "kserve.trace", "uvicorn.access"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.disable(logging.INFO)  # levels of single loggers are undone by the SDK when it starts
         ModelServer(http_port=port, enable_grpc=False, enable_latency_logging=False).start([model])
     else:
         ModelServer(http_port=port, enable_grpc=False).start([model])

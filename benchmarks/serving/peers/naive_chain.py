@@ -56,8 +56,7 @@ class FeastTransformer(Model):
 
 if __name__ == "__main__":
     if TUNED:
-        for name in ("kserve", "kserve.trace", "uvicorn.access"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.disable(logging.INFO)  # levels of single loggers are undone by the SDK when it starts
     config = PredictorConfig(predictor_host=PREDICTOR, predictor_protocol="v1")
     ModelServer(
         http_port=int(os.environ["BENCH_PORT"]), enable_grpc=False, enable_latency_logging=not TUNED, predictor_config=config

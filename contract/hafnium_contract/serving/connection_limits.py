@@ -11,5 +11,6 @@ class ConnectionLimits:
 
     read_timeout_s: float = 10.0
     write_timeout_s: float = 10.0
+    write_total_timeout_s: float = 60.0
     head_bytes_max: int = 64 * 1024
     connections_max: int = 1000

@@ -131,7 +131,7 @@ class HotRoutes:
 
     def protocol_class(self, limits: ConnectionLimits) -> type[HotProtocol]:
         """A protocol class for uvicorn's Config(http=…) with these routes and limits."""
-        return cast(type[HotProtocol], type("HotProtocolOfRoutes", (HotProtocol,), {"routes": self, "limits": limits}))
+        return cast(type[HotProtocol], type("HotProtocolOfRoutes", (HotProtocol,), {"routes": self, "limits": limits, "probes": {}}))
 
 
 class _HasDefaultHeaders(Protocol):
@@ -175,7 +175,8 @@ class HotProtocol(LimitedProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the socket."""
-        if self._refused:
+        if self._apart:
+            super().data_received(data)
             return
         if self._held or self._due:
             data = self._held + data

@@ -7,10 +7,17 @@ uvicorn reads on after every answer, however many requests wait behind it: ten c
 Here its parser gets a slice only when nothing waits.
 
 A client that has closed its sending side (`shutdown(SHUT_WR)`) still gets the answers that are due.
+
+Places are limited, and whoever fills them all must not make the kubelet think that the process is dead: a connection too many may still
+ask how the server is. It has a second for it, is answered that and nothing else, and the newest of them push the oldest out.
 """
 
 from __future__ import annotations
 
+import fcntl
+import re
+import struct
+import termios
 from asyncio import TimerHandle
 from typing import Any, cast
 
@@ -26,6 +33,14 @@ _GOODBYE_S = 1.0
 """How long a refused client may take to read why. Closing at once, with its bytes unread, would take the answer away from it."""
 
 
+_LOOKS = 4
+"""How often it is looked within `write_timeout_s` whether a client still reads."""
+PROBES_MAX = 128
+"""Connections beyond the limit that are listened to at a time; one more ends the oldest."""
+_PROBE_ANSWER_S = 5.0
+"""How long one of them lasts when it has asked: readiness looks at predictor and store, and Kubernetes waits for a second by default."""
+_PROBE = re.compile(rb"GET (?:/|/health/live|/health/ready|/v2/health/live|/v2/health/ready|/metrics) HTTP/1\.[01]\r\n")
+"""What a connection too many may ask: how the server is. `/` is where KServe's own probes look."""
 _SLICE_BYTES = 4096
 """What uvicorn's parser gets at a time: as many requests as fit in it may wait behind one that is being answered."""
 
@@ -45,6 +60,8 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
     limits = ConnectionLimits()
+    probes: dict[LimitedProtocol, None]
+    """Connections beyond the limit, oldest first; of all connections of a server."""
 
     def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
@@ -62,8 +79,18 @@ class LimitedProtocol(HttpToolsProtocol):
         self._ended = False
         """The client will send no more."""
         self._refused = False
+        self._probe = False
+        """One too many: it may ask how the server is."""
+        self._apart = False
+        """No usual connection: refused, or one too many."""
         self._reading: TimerHandle | None = None
         self._writing: TimerHandle | None = None
+        self._probation: TimerHandle | None = None
+        self._unread = 0
+        """Bytes that the client had not read when it was looked last."""
+        self._read_at = 0.0
+        """When it had read something last."""
+        self._read_until = 0.0
 
     # --- asyncio ---------------------------------------------------------------------------------------------------------------
 
@@ -73,13 +100,22 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow = self._flow = _Flow(transport)
         if len(self.connections) > self.limits.connections_max:
             self.connections.discard(self)  # or a flood of refused ones would keep others out
-            self._refuse(503, "Overloaded", f"{self.limits.connections_max} connections are open; try again")
+            self._probe = self._apart = True
+            self.probes[self] = None
+            if len(self.probes) > PROBES_MAX:
+                oldest = next(iter(self.probes))
+                del self.probes[oldest]
+                oldest._give_up()
+            self._probation = self.loop.call_later(_GOODBYE_S, self._one_too_many)
             return
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the socket, for uvicorn's parser."""
         if self._refused or self._refusal is not None:
+            return
+        if self._probe and not self._inside and not _PROBE.match(data):
+            self._one_too_many()
             return
         if self._unparsed:
             self._unparsed += data
@@ -117,13 +153,15 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_reading_timer()
         self._stop_writing_timer()
         self._unset_keepalive_if_required()
+        if self._probation is not None:
+            self._probation.cancel()
+            self.probes.pop(self, None)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """The client does not read what it was sent."""
         super().pause_writing()
-        if self._writing is None:
-            self._writing = self.loop.call_later(self.limits.write_timeout_s, self._give_up)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -145,6 +183,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._without_body = 0
         super().on_headers_complete()
+        cycle = cast(Any, self.cycle)
+        if self._probation is not None and cycle is not None:
+            self._probation.cancel()
+            self._probation = self.loop.call_later(_PROBE_ANSWER_S, self._one_too_many)
+            cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """uvicorn's parser has a part of a body."""
@@ -211,6 +254,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _watch(self) -> None:
         """Starts or stops the time that a request may take to arrive."""
+        if self._probe:
+            return  # it has a time of its own
         if not self._incomplete():
             self._stop_reading_timer()
         elif self._reading is None and not self.transport.is_closing():
@@ -251,9 +296,16 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._refuse(431, "Head too large", detail)
 
+    def _one_too_many(self) -> None:
+        """A connection beyond the limit asked for something else, or nothing, or has not read its answer."""
+        if cast(Any, self.cycle) is not None or self._refused:
+            self._give_up()
+            return
+        self._refuse(503, "Overloaded", f"{self.limits.connections_max} connections are open; try again")
+
     def _refuse(self, status: int, title: str, detail: str) -> None:
         """Answers below ASGI and closes."""
-        self._refused = True
+        self._refused = self._apart = True
         self._inside = False
         self._stop_reading_timer()
         self._unset_keepalive_if_required()
@@ -282,8 +334,37 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _abort_unread(self) -> None:
         """A connection that closes waits for its client to read the rest: not for ever."""
-        if self._writing is None and self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self._writing = self.loop.call_later(self.limits.write_timeout_s, self._give_up)
+        if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """An answer waits for its client to read: for as long as it does read, and not for ever."""
+        if self._writing is not None:
+            return
+        now = self.loop.time()
+        self._unread, self._read_at, self._read_until = self._bytes_unread(), now, now + self.limits.write_total_timeout_s
+        self._writing = self.loop.call_later(self.limits.write_timeout_s / _LOOKS, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        self._writing = None
+        unread, now = self._bytes_unread(), self.loop.time()
+        if unread != self._unread:  # fewer: it reads. More, because another answer was written: it will be seen the next time
+            self._unread, self._read_at = unread, now
+        ends = min(self._read_at + self.limits.write_timeout_s, self._read_until)
+        if now >= ends:
+            self._give_up()
+            return
+        self._writing = self.loop.call_later(min(self.limits.write_timeout_s / _LOOKS, ends - now), self._look_at_reader)
+
+    def _bytes_unread(self) -> int:
+        """Bytes on their way to the client: here, and in the kernel, which may hold megabytes that a slow one reads for a minute."""
+        waiting = self.transport.get_write_buffer_size()
+        try:
+            sock = self.transport.get_extra_info("socket")
+            in_kernel = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+        except (OSError, AttributeError):  # no such thing on this system, or closed just now: what waits here has to do
+            return waiting
+        return waiting + int(in_kernel)
 
     def _give_up(self) -> None:
         self._writing = None
@@ -302,4 +383,4 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def limited_protocol_class(limits: ConnectionLimits) -> type[LimitedProtocol]:
     """A protocol class for uvicorn's Config(http=…) with these limits and no hot routes."""
-    return cast(type[LimitedProtocol], type("LimitedProtocolOfServer", (LimitedProtocol,), {"limits": limits}))
+    return cast(type[LimitedProtocol], type("LimitedProtocolOfServer", (LimitedProtocol,), {"limits": limits, "probes": {}}))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -19,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from hafnium_contract.errors import InputError
+from hafnium_contract.feast_config import check_redis, read_feast_config, without_values
 from hafnium_contract.lean_imports import without
 from hafnium_transformer.errors import DeadlineError, OverloadedError, UnavailableError
 from hafnium_transformer.online_store.records import KEY_VERSION, EntityValue, Found, OnlineStore
 from hafnium_transformer.online_store.redis import RedisStore, parse_address
 from hafnium_transformer.online_store.sqlite import SqliteStore
+from hafnium_transformer.online_store.value_columns import FoundColumns, columns_of
 from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan
 
 log = logging.getLogger("hafnium.transformer")
@@ -56,12 +55,13 @@ class FeastReader:
         if not config_file.is_file():
             raise InputError(f"{config_file}: missing; --feature_repo is a folder that `hafnium features` made")
         feature_store, repo_config, feast_error = _import_feast()
+        written = read_feast_config(config_file)
         try:
-            written: dict[str, Any] = yaml.safe_load(os.path.expandvars(config_file.read_text(encoding="utf-8")))  # as Feast reads it
             # Training's store, and what it needs to be imported, are not in the transformer's image
             config = repo_config(**{key: value for key, value in written.items() if key not in ("offline_store", "batch_engine")})
-        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, feast_error) as e:
-            raise InputError(f"{config_file}: not a Feast configuration: {e}") from e
+        except (OSError, ValueError, TypeError, AttributeError, feast_error) as e:
+            raise InputError(f"{config_file}: not a Feast configuration: {without_values(e)}") from None  # its traceback shows passwords
+        check_redis(written)
         config.repo_path = repo.resolve()
         config.registry.cache_ttl_seconds = 0  # never expires: it would be read again inside a request
         registry = str(config.registry.path)
@@ -178,6 +178,10 @@ class SdkStore:
                     f.cancel()
                 elif not f.cancelled():
                     f.exception()  # seen: a failed batch has one exception for all its rows
+
+    async def read_columns(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> FoundColumns:
+        """The same in columns."""
+        return columns_of(plan, await self.read(plan, entities, timeout_s))
 
     def _start(self) -> None:
         """Hands waiting rows to a free thread: all of one plan, up to the limit."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hafnium_contract.lean_imports import without
 from hafnium_transformer.plan import ENTITY_NUMBER, Plan
+
+if TYPE_CHECKING:
+    from hafnium_transformer.online_store.value_columns import FoundColumns
 
 EntityValue = str | int
 Found = dict[str, tuple[Any, float]]
@@ -20,8 +24,8 @@ Found = dict[str, tuple[Any, float]]
 KEY_VERSION = 3
 """`entity_key_serialization_version` of feature_store.yaml that this module knows."""
 _STRING, _INT64 = 2, 4
-_DOUBLE_TAG, _DOUBLE_BYTES = 0x29, 9
-_INT64_TAG, _INT64_BYTES_MAX = 0x20, 9
+DOUBLE_TAG, DOUBLE_BYTES = 0x29, 9
+INT64_TAG, INT64_BYTES_MAX = 0x20, 9
 """Whole numbers from 0 to 2^56 - 1: tag and up to eight bytes of seven bits. Larger and negative ones are protobuf's business."""
 _read_double = struct.Struct("<d").unpack_from
 
@@ -34,6 +38,10 @@ class OnlineStore(Protocol):
 
         Raises OverloadedError (too many wait), DeadlineError (`timeout_s` is over), UnavailableError (the store failed).
         """
+        ...
+
+    async def read_columns(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> FoundColumns:
+        """The same in columns, for many rows: a quarter of the work (docs/performance.md)."""
         ...
 
     def close(self) -> None:
@@ -56,25 +64,26 @@ def key_coder(join_key: str, entity_type: str | None) -> Callable[[EntityValue],
     return text
 
 
+def value_message() -> Any:
+    """Feast's Value message. To import it is to import Feast, which takes seconds: not at import time."""
+    with without("torch"):
+        from feast.protos.feast.types.Value_pb2 import Value
+    return Value
+
+
 def value_reader() -> Callable[[bytes], Any]:
     """A function from the bytes of Feast's Value message to a Python value; None: there is none.
 
-    Importing Feast's messages imports Feast, which takes seconds: not at import time. Doubles and whole numbers, the most frequent,
-    are read here: protobuf takes a microsecond for each.
+    Doubles and whole numbers, the most frequent, are read here: protobuf takes a microsecond for each.
     """
     from google.protobuf.message import DecodeError
 
-    from hafnium_contract.lean_imports import without
-
-    with without("torch"):
-        from feast.protos.feast.types.Value_pb2 import Value
-
-    parse = Value.FromString
+    parse = value_message().FromString
 
     def read(data: bytes) -> Any:
-        if len(data) == _DOUBLE_BYTES and data[0] == _DOUBLE_TAG:
+        if len(data) == DOUBLE_BYTES and data[0] == DOUBLE_TAG:
             return _read_double(data, 1)[0]
-        if 2 <= len(data) <= _INT64_BYTES_MAX and data[0] == _INT64_TAG and data[-1] < 0x80:
+        if 2 <= len(data) <= INT64_BYTES_MAX and data[0] == INT64_TAG and data[-1] < 0x80:
             number = data[-1]
             for byte in data[-2:0:-1]:
                 if byte < 0x80:  # not one number: another field follows

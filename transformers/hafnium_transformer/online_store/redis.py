@@ -16,21 +16,27 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, cast
 
 import hiredis
 import mmh3
+import numpy as np
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.feast_config import split_connection
 from hafnium_transformer.errors import DeadlineError, OverloadedError, UnavailableError
 from hafnium_transformer.online_store.records import EntityValue, Found, key_coder, value_reader
+from hafnium_transformer.online_store.value_columns import ColumnReader, FoundColumns, event_times
 from hafnium_transformer.plan import Plan
 
 log = logging.getLogger("hafnium.transformer")
+_OPTIONS = ("db", "ssl", "username", "password")
 _CONNECT_S = 1.0
 _HANGS_S = 0.1
+"""Answers are due in a millisecond. A connection that says nothing for this long is opened anew: what is behind it may be gone."""
 _ATTEMPTS = 2
 _READ_BYTES_MAX = 64 * 1024 * 1024
 """An answer that is larger comes from something else than Feast's Redis."""
@@ -50,20 +56,12 @@ class RedisAddress:
 
 def parse_address(connection_string: str) -> RedisAddress:
     """Feast's connection string → RedisAddress. Raises InputError; the message shows no password."""
-    nodes = [part for part in connection_string.split(",") if "=" not in part]
-    options: dict[str, str] = dict(part.split("=", 1) for part in connection_string.split(",") if "=" in part)
-    unknown = set(options) - {"db", "ssl", "username", "password"}
-    host, _, port = (nodes or [""])[0].rpartition(":")
-    if unknown or len(nodes) != 1 or not port.isdigit() or not host:
-        raise InputError(
-            f"online_store.connection_string: expected HOST:PORT with db, ssl, username, password, got {len(nodes)} nodes"
-            f"{' and ' + ', '.join(sorted(unknown)) if unknown else ''}"
-        )
+    host, port, options = split_connection(connection_string, _OPTIONS)
     try:
         database = int(options.get("db", "0"))
-    except ValueError as e:
-        raise InputError(f"online_store.connection_string: db: expected a number, got {options['db']!r}") from e
-    return RedisAddress(host, int(port), database, _text(options.get("username", "")), _text(options.get("password", "")),
+    except ValueError:
+        raise InputError("online_store.connection_string: db: expected a number") from None  # it may be of a password with a comma
+    return RedisAddress(host, port, database, _text(options.get("username", "")), _text(options.get("password", "")),
                         options.get("ssl", "false").lower() == "true")
 
 
@@ -94,6 +92,12 @@ class _Connection(asyncio.Protocol):
         self._asked: deque[_Asked] = deque()
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
+        self._heard = 0.0
+        """time.monotonic() of the last answer, or of the first command after a time in which none was due."""
+
+    def silent_s(self) -> float:
+        """Seconds for which answers have been due and none came, whoever waits for them."""
+        return time.monotonic() - self._heard if self._asked else 0.0
 
     @property
     def usable(self) -> bool:
@@ -114,6 +118,7 @@ class _Connection(asyncio.Protocol):
         if not self._asked:
             self.abort("Redis spoke without being asked")
             return
+        self._heard = time.monotonic()
         self._reader.feed(data)
         try:
             while self._asked:
@@ -137,6 +142,8 @@ class _Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             future.set_exception(ConnectionError("not connected"))
             return future
+        if not self._asked:
+            self._heard = time.monotonic()
         self._asked.append(_Asked(count, future))
         self._transport.write(commands)
         return future
@@ -162,6 +169,8 @@ class _Group:
     after: bytes
     columns: tuple[tuple[str, int], ...]
     """(column, place of its view's event time among the answer's values)."""
+    places: tuple[int, ...]
+    """Of these columns in Plan.looked_up."""
 
 
 class RedisStore:
@@ -177,9 +186,22 @@ class RedisStore:
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[_Connection] | None = None
         self._groups: tuple[Plan, tuple[_Group, ...]] | None = None
+        self._column_reader: tuple[Plan, ColumnReader] | None = None
 
     async def read(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> list[Found]:
         """Values for each entity row, in order. Raises OverloadedError, DeadlineError, UnavailableError."""
+        groups, replies = await self._replies(plan, entities, timeout_s)
+        return self._found(groups, len(entities), replies)
+
+    async def read_columns(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> FoundColumns:
+        """The same in columns."""
+        groups, replies = await self._replies(plan, entities, timeout_s)
+        return self._columns(plan, groups, len(entities), replies)
+
+    async def _replies(
+        self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float,
+    ) -> tuple[Sequence[_Group], list[Any]]:
+        """All groups' answers: those of the first group for each row, then the second's."""
         if self._rows + len(entities) > self._rows_max:
             raise OverloadedError(f"{self._rows} rows already wait for the feature store")
         groups = self._grouped(plan)
@@ -193,20 +215,19 @@ class RedisStore:
             replies = await self._ask(commands, len(groups) * len(entities), until)
         finally:
             self._rows -= len(entities)
-        return self._found(groups, len(entities), replies)
+        return groups, replies
 
     async def _ask(self, commands: bytes, count: int, until: float) -> list[Any]:
         connection: _Connection | None = None
-        began = time.monotonic()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
                     connection = await self._usable()
                     return await connection.ask(commands, count)
             except TimeoutError as e:
-                # An answer that comes after all is read for nobody. Only who waited for long enough may say that Redis hangs: others use
-                # this connection too
-                if connection is not None and time.monotonic() - began >= _HANGS_S:
+                # An answer that comes after all is read for nobody. What says that Redis hangs is how long it has said nothing to anybody,
+                # not how long this caller waited: nobody may have the time, and a node that died never closes its connections
+                if connection is not None and connection.silent_s() >= _HANGS_S:
                     connection.abort("Redis did not answer in time")
                 raise DeadlineError("the feature store did not answer in time") from e
             except (OSError, hiredis.HiredisError) as e:
@@ -255,7 +276,7 @@ class RedisStore:
                 reply = replies[k]
                 k += 1
                 if type(reply) is not list:
-                    raise UnavailableError(f"the feature store failed: {str(reply)[:200]}")
+                    raise _no_values(reply)
                 values = cast(list[bytes | None], reply)
                 times: dict[int, float] = {}
                 for (column, at), data in zip(group.columns, values, strict=False):
@@ -270,6 +291,30 @@ class RedisStore:
                     if when:
                         target[column] = (value, when)
         return found
+
+    def _columns(self, plan: Plan, groups: Sequence[_Group], rows: int, replies: list[Any]) -> FoundColumns:
+        if set(map(type, replies)) != {list}:
+            raise _no_values(next(r for r in replies if type(r) is not list))
+        cells: list[list[bytes | None]] = [[]] * len(plan.looked_up)
+        times = np.empty((len(plan.looked_up), rows))
+        for n, group in enumerate(groups):
+            # Values of all rows in a line, so that each column is every so-many-th of them
+            flat: list[bytes | None] = list(chain.from_iterable(replies[n * rows : (n + 1) * rows]))
+            width = len(flat) // rows
+            seen = {at: event_times(flat[at::width], _event_time_s) for at in {at for _, at in group.columns}}
+            for k, (place, (_, at)) in enumerate(zip(group.places, group.columns, strict=True)):
+                cells[place], times[place] = flat[k::width], seen[at]
+        times[times == 0.0] = np.nan
+
+        def row(i: int) -> Found:
+            return self._found(groups, 1, replies[i::rows])[0]
+
+        return FoundColumns(self._reader(plan).table(cells, rows), times, row)
+
+    def _reader(self, plan: Plan) -> ColumnReader:
+        if self._column_reader is None or self._column_reader[0] is not plan:
+            self._column_reader = (plan, ColumnReader(plan))
+        return self._column_reader[1]
 
     def _grouped(self, plan: Plan) -> tuple[_Group, ...]:
         if self._groups is None or self._groups[0] is not plan:
@@ -287,6 +332,7 @@ class RedisStore:
             join_key, key_coder(join_key, plan.entity_types.get(join_key)), b"*%d\r\n$5\r\nHMGET\r\n$" % (2 + len(arguments)),
             b"\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(a), a) for a in arguments),
             tuple((column, places[view]) for view, column in fields),
+            tuple(k for k, f in enumerate(plan.looked_up) if plan.views[f.view].join_key == join_key),
         )
 
     def close(self) -> None:
@@ -300,6 +346,11 @@ class RedisStore:
 def _seen(task: asyncio.Task[_Connection]) -> None:
     if not task.cancelled():
         task.exception()  # who waited has it; without anybody waiting asyncio would complain
+
+
+def _no_values(reply: Any) -> UnavailableError:
+    """What Redis said in the place of a row's values."""
+    return UnavailableError(f"the feature store failed: {str(reply)[:200]}")
 
 
 def _field(name: str) -> bytes:

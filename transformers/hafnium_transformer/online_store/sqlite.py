@@ -10,22 +10,31 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import numpy.typing as npt
+
 from hafnium_transformer.errors import DeadlineError, UnavailableError
 from hafnium_transformer.online_store.records import EntityValue, Found, key_coder, value_reader
+from hafnium_transformer.online_store.value_columns import ColumnReader, FoundColumns, event_times
 from hafnium_transformer.plan import Plan
 
 _LOCKED_PAUSE_S = 0.002
 _LOOK_AT_FILE_S = 1.0
 ROWS_MAX = 128
 """Entities in one statement: a read of more would hold the event loop for longer than 3 ms."""
+
+
+_Cell = tuple[int, str, bytes | None, Any]
+"""(place, name of the feature, value, event time): a row of the answer. Places count the entities of the first view, then the second's."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,11 @@ class _Query:
     columns: tuple[dict[str, str], ...]
     """For each view: feature name → column."""
     tables: tuple[str, ...]
+    names: dict[str, int]
+    """Feature names of all views → column of `places`."""
+    places: npt.NDArray[np.int64]
+    """[views, names + 1]: of each feature in Plan.looked_up, -1 for what the view has and nobody asks for."""
+    reader: ColumnReader
 
     made: dict[int, str] = field(default_factory=dict[int, str])
     """Statements by their number of entities."""
@@ -50,10 +64,9 @@ class _Query:
         return found
 
     def _statement(self, rows: int) -> str:
-        places = ",".join(f"({i},?)" for i in range(rows))
         return " UNION ALL ".join(
-            f"SELECT {view}, place, feature_name, value, event_ts FROM "  # noqa: S608 - tables are quoted
-            f"(SELECT column1 AS place, column2 AS wanted FROM (VALUES {places})) CROSS JOIN {table} ON entity_key = wanted"
+            f"SELECT place, feature_name, value, event_ts FROM (SELECT column1 AS place, column2 AS wanted FROM "  # noqa: S608 - tables are quoted
+            f"(VALUES {','.join(f'({view * rows + i},?)' for i in range(rows))})) CROSS JOIN {table} ON entity_key = wanted"
             for view, table in enumerate(self.tables)
         )
 
@@ -72,16 +85,32 @@ class SqliteStore:
 
     async def read(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> list[Found]:
         """Values for each entity row, in order. Raises DeadlineError, UnavailableError."""
+        query, found = self._query(plan), list[Found]()
         until = time.monotonic() + timeout_s
-        query = self._query(plan)
-        found: list[Found] = []
         for at in range(0, len(entities), ROWS_MAX):
-            if at:
-                await asyncio.sleep(0)  # others get their turn
-            found += await self._part(query, entities[at : at + ROWS_MAX], until)
+            part = entities[at : at + ROWS_MAX]
+            found += self._found(query, len(part), await self._part(query, part, until, wait=at > 0))
         return found
 
-    async def _part(self, query: _Query, entities: Sequence[dict[str, EntityValue]], until: float) -> list[Found]:
+    async def read_columns(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> FoundColumns:
+        """The same in columns."""
+        query, parts = self._query(plan), list[FoundColumns]()
+        until = time.monotonic() + timeout_s
+        for at in range(0, len(entities), ROWS_MAX):
+            part = entities[at : at + ROWS_MAX]
+            parts.append(self._columns(query, len(part), await self._part(query, part, until, wait=at > 0)))
+        if len(parts) == 1:
+            return parts[0]
+        return FoundColumns(
+            np.concatenate([p.values for p in parts], axis=1), np.concatenate([p.times for p in parts], axis=1),
+            lambda i: parts[i // ROWS_MAX].row(i % ROWS_MAX),
+        )
+
+    async def _part(
+        self, query: _Query, entities: Sequence[dict[str, EntityValue]], until: float, *, wait: bool,
+    ) -> list[_Cell]:
+        if wait:
+            await asyncio.sleep(0)  # others get their turn
         while True:
             try:
                 return self._select(query, entities)
@@ -96,23 +125,46 @@ class SqliteStore:
                 self.close()
                 raise UnavailableError(f"the feature store failed: {self._path}: {e}") from e
 
-    def _select(self, query: _Query, entities: Sequence[dict[str, EntityValue]]) -> list[Found]:
+    def _select(self, query: _Query, entities: Sequence[dict[str, EntityValue]]) -> list[_Cell]:
         parameters = [
             coder(entity[join_key]) for coder, join_key in zip(query.coders, query.join_keys, strict=True) for entity in entities
         ]
-        found: list[Found] = [{} for _ in entities]
-        columns, read_value = query.columns, self._read_value
+        return self._open().execute(query.statement(len(entities)), parameters).fetchall()
+
+    def _found(self, query: _Query, rows: int, cells: Iterable[_Cell]) -> list[Found]:
+        found: list[Found] = [{} for _ in range(rows)]
+        wanted = [(columns, target) for columns in query.columns for target in found]
+        read_value = self._read_value
         times: dict[Any, float] = {}
-        for view, place, name, data, event_ts in self._open().execute(query.statement(len(entities)), parameters):
-            column = columns[view].get(name)
+        for place, name, data, event_ts in cells:
+            columns, target = wanted[place]
+            column = columns.get(name)
             value = None if column is None or data is None else read_value(data)
             if value is None or column is None:
                 continue
             when = times.get(event_ts)
             if when is None:
                 when = times[event_ts] = _event_time_s(event_ts)
-            found[place][column] = (value, when)
+            target[column] = (value, when)
         return found
+
+    def _columns(self, query: _Query, rows: int, cells: list[_Cell]) -> FoundColumns:
+        times = np.full((query.reader.features + 1, rows), np.nan)  # the last one is for what nobody asked for
+        if not cells:
+            return FoundColumns(times[:-1], times[:-1].copy(), lambda _: {})
+        at, names, data, stamps = zip(*cells, strict=True)
+        views, places = np.divmod(np.fromiter(at, np.int64, len(cells)), rows)
+        features = query.places[views, np.fromiter(map(query.names.get, names, repeat(-1)), np.int64, len(cells))]
+        times[features, places] = event_times(stamps, _event_time_s)
+        by_row: dict[int, list[_Cell]] = {}
+
+        def row(i: int) -> Found:
+            if not by_row:
+                for cell in cells:
+                    by_row.setdefault(cell[0] % rows, []).append(cell)
+            return self._found(query, rows, by_row.get(i, ()))[i]
+
+        return FoundColumns(query.reader.scattered(data, features, places, rows), times[:-1], row)
 
     def _open(self) -> sqlite3.Connection:
         now = time.monotonic()
@@ -136,7 +188,7 @@ class SqliteStore:
             kept = self._queries[id(plan)] = (plan, _Query(
                 tuple(v.join_key for v in plan.views),
                 tuple(key_coder(v.join_key, plan.entity_types.get(v.join_key)) for v in plan.views), columns,
-                tuple(_quoted(f"{self._project}_{v.name}") for v in plan.views),
+                tuple(_quoted(f"{self._project}_{v.name}") for v in plan.views), *_places(plan), ColumnReader(plan),
             ))
         return kept[1]
 
@@ -145,6 +197,16 @@ class SqliteStore:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _places(plan: Plan) -> tuple[dict[str, int], npt.NDArray[np.int64]]:
+    """Feature names, each once, and where each view's feature of that name stands in Plan.looked_up."""
+    own = [f.column.removeprefix(f"{plan.views[f.view].name}__") for f in plan.looked_up]
+    names = {name: n for n, name in enumerate(dict.fromkeys(own))}
+    places = np.full((len(plan.views), len(names) + 1), -1)
+    for k, (f, name) in enumerate(zip(plan.looked_up, own, strict=True)):
+        places[f.view, names[name]] = k
+    return names, places
 
 
 def _quoted(name: str) -> str:
