@@ -14,7 +14,7 @@ import worlds
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_local.manifest_writer import Pace, Serving, model_rollout
-from hafnium_rollout.actions import Decision, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.actions import Decision, EnsureCandidate, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.decide import decide
 from hafnium_rollout.objects import ModelRollout, UserAction, parse_rollout
 from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen, Series, ServiceSeen
@@ -189,6 +189,8 @@ class Climb:
                     self.route = RouteSeen("risk", None, 0, shadow=False)
                 case RetireService():
                     self.managed = frozenset()
+                case LowerPods():
+                    pass  # none were raised
         self.look += 1
         self._monitor()
         return had if counted else None
@@ -221,7 +223,7 @@ class Climb:
                 differences = tuple(score_differences(self.rng, requests, self.harm.score).tolist())
             gates["scores"] = GateLook((Series(Counts(0, ns[i]), Counts(0, nc[i])),), differences)
         live = not self.route.shadow
-        return Look(started, self.now, gates, ns[i], nc[i] if live else 0), (requests, pairs)
+        return Look(started, self.now, gates, ns[i], nc[i] if live else 0, nc[i]), (requests, pairs)
 
     def _draw(self, key: int) -> tuple[Any, ...]:
         """All looks' counts at one weight (−1: shadow)."""

@@ -20,6 +20,7 @@ from hafnium_rollout.objects import RolloutSpec
 from hafnium_rollout.statistics import dispersion, tilt
 
 _RATIOS = np.array(tilt.FAIL_RATIOS)
+_PRICES = np.array(tilt.FAIL_PRICES)
 _NOTHING = -1e6
 
 
@@ -35,22 +36,24 @@ def log_e_fail(kc: Floats, nc: Floats, ks: Floats, ns: Floats, phi: Floats, *, r
         x = _RATIOS * (1.0 + rho) / (1.0 + rho * _RATIOS)
         gains = (kc[:, i, None] * np.log(x) - ks[:, i, None] * np.log((1.0 + rho * _RATIOS) / (1.0 + rho))) / phi[:, i, None]
         sums += gains
-        plain = _log_mean(sums)
+        plain = _log_of_shares(sums)
         if not restarts:
             out[:, i] = plain
             continue
         if since >= tilt.RESTART_EVERY_S:
             begun, since = begun + 1, 0.0
-            running = np.logaddexp(running, math.log(0.5 / (begun * (begun + 1))))
+            running = np.logaddexp(running, math.log(tilt.restart_share(begun)))
         running = np.maximum(running + gains, _NOTHING)
         since += worlds.LOOK_S if i else 0.0  # the very first look has no look before it to be counted from
-        out[:, i] = np.logaddexp(np.logaddexp(plain + math.log(0.5), _log_mean(running)), math.log(0.5 / (begun + 1)))
+        all_begun = np.logaddexp(plain + math.log(tilt.PLAIN_SHARE), _log_of_shares(running))
+        out[:, i] = np.logaddexp(all_begun, math.log(tilt.waiting_share(begun)))
     return out
 
 
-def _log_mean(values: Floats) -> Floats:
+def _log_of_shares(logs: Floats) -> Floats:
+    values = logs - _PRICES
     top = values.max(axis=1)
-    return top + np.log(np.exp(values - top[:, None]).mean(axis=1))
+    return top + np.log(np.exp(values - top[:, None]).sum(axis=1))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,16 @@ class RetireService:
     service: str
 
 
-Action = EnsureCandidate | SetShadow | SetWeight | Promote | Rollback | RetireService
+@dataclass(frozen=True, slots=True)
+class LowerPods:
+    """The stable service's `minReplicas` becomes what its template says: it was raised for the climb. Nothing is raised by it."""
+
+    service: str
+    least: Mapping[str, int]
+    """Of each component that has more than that."""
+
+
+Action = EnsureCandidate | SetShadow | SetWeight | Promote | Rollback | RetireService | LowerPods
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from hafnium_rollout.actions import Action, EnsureCandidate
 from hafnium_rollout.endings import go_back, promote, promoted
@@ -11,7 +11,7 @@ from hafnium_rollout.intake import blind_since
 from hafnium_rollout.outside import route_action
 from hafnium_rollout.statistics.sample_ratio import RatioState
 from hafnium_rollout.status import RouteWanted
-from hafnium_rollout.turn import Outcome, Turn, begin_step, hold, normal, since, want_route
+from hafnium_rollout.turn import Outcome, Turn, begin_step, hold, lacking_room, normal, own_time_since, since, want_route, withheld
 
 
 def pending(turn: Turn) -> Outcome | None:
@@ -23,9 +23,14 @@ def pending(turn: Turn) -> Outcome | None:
     if turn.seen.services is None:
         return hold(turn, "Pending", "the list of services can't be read")
     if not turn.candidate_ready:
-        why = _why_not_ready(turn)
-        if turn.now - started > spec.strategy.ready_deadline:
-            text = f"{candidate.service} was not ready within {since(turn, started)}: {why}"
+        turn = lacking_room(turn)
+        why, start = _why_not_ready(turn), status.unready.since if status.unready is not None else turn.now
+        text = f"{candidate.service} was not ready within {since(turn, start)}: {why}"
+        found = turn.service(candidate)
+        if found is not None and found.no_room:
+            if turn.now - start > spec.strategy.ready_deadline:
+                return _wait_for_room(turn, f"{text}; it waits until there is room: {found.no_room}")
+        elif turn.now - own_time_since(turn, start) > spec.strategy.ready_deadline:
             return go_back(turn, "CandidateNotReady", text, reject=True)
         return Outcome(turn.update(reason="Pending", message=f"waiting for {candidate.service}: {why}"), _ensure(turn))
     if status.stable is None:
@@ -34,7 +39,50 @@ def pending(turn: Turn) -> Outcome | None:
         return hold(turn, "ApprovalMissing", turn.missing_approvals)
     if turn.seen.route is None or turn.seen.live is None:
         return hold(turn, "Pending", "the gateway or its route can't be read")
+    if unasked := model_unasked(turn):
+        return _wait_to_be_asked(turn, started, unasked)
     return enter(turn, 0)
+
+
+def model_unasked(turn: Turn) -> str:
+    """Why it isn't known yet which model the candidate serves: with that it gains no weight. It isn't the candidate's fault."""
+    found = turn.service(turn.status.candidate)
+    return f"no weight until its pods can be asked which model they serve: {found.unasked}" if found is not None and found.unasked else ""
+
+
+def _wait_to_be_asked(turn: Turn, started: datetime, unasked: str) -> Outcome:
+    """It may wait as long as it takes, but not unnoticed: who can't be asked is often Prometheus, and then its alert rules are silent too.
+
+    Someone is called once in a run; the history knows whether they were.
+    """
+    called = any(p.event == "ModelUnknown" and p.time >= started for p in turn.status.history)
+    if called or turn.now - own_time_since(turn, started) <= turn.rollout.spec.strategy.ready_deadline:
+        return hold(turn, "ModelUnknown", unasked)
+    text = f"{since(turn, started)} after this run began nobody could ask the candidate's pods yet: {unasked}"
+    return Outcome(turn.say("ModelUnknown", "ModelUnknown", text, alert=True))
+
+
+def _wait_for_room(turn: Turn, text: str) -> Outcome:
+    """A model that the cluster has no room for isn't a bad one. It has no traffic, so it may wait; someone is called once."""
+    if turn.status.reason != "NoRoom":
+        return Outcome(turn.say("NoRoom", "NoRoom", text, alert=True), _ensure(turn))
+    return Outcome(turn.update(reason="NoRoom", message=text), _ensure(turn))
+
+
+def no_room(turn: Turn) -> Outcome | None:
+    """Under way the candidate's pods don't fit into the cluster any more: its traffic goes back, and a person decides. Not rejected."""
+    status, step, found = turn.status, turn.status.step, turn.service(turn.status.candidate)
+    if step is None or step.unready_since is None or found is None or not found.no_room or status.stable is None:
+        return None
+    if turn.now - step.unready_since <= turn.rollout.spec.strategy.max_blind_duration:
+        return None
+    wanted = RouteWanted(stable=status.stable.service)
+    if status.phase == "Paused" and status.route == wanted:
+        return None
+    text = f"{found.name} is not ready since {since(turn, step.unready_since)}, for want of room: {found.no_room}; no traffic until Retry"
+    turn = turn.update(phase="Paused", paused_by_spec=False, force_promote=False, step=withheld(step))
+    turn = want_route(turn.say("NoRoom", "NoRoom", text, alert=True), wanted)
+    return Outcome(turn, (route_action(turn),))
 
 
 def _why_not_ready(turn: Turn) -> str:
@@ -43,6 +91,8 @@ def _why_not_ready(turn: Turn) -> str:
         return "not there yet"
     if found.message or not found.ready:
         return found.message or "not ready"
+    if found.wrong_model:
+        return found.wrong_model
     return f"it serves {found.digest[:19] or 'a model without a digest'}"
 
 
@@ -76,13 +126,14 @@ def blind(turn: Turn) -> Outcome | None:
     """Rule 4: a Safety gate without data for too long → one weight down, and call someone."""
     status, spec = turn.status, turn.rollout.spec
     step = status.step
-    if step is None or not (step.weight_desired or step.weight_observed):
-        return None  # in shadow nobody depends on the candidate
+    if step is None or not step.weight_desired:
+        return None  # in shadow nobody depends on the candidate; and what is to go to 0 anyway must not get a lower step's share
     for gate in status.gates:
         if gate.role != "Safety" or gate.verdict not in ("NoData", "Error"):
             continue
-        if next(g for g in spec.gates if g.name == gate.name).kind == "scores":
-            continue
+        scores = next(g for g in spec.gates if g.name == gate.name).scores
+        if scores is not None and (not scores.unpaired or step.weight_observed == 100):
+            continue  # pairs are had in shadow only, and at 100 % there is nobody to compare with: nothing is missing
         start = blind_since(turn, gate, step.entered_at)
         if turn.now - start > spec.strategy.max_blind_duration:
             text = f"Safety gate {gate.name} is blind since {since(turn, start)}: {gate.message}"
@@ -91,19 +142,30 @@ def blind(turn: Turn) -> Outcome | None:
 
 
 def _step_down(turn: Turn, text: str) -> Outcome:
+    """To the next lower step of the spec as it is now. One that would give more than there is now is no step down."""
     status = turn.status
     assert status.step is not None  # noqa: S101 - the caller checked it
-    if status.step.index > 0:
-        down = enter(turn.say("BlindStepDown", "Blind", text, alert=True).update(force_promote=False), status.step.index - 1)
+    lower = turn.step_at_most(min(status.step.weight_desired - 1, _weight_now(turn)))
+    if lower is not None:
+        down = enter(turn.say("BlindStepDown", "Blind", text, alert=True).update(force_promote=False), lower)
         if status.phase != "Paused":
             return down
         kept = {"phase": "Paused", "paused_by_spec": status.paused_by_spec, "reason": status.reason, "message": status.message}
         return Outcome(down.turn.update(**kept), down.actions)
     assert status.stable is not None  # noqa: S101 - no step without a stable service
-    turn = turn.update(phase="Paused", step=status.step.model_copy(update={"weight_desired": 0, "weight_effective_since": None}))
+    turn = turn.update(phase="Paused", paused_by_spec=False, step=withheld(status.step))
     turn = want_route(turn.say("BlindStepDown", "Blind", f"{text}; no live traffic until Retry", alert=True),
                       RouteWanted(stable=status.stable.service))
     return Outcome(turn, (route_action(turn),))
+
+
+def _weight_now(turn: Turn) -> int:
+    """The least that the route may give the candidate now: a weight that waits for pods isn't there yet."""
+    status, route = turn.status, turn.seen.route
+    if route is not None:
+        return normal(route).weight
+    possible = () if status.route_confirmed else status.route_before
+    return min((normal(r).weight for r in possible), default=100)
 
 
 def overdue(turn: Turn) -> Outcome | None:
@@ -125,12 +187,14 @@ def _unmet(turn: Turn) -> list[str]:
         return ["no step"]
     out: list[str] = []
     if step.weight_effective_since is None:
-        shown = "shadow" if spec.shadow else f"weight {spec.live_weight}"
+        shown = f"weight {step.weight_desired}" if step.weight_desired else "shadow"
         out.append(f"{shown} is not seen at the gateway (it shows {step.weight_observed})")
     elif turn.now - step.weight_effective_since < spec.min_dwell:
         out.append(f"minDwell: {since(turn, step.weight_effective_since)} of {_text(spec.min_dwell)}")
     if not turn.candidate_ready:
         out.append("the candidate is not ready")
+    if unasked := model_unasked(turn):
+        out.append(unasked)
     if status.force_promote:
         return out
     if step.samples < spec.min_samples:
@@ -145,7 +209,11 @@ def _text(value: timedelta) -> str:
 
 
 def advance(turn: Turn) -> Outcome | None:
-    """Rule 2: up only when every blocking gate passes on this step's own evidence, with dwell, samples and approvals."""
+    """Rule 2: up only when every blocking gate passes on this step's own evidence, with dwell, samples and approvals.
+
+    The next step is the lowest of the spec, as it is now, that gives more than this one: steps may be edited under way, and then an index
+    would jump over some of them. Promoted is only who was seen to answer everything.
+    """
     status, steps = turn.status, turn.rollout.spec.strategy.steps
     if status.step is None or status.phase not in ("Progressing", "Paused"):
         return None
@@ -156,9 +224,9 @@ def advance(turn: Turn) -> Outcome | None:
         return hold(turn, "Waiting", unmet[0] if len(unmet) == 1 else f"{unmet[0]} (+{len(unmet) - 1} more)")
     if turn.seen.look is None and not status.force_promote:
         return hold(turn, "Waiting", "this look has no data")
-    if status.step.index >= len(steps) - 1:
-        return promote(turn)
-    following = status.step.index + 1
+    if status.step.weight_desired == 100:
+        return promote(turn) if status.step.weight_observed == 100 else hold(turn, "Waiting", "weight 100 is not seen at the gateway now")
+    following = turn.step_above(status.step.weight_desired)
     if steps[following].weight is not None and turn.missing_approvals:
         return hold(turn, "ApprovalMissing", turn.missing_approvals)
     turn = turn.say("Advanced", "Advanced", f"step {status.step.index} passed after {since(turn, status.step.entered_at)}")
@@ -178,6 +246,8 @@ def enter(turn: Turn, index: int) -> Outcome:
         stable=status.stable.service, candidate=status.candidate.service, weight=spec.live_weight, shadow=spec.shadow,
     )
     turn = want_route(turn, route)
+    if spec.live_weight:
+        turn = turn.update(had_weight=True)
     text = "the candidate gets copies of requests" if spec.shadow else f"the candidate gets {spec.live_weight} % of requests"
     turn = turn.say("StepEntered", "Progressing", f"step {index}: {text}")
     seen = turn.seen.route

@@ -5,9 +5,10 @@ None of them moves traffic. They write a wish beside the state, and the controll
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Generator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +18,21 @@ from pydantic import ValidationError
 from hafnium_contract.durations import format_duration
 from hafnium_contract.errors import InputError
 from hafnium_contract.whole_files import write_atomically
+from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.dossier.facts import from_record, from_store
 from hafnium_rollout.dossier.page import page
-from hafnium_rollout.errors import RecordError, StateError, UnknownRollout
+from hafnium_rollout.errors import RecordError, RolloutFileError, StateError, UnknownRollout
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, ObjectMeta, UserAction, load_rollout
 from hafnium_rollout.planning import plan_rollout
 from hafnium_rollout.record import read_record
 from hafnium_rollout.replay_story import Summary, tell
+from hafnium_rollout.standing import Standing
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
 from hafnium_rollout.stores import RolloutStore, Where, store_at
 
+UNKNOWN_SHOWN_MAX = 5
+"""Fields of a newer operator that are named: enough to see what it is about."""
 COLUMNS = ("NAME", "PHASE", "STEP", "WEIGHT", "GATE", "REASON", "AGE")
 ActionType = Literal["Promote", "SkipStep", "Abort", "Retry"]
 
@@ -57,17 +62,17 @@ def apply(state: Path, file: Path) -> str:
 
 def read_status(where: Where, name: str) -> RolloutStatus:
     """The rollout's status; an empty one when the controller hasn't looked yet. Raises UnknownRollout or StateError."""
-    return store_at(where).status(name)
+    return store_at(where).known_status(name)[0]
 
 
 def status(where: Where, name: str | None = None, *, now: datetime | None = None) -> dict[str, Any]:
     """Rows of all rollouts (or of one), with its gates: {"rollouts": [{"name", "phase", …, "gates": [{…}]}]}."""
     store = store_at(where)
     names = [name] if name is not None else store.names()
-    return {"rollouts": [_row(n, store.status(n), now or datetime.now(UTC)) for n in names]}
+    return {"rollouts": [_row(n, *store.known_status(n), now or datetime.now(UTC)) for n in names]}
 
 
-def _row(name: str, s: RolloutStatus, now: datetime) -> dict[str, Any]:
+def _row(name: str, s: RolloutStatus, unknown: tuple[str, ...], now: datetime) -> dict[str, Any]:
     step = s.step
     weight = 100 if s.phase == "Promoted" else step.weight_desired if step is not None else 0
     return {
@@ -83,6 +88,7 @@ def _row(name: str, s: RolloutStatus, now: datetime) -> dict[str, Any]:
             {"name": g.name, "role": g.role, "verdict": g.verdict, "statistic": g.statistic, "lower": g.lower, "upper": g.upper,
              "samples": g.samples, "missing": g.missing, "message": g.message} for g in s.gates
         ],
+        "unknown": list(unknown),
     }
 
 
@@ -98,6 +104,9 @@ def status_table(where: Where, name: str | None = None, *, now: datetime | None 
         if r["message"]:
             lines.append(f"{r['name']}: {r['message']}")
         lines += [f"  {g['name']:<14} {g['role']:<9} {g['verdict']:<13} {g['message']}" for g in r["gates"]]
+        if r["unknown"]:
+            left_out = ", ".join(r["unknown"][:UNKNOWN_SHOWN_MAX])
+            lines.append(f"{r['name']}: not shown, because what wrote it is newer than this command: {left_out}")
     return "\n".join(lines)
 
 
@@ -123,7 +132,7 @@ def watch(where: Where, name: str, wait: Callable[[float], object], *, poll_s: f
     last: datetime | None = None
     told: set[tuple[datetime, str, str]] = set()
     while True:
-        s = store.status(name)
+        s = store.known_status(name)[0]
         wanted = _wanted(store, name)
         mine = s.candidate is not None and s.candidate.digest == wanted
         began = max((p.time for p in s.history if p.event == "Started"), default=None)
@@ -146,14 +155,14 @@ def watch(where: Where, name: str, wait: Callable[[float], object], *, poll_s: f
 def _wanted(store: RolloutStore, name: str) -> str | None:
     """The digest asked for; None when the object was deleted and only its status is still there."""
     try:
-        return store.rollout(name).spec.model.digest
+        return store.wanted(name)
     except UnknownRollout:
         return None
 
 
 def wanted_digest(where: Where, name: str) -> str:
-    """Digest of the model that is asked for. Raises UnknownRollout or RolloutFileError."""
-    return store_at(where).rollout(name).spec.model.digest
+    """Digest of the model that is asked for. Raises UnknownRollout, StateError or RolloutFileError."""
+    return store_at(where).wanted(name)
 
 
 def _is_stable(status: RolloutStatus, digest: str | None) -> bool:
@@ -224,40 +233,104 @@ def retry(where: Where, name: str, reason: str = "", *, by: str = "", now: datet
 
 def _ask(where: Where, name: str, kind: ActionType, reason: str, by: str, now: datetime | None) -> str:
     store = store_at(where)
-    s = store.status(name)
-    wanted = store.rollout(name).spec.model.digest
-    # What a person sees in the status is what they decide about; Retry is about what the file asks for.
-    digest = s.candidate.digest if s.candidate is not None and kind != "Retry" else wanted
-    if kind == "Retry" and s.phase == "Paused" and s.candidate is not None:
-        digest = s.candidate.digest
     when = now or datetime.now(UTC)
+    wish = {"type": kind, "id": f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", "reason": reason, "requestedBy": by[:200]}
+    standing = store.standing(name)
     try:
-        action = UserAction(
-            type=kind, id=f"{when:%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}", candidate_digest=digest, reason=reason, requested_by=by[:200])
+        digest = _digest_about(store, name, kind, standing)
+    except (StateError, RolloutFileError) as e:
+        hand = store.by_hand(name, wish | {"candidateDigest": "sha256:DIGEST"})
+        raise StateError(f"{e}\nso it isn't known which model this is about. By hand, with the candidate's digest: {hand}") from e
+    try:
+        action = UserAction.model_validate(wish | {"candidateDigest": digest})
     except ValidationError as e:
         raise InputError(f"--reason: {e.errors()[0]['msg']}, it has {len(reason)}") from e
-    store.ask(name, action)
-    return f"asked for {kind} of {digest[:19]}; `hafnium rollout status {name}` shows what becomes of it"
+    replaced = store.ask(name, action)
+    replaced = f"; it takes the place of an earlier wish: {replaced}" if replaced else ""
+    doubt = f" (what the file asks for, since the status can't be read: {standing.doubt})" if standing.doubt else ""
+    return f"asked for {kind} of {digest[:19]}{doubt}{replaced}; `hafnium rollout status {name}` shows what becomes of it"
 
 
-def approve(where: Where, name: str, stage: str, approver: str) -> str:
-    """Writes the approval of the rollout's digest for a stage. On one machine whoever can write the folder can approve; on a cluster
-    the API server checks that the approver is who writes."""
+def _digest_about(store: RolloutStore, name: str, kind: ActionType, standing: Standing) -> str:
+    """What a person sees in the status is what they decide about; Retry is about what the file asks for, unless it is paused.
+
+    The rest of spec and status isn't looked at: an abort must not fail for it.
+    """
+    if standing.candidate is None or (kind == "Retry" and standing.phase != "Paused"):
+        return store.wanted(name)
+    if not standing.candidate:
+        raise StateError(f"{name}: status.candidate.digest can't be read")
+    return standing.candidate
+
+
+@dataclass(frozen=True, slots=True)
+class _Reviewed:
+    """A model that somebody may have reviewed."""
+
+    digest: str
+    version: str
+    trained_by: str
+    why: str
+
+
+def approve(where: Where, name: str, stage: str, approver: str, digest: str | None = None, *, again: str = "") -> str:
+    """Writes the approval of a model of this rollout for a stage: the one that `digest` (a prefix) names.
+
+    Without it, on one machine, of the only one there is. On a cluster the API server checks that the approver is who writes; what is
+    written can't be taken back, and what the spec says may have changed since the approver read about it. `again`: the command as it
+    was typed, for the error that says what to add to it.
+    """
     store = store_at(where)
     rollout = store.rollout(name)
-    model = rollout.spec.model
-    digest = model.digest
-    if model.trained_by == approver:
-        raise InputError(f"{approver} trained {model.name} {model.version} (spec.model.trainedBy): somebody else has to approve it")
+    models = _to_approve(rollout, store.known_status(name)[0])
+    again = again or f"hafnium rollout approve {name} --stage {stage}"
+    if digest is None and (store.shared or len(models) > 1):
+        raise InputError(f"say which model you reviewed, since others may come while you read; nothing was approved. There is:\n"
+                         f"{_listed(models, again)}")
+    found = models if digest is None else [m for m in models if m.digest.startswith(f"sha256:{_hex(digest)}")]
+    if len(found) != 1:
+        raise InputError(f"--digest {digest}: no model of {name}; nothing was approved. There is, which you may not have reviewed:\n"
+                         f"{_listed(models, again)}")
+    model = found[0]
+    if model.trained_by and model.trained_by == approver:
+        raise InputError(
+            f"{approver} trained {rollout.spec.model.name} {model.version} (spec.model.trainedBy): somebody else has to approve it")
     try:
-        given = ApprovalSpec(model_digest=digest, stage=stage, approver=approver)
+        given = ApprovalSpec(model_digest=model.digest, stage=stage, approver=approver)
     except ValidationError as e:
         raise InputError(f"--stage {stage!r}: expected a name such as validation or model-risk (lower-case letters, digits, -)") from e
-    meta = ObjectMeta(name=f"{name}-{digest[7:15]}", namespace=rollout.metadata.namespace)
+    meta = ObjectMeta(name=f"{name}-{model.digest[7:15]}", namespace=rollout.metadata.namespace)
     store.approve(ModelApproval(metadata=meta, spec=given))
     more = "" if stage in rollout.spec.approvals.required else (
         f" (required are: {', '.join(rollout.spec.approvals.required) or 'none'})")
-    return f"{approver} approved {digest[:19]} for {stage}{more}"
+    return f"{approver} approved version {model.version}, {model.digest[:19]}, for {stage}{more}"
+
+
+def _to_approve(rollout: ModelRollout, status: RolloutStatus) -> list[_Reviewed]:
+    """The model under way, whose approvals are counted now, and the one that is asked for, if that is another."""
+    wanted, candidate = rollout.spec.model, status.candidate
+    if candidate is None or not candidate.digest or status.phase in ("Promoted", "RolledBack") or candidate.digest == wanted.digest:
+        same = candidate is not None and candidate.digest == wanted.digest
+        trained_by = candidate_of(rollout, status)[1] if same else wanted.trained_by or ""
+        return [_Reviewed(wanted.digest, wanted.version, trained_by, "the one that the ModelRollout asks for")]
+    return [
+        _Reviewed(candidate.digest, candidate.version, candidate.trained_by, "the one under way"),
+        _Reviewed(wanted.digest, wanted.version, wanted.trained_by or "", "the one that the ModelRollout asks for next"),
+    ]
+
+
+def _listed(models: list[_Reviewed], again: str) -> str:
+    return "\n".join(
+        f"  version {m.version}, {m.digest}, trained by {m.trained_by or 'an unknown person'}, {m.why}:\n"
+        f"    {again} --digest {m.digest.removeprefix('sha256:')}" for m in models)
+
+
+def _hex(digest: str) -> str:
+    """The hex digits of a digest or of its beginning. Raises InputError."""
+    digits = digest.strip().lower().removeprefix("sha256:")
+    if not re.fullmatch(r"[0-9a-f]{12,64}", digits):
+        raise InputError(f"--digest {digest}: expected 12 to 64 hex digits, with or without sha256: before them")
+    return digits
 
 
 def replay(
@@ -286,5 +359,5 @@ def record_of(where: Where, name: str) -> Path:
         raise RecordError(
             f"the record of {name} is on the operator's volume; copy it from there (docs/rollout-commands.md) and give --record")
     if not found.is_dir():
-        store.status(name)  # says which rollouts there are
+        store.standing(name)  # says which rollouts there are
     return found

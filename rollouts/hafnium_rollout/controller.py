@@ -93,7 +93,6 @@ class Controller:
         decision = decide(rollout, status, seen, now)
         if decision.status != status:
             self._write_status(name, decision.status)
-        self._companions.decided(rollout, status, seen, now, decision)
         self._tell(name, decision, seen.problems, now)
         try:
             for action in decision.actions:
@@ -102,6 +101,7 @@ class Controller:
                 self._backend.apply(rollout, action)
             self._backend.forget_actions(name, decision.status.handled_actions)
         finally:
+            self._companions.decided(rollout, status, seen, now, decision)
             self._companions.turned(rollout, decision.status, seen, now)
         return decision
 

@@ -40,6 +40,7 @@ def _rules(*rules: dict[str, Any]) -> dict[str, Any]:
 
 
 _NEVER_CHANGES = "self == oldSelf"
+_BACKEND = "(has({0}.spec.routing) && has({0}.spec.routing.backend) ? {0}.spec.routing.backend : 'PairedServices')"
 
 OBJECTS: Mapping[str, Mapping[str, Any]] = {
     "ModelRef": _rules(
@@ -92,6 +93,18 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "EvidenceSpec.values": {"x-kubernetes-list-type": "atomic"},
 }
 SPEC = Extras(OBJECTS, FIELDS)
+
+WHOLE: Mapping[str, Mapping[str, Any]] = {
+    "ModelRollout": _rules(
+        # Each backend has services and a route of its own: the other one would not see what this one gave the candidate, and guard nothing.
+        # Before the first run nothing is there yet, and the operator may just have said which backend this cluster can have.
+        _rule(f"{_BACKEND.format('self')} == {_BACKEND.format('oldSelf')} || "
+              "!has(oldSelf.status) || !has(oldSelf.status.runId) || oldSelf.status.runId == ''",
+              "spec.routing.backend never changes once a rollout has begun (absent: PairedServices): make another ModelRollout",
+              ".spec.routing.backend"),
+    ),
+}
+"""Rules over spec and status together: by kind, at the root of its schema."""
 
 STATUS = Extras(fields={
     "RolloutStatus.conditions": {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},

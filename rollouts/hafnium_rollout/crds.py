@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from hafnium_contract.evidence import EvidenceSpec, ModelEvidence
 from hafnium_contract.model_contract import MODEL_NAME_PATTERN
 from hafnium_contract.whole_files import write_atomically
-from hafnium_rollout.crd_rules import SPEC, STATUS
+from hafnium_rollout.crd_rules import SPEC, STATUS, WHOLE
 from hafnium_rollout.crd_schema import structural
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, RolloutSpec
 from hafnium_rollout.status import RolloutStatus
@@ -115,7 +115,8 @@ def schema(d: Definition) -> JSON:
             "name": {"type": "string", "pattern": d.name_pattern, "maxLength": d.name_characters_max}}
     if d.status is not None:
         properties["status"] = structural(d.status, STATUS, lenient=True)
-    return {"type": "object", "description": " ".join((d.model.__doc__ or "").split()), "required": ["spec"], "properties": properties}
+    return {"type": "object", "description": " ".join((d.model.__doc__ or "").split()), "required": ["spec"],
+            "properties": properties, **WHOLE.get(d.kind, {})}
 
 
 def definition(d: Definition) -> JSON:

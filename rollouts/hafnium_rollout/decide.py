@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from hafnium_rollout.actions import Decision
-from hafnium_rollout.climbing import advance, blind, enter, missing_service, overdue, pending
+from hafnium_rollout.climbing import advance, blind, enter, missing_service, model_unasked, no_room, overdue, pending
 from hafnium_rollout.endings import finished, go_back, promote, rolling_back
 from hafnium_rollout.intake import take_in
 from hafnium_rollout.objects import ModelRollout
@@ -22,8 +22,8 @@ from hafnium_rollout.observation import Observation
 from hafnium_rollout.outside import outside_change, write_again
 from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.reporting import finish
-from hafnium_rollout.status import IDS_MAX, RolloutStatus
-from hafnium_rollout.turn import Outcome, Turn, hold, since
+from hafnium_rollout.status import REJECTED_MAX, RolloutStatus
+from hafnium_rollout.turn import Outcome, Turn, hold, own_time_since, reached, restarts_in_step, since
 
 
 def decide(rollout: ModelRollout, status: RolloutStatus, seen: Observation, now: datetime) -> Decision:
@@ -62,13 +62,16 @@ def _broken_service(turn: Turn) -> tuple[str, str] | None:
     found = turn.service(candidate)
     if step is None or candidate is None or turn.seen.services is None:
         return None
-    if found is not None and found.restarts - (step.restarts_before or 0) >= strategy.restart_limit:
-        count = found.restarts - (step.restarts_before or 0)
+    if found is not None and (count := restarts_in_step(step, found)) >= strategy.restart_limit:
         return "CrashLoop", f"{candidate.service} was restarted {count} times in this step: {found.message or 'no message'}"
     if found is not None and found.digest and found.digest != candidate.digest:
         return "WrongModel", f"{candidate.service} serves {found.digest[:19]}, expected {candidate.digest[:19]}"
+    if found is not None and found.wrong_model:
+        return "WrongModel", f"{candidate.service}: {found.wrong_model}"
     stable = turn.service(turn.status.stable)
-    too_long = step.unready_since is not None and turn.now - step.unready_since > strategy.max_blind_duration
+    too_long = step.unready_since is not None and turn.now - own_time_since(turn, step.unready_since) > strategy.max_blind_duration
+    if found is not None and found.no_room:
+        return None  # not the candidate's fault: `no_room` takes its traffic away and waits for a person
     if too_long and stable is not None and stable.ready and step.unready_since is not None:
         why = found.message if found is not None and found.message else "no message"
         return "CandidateUnavailable", f"{candidate.service} is not ready since {since(turn, step.unready_since)}: {why}"
@@ -88,7 +91,7 @@ def _superseded(turn: Turn) -> Outcome | None:
         text = f"a new candidate {spec.model.version} ({digest[:19]}) came; the old one goes back first"
         return go_back(turn, "Superseded", text, reject=False)
     if spec.strategy.on_new_candidate == "Reject":
-        turn = turn.update(rejected_digests=(*status.rejected_digests, digest)[-IDS_MAX:])
+        turn = turn.update(rejected_digests=(*status.rejected_digests, digest)[-REJECTED_MAX:])
         return Outcome(turn.say("CandidateRejected", "CandidateRejected", f"{digest[:19]} came during another rollout"))
     return None  # Queue: it begins when this run has ended
 
@@ -114,17 +117,21 @@ def persons_word(turn: Turn) -> Outcome | None:
     if step is None:
         return ignored("the candidate is not ready yet")
     last = len(turn.rollout.spec.strategy.steps) - 1
-    target = {"Promote": last, "SkipStep": min(step.index + 1, last), "Retry": min(step.index, last)}[action.type]
+    target = {"Promote": last, "SkipStep": turn.step_above(reached(step)), "Retry": turn.step_at_most(reached(step)) or 0}[action.type]
     if action.type == "Retry" and status.phase != "Paused":
         return ignored("the rollout is neither paused nor ended")
     if turn.rollout.spec.strategy.steps[target].weight is not None and turn.missing_approvals:
         return ignored(turn.missing_approvals)
     if not turn.candidate_ready:
         return ignored("the candidate is not ready")
+    if unasked := model_unasked(turn):
+        return ignored(unasked)
     if action.type == "Retry":
         return enter(turn.update(external_changes=()).say("Retry", "Retry", why), target)
+    if step.weight_desired == 100 and step.weight_observed != 100:
+        return ignored("the gateway does not show weight 100; ask again when it does")
     turn = turn.say(action.type, action.type, why).update(force_promote=action.type == "Promote" or status.force_promote)
-    if step.index == last:
+    if step.weight_desired == 100:
         return promote(turn)
     return enter(turn, target)
 
@@ -144,8 +151,8 @@ def stopped(turn: Turn) -> Outcome | None:
 
 
 RULES: tuple[Callable[[Turn], Outcome | None], ...] = (
-    rolling_back, finished, _unsafe, _superseded, persons_word, outside_change, blind, overdue, missing_service, write_again, stopped,
-    pending, advance,
+    rolling_back, finished, _unsafe, _superseded, persons_word, outside_change, no_room, blind, overdue, missing_service, write_again,
+    stopped, pending, advance,
 )
 """`write_again` answers for as long as the route can't be written (too few pods for the weight, say), so what has to be said or done
 meanwhile is asked before it."""

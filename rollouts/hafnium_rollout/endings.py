@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from hafnium_rollout.actions import Promote, Rollback
+from datetime import datetime
+
+from hafnium_rollout.actions import Action, Promote, Rollback
 from hafnium_rollout.intake import live_matches
-from hafnium_rollout.outside import garbage, keep_route
+from hafnium_rollout.outside import at_rest, garbage, keep_route
 from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.statistics.sample_ratio import RatioState
-from hafnium_rollout.status import IDS_MAX, ModelSeen, RouteWanted
-from hafnium_rollout.turn import Outcome, Turn, hold, normal, start_rollback, want_route
+from hafnium_rollout.status import REJECTED_MAX, ModelSeen, RollbackStatus, RouteWanted
+from hafnium_rollout.turn import Outcome, Turn, hold, normal, since, start_rollback, want_route
 
 
 def rolling_back(turn: Turn) -> Outcome | None:
@@ -20,14 +22,62 @@ def rolling_back(turn: Turn) -> Outcome | None:
         return Outcome(_rolled_back(turn))
     wanted = RouteWanted(stable=status.stable.service)
     turn = want_route(turn, wanted)
-    if seen.route_absent or (seen.route is not None and normal(seen.route) != wanted):
-        action = Rollback(status.stable.service, status.candidate.service, status.rollback.reason)
-        return Outcome(turn.update(reason="RollingBack", message=status.rollback.message), (action,))
-    if seen.route is None or seen.live is None or not live_matches(seen.live, wanted):
-        return hold(turn, "RollingBack", f"{status.rollback.message}; the gateway does not show it yet")
-    if seen.look is None or _candidate_requests(turn) > 0:
-        return hold(turn, "RollingBack", f"{status.rollback.message}; waiting until no request reaches the candidate")
-    return Outcome(_rolled_back(turn))
+    asked = seen.route is not None and normal(seen.route) == wanted
+    shown = asked and seen.live is not None and live_matches(seen.live, wanted)
+    rollback = status.rollback
+    start = (rollback.shown_since or turn.now) if shown else None
+    requests = None if start is None else _candidate_requests(turn, start)
+    rollback = rollback.model_copy(update={
+        # Unseen is not changed: one list that fails doesn't begin the time anew.
+        "shown_since": rollback.shown_since if asked and seen.live is None else start,
+        "counted_at": turn.now if requests is not None else rollback.counted_at,
+    })
+    turn = turn.update(rollback=rollback)
+    if shown and not status.had_weight:
+        return Outcome(_rolled_back(turn))
+    if shown and requests == 0:
+        return Outcome(_rolled_back(turn, _still_asked(turn)))
+    if shown and _gone(turn):
+        return Outcome(_rolled_back(turn, "the candidate's service and pods are gone, so no request can reach it"))
+    action = Rollback(status.stable.service, status.candidate.service, rollback.reason)
+    actions = (action,) if seen.route_absent or (seen.route is not None and not asked) else ()
+    return _not_done(turn, rollback, requests, actions)
+
+
+def _not_done(turn: Turn, rollback: RollbackStatus, requests: float | None, actions: tuple[Action, ...]) -> Outcome:
+    """A rollback goes on. After maxBlindDuration it says what is lacking, and what can be done without knowing is done (ADR 15).
+
+    Nothing but the end of the candidate's pods replaces the counters: an unknown count never becomes a zero by waiting.
+    """
+    limit = turn.rollout.spec.strategy.max_blind_duration
+    if rollback.shown_since is None:
+        kind, start, doubt = "NotShown", rollback.requested_at, "the gateway does not show it yet"
+    elif requests is None:
+        kind, start = "NotCounted", max(rollback.shown_since, rollback.counted_at or rollback.shown_since)
+        problems = f" ({'; '.join(turn.seen.problems)})" if turn.seen.problems else ""
+        doubt = f"it isn't known yet whether requests still reach the candidate{problems}"
+    else:
+        kind, start, doubt = "StillReached", rollback.shown_since, f"{requests:g} requests reached the candidate in the last look"
+    late = turn.now - start > limit
+    if late and kind == "NotCounted":
+        doubt += "; its service is deleted, since requests can't reach what isn't there"
+        if turn.seen.live is not None:
+            actions = (*actions, *garbage(turn))
+    if late and kind == "StillReached":
+        doubt += ", though the gateway shows the route without it: who asks it past the gateway?"
+    if late and rollback.overdue != kind:
+        text = f"{rollback.message}; the rollback is not seen to be done since {since(turn, rollback.requested_at)}: {doubt}"
+        turn = turn.say("RollbackUnconfirmed", kind, text, alert=True)
+    turn = turn.update(
+        rollback=rollback.model_copy(update={"overdue": kind if late else "", "doubt": doubt}),
+        reason=kind if late else "RollingBack", message=f"{rollback.message}; {doubt}")
+    return Outcome(turn, actions)
+
+
+def _gone(turn: Turn) -> bool:
+    """Nothing is there that a request could reach, and nothing would bring it back."""
+    candidate, seen = turn.status.candidate, turn.seen
+    return candidate is not None and seen.services is not None and candidate.service not in seen.managed and seen.candidate_pods == 0
 
 
 def go_back(turn: Turn, reason: str, message: str, *, reject: bool) -> Outcome:
@@ -36,27 +86,41 @@ def go_back(turn: Turn, reason: str, message: str, *, reject: bool) -> Outcome:
     return rolling_back(started) or Outcome(started)
 
 
-def _candidate_requests(turn: Turn) -> float:
-    """Requests that reached the candidate in this look, by whichever counter knows."""
+def _candidate_requests(turn: Turn, start: datetime) -> float | None:
+    """Requests that reached the candidate in a look that began after the gateway showed the route; the most that a counter of ours says.
+
+    None: not known. A gate's error, a pod that isn't scraped, or a look from before the route say nothing about now. Queries of the user's
+    own are left out: a total that has a kubelet's probes in it never falls silent, and a zero of one proves nothing either (ADR 15).
+    """
     look = turn.seen.look
-    if look is None:
-        return 0.0
-    counted = [s.candidate.total for g in look.gates.values() for s in g.series]
-    return max([look.routed_candidate or 0.0, *counted])
+    if look is None or look.candidate_requests is None or look.started < start:
+        return None
+    own = {g.name for g in turn.rollout.spec.gates if g.prometheus is not None}
+    counted = [s.candidate.total for name, g in look.gates.items() if name not in own for s in g.series]
+    return max([look.candidate_requests, look.routed_candidate or 0.0, *counted])
 
 
-def _rolled_back(turn: Turn) -> Turn:
+def _still_asked(turn: Turn) -> str:
+    """What the user's own queries go on counting: said, since nobody but them knows what it is."""
+    look = turn.seen.look
+    gates = [g.name for g in turn.rollout.spec.gates if g.prometheus is not None]
+    totals = [(n, s.candidate.total) for n in gates if look is not None and n in look.gates for s in look.gates[n].series]
+    found = [f"{name} {total:g}" for name, total in totals if total > 0]
+    return f"no request of a caller reaches the candidate; queries of gates still count {', '.join(found)} (probes?)" if found else ""
+
+
+def _rolled_back(turn: Turn, how: str = "") -> Turn:
     status = turn.status
     rollback, candidate = status.rollback, status.candidate
     assert rollback is not None  # noqa: S101 - the caller checked it
     assert candidate is not None  # noqa: S101 - the caller checked it
     rejected = status.rejected_digests
     if rollback.reject and candidate.digest not in rejected:
-        rejected = (*rejected, candidate.digest)[-IDS_MAX:]
+        rejected = (*rejected, candidate.digest)[-REJECTED_MAX:]
     turn = turn.update(
         phase="RolledBack", rollback=None, step=None, rejected_digests=rejected, force_promote=False, sample_ratio_message="",
     )
-    return turn.say("RolledBack", rollback.reason, rollback.message)
+    return turn.say("RolledBack", rollback.reason, f"{rollback.message}{f'; {how}' if how else ''}")
 
 
 def finished(turn: Turn) -> Outcome | None:
@@ -79,17 +143,17 @@ def finished(turn: Turn) -> Outcome | None:
     if stable is not None and stable.digest == digest:
         known = status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest
         turn = turn if known else turn.update(phase="Promoted", candidate=stable, run_id=status.run_id or digest[7:15])
-        return Outcome(turn.update(reason="Promoted", message=f"{stable.service} answers all requests"), garbage(turn))
+        return Outcome(turn.update(reason="Promoted", message=f"{stable.service} answers all requests"), at_rest(turn))
     if digest in turn.status.rejected_digests:
         if status.phase == "RolledBack" and status.candidate is not None and status.candidate.digest == digest:
-            return Outcome(turn, garbage(turn))  # reason and message stay those of the rollback
+            return Outcome(turn, at_rest(turn))  # reason and message stay those of the rollback
         text = f"{digest[:19]} was rejected{_because(turn)}; only Retry clears that"
-        return Outcome(turn.update(phase="RolledBack", reason="DigestRejected", message=text), garbage(turn))
+        return Outcome(turn.update(phase="RolledBack", reason="DigestRejected", message=text), at_rest(turn))
     if status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest:
-        return Outcome(turn, garbage(turn))  # it was promoted, and the stable service was given another model since
+        return Outcome(turn, at_rest(turn))  # it was promoted, and the stable service was given another model since
     if turn.status.stable is None and not turn.seen.route_absent:
         return hold(turn, "Waiting", "the route can't be read, so it isn't known who is stable")
-    return Outcome(_begin(turn), garbage(turn))
+    return Outcome(_begin(turn), at_rest(turn))
 
 
 def _because(turn: Turn) -> str:
@@ -107,7 +171,7 @@ def _begin(turn: Turn) -> Turn:
     turn = turn.update(
         phase="Pending", run_id=f"{model.digest[7:15]}-{turn.now:%Y%m%dT%H%M%S}", started_at=turn.now, candidate=candidate,
         step=None, gates=(), rollback=None, force_promote=False, sample_ratio=RatioState(), sample_ratio_message="",
-        external_changes=(),
+        external_changes=(), had_weight=False, unready=None,
     )
     if status.stable is not None:
         turn = want_route(turn, RouteWanted(stable=status.stable.service))

@@ -5,6 +5,7 @@ HafniumError (contract)
 ├── SchemaError        a type of ours has no structural schema: a mistake in this code, found when CRDs are generated
 ├── StateError         the state folder holds something that can't be used, or another controller holds it
 ├── RecordError        the record of a rollout can't be read, or was written by another Hafnium
+├── NotLeading         another process guards the rollouts by now: whoever meets this stops, and changes nothing more
 └── UnknownRollout     a command names a rollout that isn't there
 """
 
@@ -40,6 +41,10 @@ class RecordError(HafniumError):
     """A record is missing, damaged or of another schema. The message names the file and the line."""
 
     exit_status = 2
+
+
+class NotLeading(HafniumError):  # noqa: N818 - the name says what is so
+    """This process may not act any more. Never caught to go on: it isn't a failure of what was tried."""
 
 
 class UnknownRollout(HafniumError):  # noqa: N818 - the name says what is wrong, as a user would

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from hafnium_contract.durations import format_duration
 from hafnium_contract.evidence import EvidenceSpec, Verdict
 from hafnium_rollout.objects import Gate
-from hafnium_rollout.observation import Counts, GateLook, Look, Series
+from hafnium_rollout.observation import Counts, EvidenceUnread, GateLook, Look, Series
 from hafnium_rollout.statistics import betting, dispersion, tilt
 from hafnium_rollout.status import GateState, GateStatus
 
@@ -52,20 +52,25 @@ class GateContext:
     """For how long a verdict stands without new data."""
     void: str = ""
     """Why arms can't be compared right now (sample-ratio mismatch)."""
+    gives_all: bool = False
+    """The step gives the candidate everything, whether or not the gateway has it so already."""
 
 
 def judge(gate: Gate, before: GateStatus, look: Look | None, evidence: Sequence[EvidenceSpec], evidence_error: str,
-          context: GateContext) -> GateStatus:
+          context: GateContext, unread: Sequence[EvidenceUnread] = ()) -> GateStatus:
     """The gate after this look. Pure: the same arguments give the same status."""
     if before.state.config != gate.config:
-        before = GateStatus(name=gate.name, role=gate.role, state=GateState(config=gate.config))
+        if gate.same_settings(before.state.config):
+            before = before.model_copy(update={"state": before.state.model_copy(update={"config": gate.config})})
+        else:
+            before = GateStatus(name=gate.name, role=gate.role, state=GateState(config=gate.config))
     seen = look.gates.get(gate.name) if look is not None else None
     if gate.counted:
         after = _counted(gate, before, seen, context)
     elif gate.kind == "scores":
         after = _scores(gate, before, seen, context)
     else:
-        after = _evidence(gate, before, evidence, evidence_error, context)
+        after = _evidence(gate, before, evidence, evidence_error, unread, context)
     failures = 0
     if after.verdict == "Fail":
         # A job's finding counts once, however many looks it is seen in; the other gates count looks.
@@ -131,17 +136,17 @@ def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context
     if context.counts_for_fail and not context.void:
         look_s = 0.0 if state.last_seen_at is None else (context.now - state.last_seen_at).total_seconds()
         restarts = gate.compare.dispersion is not None
-        update["fail"] = tuple(
+        update["fail"] = tuple([
             tilt.add_fail(f, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi,
                           harmless=gate.harmless, look_s=max(look_s, 0.0), restarts=restarts)
             for f, s, phi in zip(failing, series, phis, strict=True)
-        )
+        ])
         if context.counts_for_pass:
             passing = state.passing or tuple(tilt.PassState() for _ in series)
-            update["passing"] = tuple(
+            update["passing"] = tuple([
                 tilt.add_pass(p, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi)
                 for p, s, phi in zip(passing, series, phis, strict=True)
-            )
+            ])
         update["counts_run"] = _plus(state.counts_run, series[0])
     first = series[0]
     if context.counts_for_pass:
@@ -152,7 +157,7 @@ def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context
         update["stable_recent"] = recent
         update["counts_limit"] = _plus(state.counts_limit, first)
         limit = tilt.add_limit(state.limit, first.candidate.bad, first.candidate.total, gate.hard_limit, phi=phis[0])
-        if _over(limit, context) and _stable_above(gate.hard_limit, recent, first.stable):
+        if _stable_above(gate.hard_limit, recent, first.stable) and _over(limit, context):
             limit = tilt.forget_limit(limit)  # both arms are: not the candidate's doing, and it must not be held against it later
         update["limit"] = limit
     return update
@@ -185,9 +190,9 @@ def _read_counted(gate: Gate, before: GateStatus, state: GateState, error: str, 
     alpha = context.alpha_fail
     kc, nc, ks, ns = state.counts
     e_fail = tilt.log_e_fail(state.fail, gate.harmless) if state.fail else 0.0
-    e_pass = min((tilt.log_e_pass(p, gate.margin) for p in state.passing), default=0.0)
+    e_pass = min([tilt.log_e_pass(p, gate.margin) for p in state.passing], default=0.0)
     lower = tilt.lower_bound(state.fail, alpha) if state.fail else None
-    upper = max((tilt.upper_bound(p, gate.compare.alpha) for p in state.passing), default=None)
+    upper = tilt.upper_bound_of_all(state.passing, gate.compare.alpha) if state.passing else None
     missing = None if not state.passing else tilt.missing_for_pass(
         state.passing[-1], gate.margin, gate.compare.alpha, kc, nc, ks, ns)
     over = gate.hard_limit is not None and _over(state.limit, context)
@@ -247,10 +252,11 @@ def _percent(x: float) -> str:
 def _scores(gate: Gate, before: GateStatus, seen: GateLook | None, context: GateContext) -> GateStatus:
     """Score differences: of the same requests in shadow, and where wanted across the arms of live traffic (statistics/across.py).
 
-    Fail rests on all bets of the run, Pass on those of this step. Without `unpaired`, later steps keep what shadow found.
+    Fail rests on all bets of the run, Pass on those of this step. Without `unpaired`, later steps keep what shadow found; with it, the
+    step that leaves nobody to compare with keeps what the one before found, from its beginning.
     """
     across = gate.scores is not None and gate.scores.unpaired and not context.shadow
-    if not context.shadow and (not across or _alone(context)):
+    if not context.shadow and (not across or context.gives_all or _alone(context)):
         return before
     state = before.state
     run = state.betting or betting.begin(gate.margin, gate.harmless)
@@ -297,8 +303,13 @@ def _scores(gate: Gate, before: GateStatus, seen: GateLook | None, context: Gate
 # --- evidence of jobs -------------------------------------------------------------------------------------------------------
 
 
-def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], error: str, context: GateContext) -> GateStatus:
-    """The last finding of a job about this digest. Late, foreign, overlapping, future or old findings never pass."""
+def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], error: str, unread: Sequence[EvidenceUnread],
+              context: GateContext) -> GateStatus:
+    """The last finding of a job about this digest. Late, foreign, overlapping, future or old findings never pass.
+
+    Nor does any while another about the same can't be read: it may be the Fail. A Fail that can be read stands whatever else is there.
+    One from a wrong clock is known to be none: it holds until a later one can be used, or its own Pass would outweigh each after it.
+    """
     kind, max_age = _wanted(gate)
     state = before.state
     mine = sorted((e for e in evidence if e.kind == kind and e.model_digest == context.digest), key=lambda e: e.window_end)
@@ -312,23 +323,39 @@ def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], 
         if until is None or e.window_start >= until:
             until, chosen = e.window_end, e
     found = failed or chosen
+    if failed is None:
+        about = [u for u in unread if _may_be_about(u, kind, max_age, context)]
+        error = error or next((u.error for u in about if not u.misdated), "")
+        misdated = next((u.error for u in about if u.misdated and not any(_is_after(e, u) for e in usable)), "")
+        if error or misdated:
+            text = f"evidence can't be read, and it may be a Fail: {error}" if error else f"evidence can't be used: {misdated}"
+            return before.model_copy(update={"verdict": "Error", "message": text, "failures": 0})
     if found is None:
-        if error:
-            return before.model_copy(update={"verdict": "Error", "message": f"evidence can't be read: {error}"})
         why = _why_not(mine[-1], kind, max_age, context) if mine else f"no {kind} evidence for this digest"
         return before.model_copy(update={"verdict": "NoData", "message": why, "state": state})
     values = [v for v in found.values if v.compared_with == "stable"] or list(found.values)
     worst = max((v.value for v in values), default=0.0)
+    verdict, text = found.verdict, found.message
+    if found.both_arms and found.verdict == "Fail":
+        verdict, text = "Inconclusive", f"stable drifts too: the world changed, not the candidate; holding. {found.message}"
     state = state.model_copy(update={"last_seen_at": context.now, "last_data_at": context.now})
-    base = before.model_copy(update={
+    return before.model_copy(update={
         "state": state, "statistic": worst, "samples": found.samples, "window_start": found.window_start,
         "window_end": found.window_end, "evidence": found.report or found.job, "lower": None, "upper": None,
-        "failures": len(failing),
+        "failures": len(failing), "verdict": verdict, "message": text,
     })
-    if found.both_arms and found.verdict == "Fail":
-        text = f"stable drifts too: the world changed, not the candidate; holding. {found.message}"
-        return base.model_copy(update={"verdict": "Inconclusive", "message": text})
-    return base.model_copy(update={"verdict": found.verdict, "message": found.message})
+
+
+def _may_be_about(u: EvidenceUnread, kind: str, max_age: timedelta, context: GateContext) -> bool:
+    """It could be a finding that counts here. One that was stored longer ago than findings are good for could not."""
+    if u.kind not in (None, kind) or u.model_digest not in (None, context.digest):
+        return False
+    return u.created_at is None or context.now - u.created_at <= max_age + CLOCK_SKEW_MAX
+
+
+def _is_after(e: EvidenceSpec, u: EvidenceUnread) -> bool:
+    """It was written after the other was stored. Not by windows: where the other's window lies is what nobody knows."""
+    return u.created_at is not None and e.created_at > u.created_at
 
 
 def _wanted(gate: Gate) -> tuple[str, timedelta]:

@@ -9,10 +9,14 @@ from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import Gate, RolloutSpec
 from hafnium_rollout.observation import LiveRoute, Look
 from hafnium_rollout.statistics import sample_ratio
-from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus
-from hafnium_rollout.turn import Turn, normal
+from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus, UnreadyStatus
+from hafnium_rollout.turn import Turn, as_listed, lacking_room, normal
 
 _FRESH_MIN = timedelta(seconds=30)
+_UNSEEN_COUNTS_MAX = timedelta(minutes=1)
+_UNREADY_SEEN_EVERY = timedelta(seconds=20)
+"""Between two looks so much at most counts for readyDeadline (and never half of it): an hour in which the operator was down, or the list of
+services couldn't be read, is no time that the candidate had. Four looks by default, and not every one of them writes a status."""
 
 
 def take_in(turn: Turn) -> Turn:
@@ -20,6 +24,8 @@ def take_in(turn: Turn) -> Turn:
     turn = turn.update(cursor=dict(turn.seen.cursor), observed_generation=turn.rollout.metadata.generation)
     turn = _learn_stable(turn)
     turn = _confirm_route(turn)
+    turn = _follow_exposure(turn)
+    turn = _follow_unready(turn)
     if turn.status.step is None or turn.status.candidate is None or turn.status.phase in ("Promoted", "RolledBack"):
         return turn
     turn, steady = _follow_gateway(turn)
@@ -49,6 +55,36 @@ def _confirm_route(turn: Turn) -> Turn:
     if route is not None and status.route is not None and normal(route) == normal(status.route):
         return turn.update(route_confirmed=True, route_before=()) if not status.route_confirmed else turn
     return turn
+
+
+def _follow_exposure(turn: Turn) -> Turn:
+    """Whoever gave the candidate live requests, or may have: from then on a rollback needs counters."""
+    status, route, live = turn.status, turn.seen.route, turn.seen.live
+    if status.had_weight or status.stable is None or status.candidate is None:
+        return turn
+    stable = status.stable.service
+    there = route is not None and (route.stable != stable or route.weight > 0 or bool(route.others))
+    if there or (live is not None and any(w > 0 for n, w in live.weights.items() if n != stable)):
+        return turn.update(had_weight=True)
+    return turn
+
+
+def _follow_unready(turn: Turn) -> Turn:
+    """Since when the candidate is wanted and isn't ready, before its first step. A service that comes begins its time anew."""
+    status, known = turn.status, turn.status.unready
+    waits = status.phase == "Pending" and status.candidate is not None and status.rollback is None and not turn.rollout.spec.paused
+    if not waits or turn.candidate_ready:
+        return turn if known is None else turn.update(unready=None)
+    if turn.seen.services is None:
+        return turn
+    absent, deadline = turn.service(status.candidate) is None, turn.rollout.spec.strategy.ready_deadline
+    if known is None or known.absent != absent:
+        return turn.update(unready=UnreadyStatus(since=turn.now, seen_at=turn.now, absent=absent))
+    gap = turn.now - known.seen_at
+    if gap < min(_UNREADY_SEEN_EVERY, deadline / 8):
+        return turn
+    unseen = max(timedelta(0), gap - min(_UNSEEN_COUNTS_MAX, deadline / 2))
+    return turn.update(unready=known.model_copy(update={"since": known.since + unseen, "seen_at": turn.now}))
 
 
 def live_weight(live: LiveRoute, service: str) -> int:
@@ -90,10 +126,17 @@ def _follow_candidate(turn: Turn) -> Turn:
     assert step is not None  # noqa: S101 - take_in checked it
     if turn.seen.services is None:
         return turn
+    turn = lacking_room(turn)
     found = turn.service(turn.status.candidate)
     update: dict[str, object] = {"unready_since": None if found is not None and found.ready else step.unready_since or turn.now}
     if found is not None and (step.restarts_before is None or found.restarts < step.restarts_before):
         update["restarts_before"] = found.restarts  # the supervisor itself was restarted and counts anew
+    if found is not None and step.restarts_before is None:
+        update["pod_restarts_before"] = as_listed(found.pod_restarts)  # the step began while nobody could be counted
+    elif found is not None and any(p.restarts > found.pod_restarts.get(p.pod, 0) for p in step.pod_restarts_before):
+        # a pod of that name began anew, or is gone
+        update["pod_restarts_before"] = as_listed({
+            p.pod: min(p.restarts, found.pod_restarts[p.pod]) for p in step.pod_restarts_before if p.pod in found.pod_restarts})
     return turn.update(step=step.model_copy(update=update))
 
 
@@ -113,22 +156,23 @@ def _judge_gates(turn: Turn, steady: bool) -> Turn:
         now=turn.now, shadow=step.shadow_observed and not step.weight_observed, weight=step.weight_observed or 0,
         digest=candidate.digest, step_since=step_since, run_since=status.started_at, counts_for_pass=counts,
         counts_for_fail=counts or (steady and step_since is None), alpha_fail=1.0, alpha_limit=1.0, fresh=_fresh(spec),
-        void=turn.status.sample_ratio_message,
+        void=turn.status.sample_ratio_message, gives_all=step.weight_desired == 100,
     )
     contexts: dict[tuple[float, float], GateContext] = {}  # most gates share their alphas
     for gate in spec.gates:
         alphas = alphas_of(gate, parts)
         context = contexts.get(alphas) or contexts.setdefault(alphas, replace(base, alpha_fail=alphas[0], alpha_limit=alphas[1]))
         old = before.get(gate.name) or GateStatus(name=gate.name, role=gate.role)
-        gates.append(judge(gate, old, look, turn.seen.evidence, turn.seen.evidence_error, context))
+        gates.append(judge(gate, old, look, turn.seen.evidence, turn.seen.evidence_error, context, turn.seen.evidence_unread))
     turn = turn.update(gates=tuple(gates))
     return turn.update(step=_samples(turn, step, look if counts else None))
 
 
+_PART_LATENCY = 0.4
 _PART_SCORES = 0.25
 _PART_LIMIT = 0.1
-"""Of the alpha that a comparison of counts gets. A crossed limit and a shifted score gather evidence so fast that a smaller alpha
-costs them a look at most, while it makes the comparisons of counts, which are slow, quicker by 6 %."""
+"""Of the alpha that a comparison of failed requests gets. Slow requests, a crossed limit and a shifted score gather evidence so fast
+that a smaller alpha costs them a look or two, while it makes the comparisons of failed ones, which are slow, quicker by 10 %."""
 
 
 def alpha_parts(spec: RolloutSpec) -> float:
@@ -145,6 +189,8 @@ def alphas_of(gate: Gate, parts: float) -> tuple[float, float]:
 
 
 def _part(gate: Gate) -> float:
+    if gate.kind == "latency":
+        return _PART_LATENCY
     return 1.0 if gate.counted else _PART_SCORES if gate.kind == "scores" else 0.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,14 +14,14 @@ from hafnium_contract.errors import HafniumError
 from hafnium_contract.whole_files import write_atomically
 from hafnium_contract.wire import DIGEST_LABEL, VERSION_LABEL
 from hafnium_rollout import approvals
-from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.actions import Action, EnsureCandidate, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.arm_looks import Arms, gate_look
 from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, was_reset
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.objects import Gate, ModelRollout, UserAction
 from hafnium_rollout.observation import GateLook, LiveRoute, Look, Observation, RouteSeen, ServiceSeen
-from hafnium_rollout.score_pairs import ScorePairs, ScoresAcross
+from hafnium_rollout.score_reading import ScoreReaders
 from hafnium_rollout.state_folder import (
     MANAGED_BY_LABEL,
     MANAGER,
@@ -40,6 +39,8 @@ from hafnium_rollout.status import ModelSeen, RolloutStatus
 LOCAL_ANNOTATIONS = "local.hafnium.dev/"
 """Annotations of a ModelRollout with this prefix are for the local runtime and go on to the candidate's InferenceService."""
 
+SERVICE_PLACEHOLDER = "${HAFNIUM_SERVICE}"
+
 
 class LocalBackend:
     """Eyes and hands of the controller on one machine. Holds nothing that a restart would miss."""
@@ -47,8 +48,7 @@ class LocalBackend:
     def __init__(self, state: StateFolder) -> None:
         self._state = state
         self._evidence = EvidenceReader(state.evidence)
-        self._pairs: dict[str, tuple[str, ScorePairs]] = {}
-        self._across: dict[str, tuple[str, ScoresAcross]] = {}
+        self._scores = ScoreReaders()
         self._labels: dict[Path, tuple[int, str]] = {}
 
     # --- seeing ---------------------------------------------------------------------------------------------------------------
@@ -79,15 +79,16 @@ class LocalBackend:
             problems.append(str(e))
         look, cursor = self._look(rollout, status, counters, live, now, problems)
         declared, managed = self._objects(rollout.name)
-        evidence, evidence_error = self._evidence.read()
+        evidence, unread, evidence_error = self._evidence.read()
         actions = [a for _, a in read_actions(self._state, rollout.name)]
         problems += [a for a in actions if isinstance(a, str)]
         digest, trained_by = candidate_of(rollout, status)
         approved = approvals.count(read_approvals(self._state), digest, trained_by)
         return Observation(
             services=services, declared=declared, managed=managed, route=route, route_absent=absent, live=live, look=look,
-            evidence=evidence, evidence_error=evidence_error,
+            evidence=evidence, evidence_error=evidence_error, evidence_unread=unread,
             approvals=approved.stages, approvals_refused=approved.refused,
+            candidate_pods=None if services is None or status.candidate is None else int(status.candidate.service in services),
             actions=tuple(a for a in actions if isinstance(a, UserAction)), problems=tuple(problems), cursor=cursor,
         )
 
@@ -124,6 +125,10 @@ class LocalBackend:
         look = Look(
             datetime.fromisoformat(started), now, gates, routed_stable=stable_now.completed - stable_before.completed,
             routed_candidate=candidate_now.completed - candidate_before.completed,
+            # Attempts too: a request whose every attempt failed is one that reached it.
+            candidate_requests=max(
+                candidate_now.completed - candidate_before.completed,
+                candidate_now.success + candidate_now.error - candidate_before.success - candidate_before.error),
         )
         return look, cursor
 
@@ -132,34 +137,13 @@ class LocalBackend:
     ) -> tuple[tuple[float, ...], str]:
         """New score differences: of pairs while the candidate gets copies, across the arms while it gets live traffic."""
         stable, candidate = status.stable, status.candidate
-        if stable is None or candidate is None or not any(g.kind == "scores" for g in rollout.spec.gates):
-            return (), ""
-        mirrored = live is not None and candidate.service in live.mirrors
-        unpaired = any(g.scores is not None and g.scores.unpaired for g in rollout.spec.gates)
-        weight = 0 if live is None else live.weights.get(candidate.service, 0)
-        known = cursor.get("log")
-        if isinstance(known, dict) and bool(cast("dict[str, Any]", known).get("live")) == mirrored:
-            known = None  # the other kind of step: what lies there came before this one
-        reader: ScorePairs | ScoresAcross
-        if mirrored:
-            run, pairs = self._pairs.get(rollout.name, ("", ScorePairs()))
-            key, reader = status.run_id, pairs
-            self._pairs[rollout.name] = (key, pairs)
-        elif unpaired and 0 < weight < 100:
-            run, across = self._across.get(rollout.name, ("", ScoresAcross()))
-            key, reader = f"{status.run_id} {weight}", across
-            self._across[rollout.name] = (key, across)
-        else:
+        reading = self._scores.choose(rollout.name, rollout, status, live)
+        if stable is None or candidate is None or reading is None:
             cursor.pop("log", None)
             return (), ""
-        if run != key:
-            reader.forget()
-            known = known if mirrored else None
         try:
-            differences, after = reader.read(
-                self._state.log(stable.service), self._state.log(candidate.service), candidate.digest,
-                cast("Mapping[str, Any]", known) if isinstance(known, dict) else {},
-            )
+            differences, after = reading.reader.read(
+                self._state.log(stable.service), self._state.log(candidate.service), candidate.digest, reading.cursor)
         except StateError as e:
             return (), str(e)
         cursor["log"] = after
@@ -211,6 +195,8 @@ class LocalBackend:
                 path = self._state.service(action.service)
                 if self._owner(path) == rollout.name:
                     path.unlink(missing_ok=True)
+            case LowerPods():
+                pass  # a process each: nothing was raised
 
     def _route(self, name: str, stable: str, candidate: str | None, weight: int, *, shadow: bool) -> None:
         if candidate is not None and weight == 0 and not shadow:
@@ -244,9 +230,23 @@ def _gate_look(gate: Gate, arms: Arms, differences: tuple[float, ...], scores_er
     return gate_look(gate, arms, differences, scores_error)
 
 
+def _named(value: Any, service: str) -> Any:
+    """A copy with the service's name filled in."""
+    if isinstance(value, str):
+        return value.replace(SERVICE_PLACEHOLDER, service)
+    if isinstance(value, dict):
+        return {k: _named(v, service) for k, v in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_named(v, service) for v in cast("list[Any]", value)]
+    return value
+
+
 def inference_service(rollout: ModelRollout, model: ModelSeen, template: Mapping[str, Any]) -> dict[str, Any]:
-    """The candidate's InferenceService: the template, the bundle's place, and labels that say whose it is."""
-    spec = copy.deepcopy(dict(template))
+    """The candidate's InferenceService: the template, the bundle's place, and labels that say whose it is.
+
+    `${HAFNIUM_SERVICE}` in any text of the template is the service's name: what scales it by a query has to name its pods.
+    """
+    spec = cast("dict[str, Any]", _named(dict(template), model.service))
     predictor = spec.get("predictor")
     if not isinstance(predictor, dict):
         raise HafniumError("spec.service: expected an InferenceServiceSpec with `predictor`")

@@ -86,7 +86,7 @@ class Routing(Strict):
 
     backend: Literal["PairedServices", "CanaryTrafficPercent", "Local"] | None = None
     """PairedServices (the default on a cluster): an InferenceService per model and an HTTPRoute between them. CanaryTrafficPercent:
-    KServe's own field, in Knative mode. Local (the default on one machine): Envoy."""
+    KServe's own field, in Knative mode. Local (the default on one machine): Envoy. It never changes once a rollout has begun."""
     gateway_ref: GatewayRef | None = None
     """The Gateway that clients come through."""
     hostnames: Annotated[tuple[Hostname, ...], Field(max_length=HOSTNAMES_MAX), AfterValidator(_each_once)] = ()
@@ -125,7 +125,8 @@ class Strategy(Strict):
     """How traffic moves, and what happens when something comes in between."""
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=STEPS_MAX)]
-    """The climb, in order: a mirror first (if any), then rising weights up to 100."""
+    """The climb, in order: a mirror first (if any), then rising weights up to 100. Edited under way, the next step is the lowest that gives
+    more than the candidate has."""
     on_new_candidate: Literal["Restart", "Queue", "Reject"] = "Restart"
     """When another digest is asked for during a rollout: Restart takes the old candidate back and begins with the new one, Queue waits
     for the end, Reject refuses it."""
@@ -136,9 +137,10 @@ class Strategy(Strict):
     scrape_lag: Duration = parse_duration("2s")
     """A look counts for Pass only when it began this long after the weight was seen. One machine: 2 s; Prometheus: 2 scrapes."""
     ready_deadline: PositiveDuration = parse_duration("15m")
-    """A candidate that isn't ready by then is rejected."""
+    """A candidate that isn't ready for so long without a break is rejected. It counts from when its service is there (or can't be made),
+    not while the rollout is paused, nobody looks, or the cluster has no room."""
     restart_limit: int = Field(default=3, ge=1, le=100)
-    """So many restarts of the candidate within one step are a crash loop. One restart may be a node's fault."""
+    """So many restarts of one pod of the candidate within one step are a crash loop. One restart may be a node's fault."""
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -291,6 +293,19 @@ class Gate(Strict):
         """All settings as one text: evidence that was gathered under others doesn't count."""
         return self.model_dump_json()
 
+    def same_settings(self, config: str) -> bool:
+        """Whether evidence with this `config` was gathered under these settings.
+
+        What a later release adds to a gate isn't in the text that the one before wrote: it counts as its default, so that an upgrade
+        costs a rollout under way no evidence.
+        """
+        if config == self.config:
+            return True
+        try:
+            return Gate.model_validate_json(config).config == self.config
+        except ValidationError:
+            return False
+
     def __copy__(self) -> Self:
         """A copy may be given other settings (model_copy), so what was derived from these doesn't go with it."""
         copied = super().__copy__()
@@ -303,7 +318,7 @@ class Gate(Strict):
         """Bad and total requests of both arms."""
         return self.requests is not None or self.prometheus is not None or self.latency is not None
 
-    @property
+    @cached_property
     def blocking(self) -> bool:
         return self.role != "Advisory"
 
@@ -356,7 +371,8 @@ class RolloutSpec(Strict):
     model: ModelRef
     """The candidate. Another digest here is what begins a rollout."""
     service: ServiceTemplate
-    """InferenceServiceSpec template, kept as data: storageUri and labels are filled in."""
+    """InferenceServiceSpec template, kept as data: storageUri and labels are filled in, and the service's name for `${HAFNIUM_SERVICE}` in
+    any of its texts."""
     routing: Routing = Routing()
     """Who splits the traffic."""
     strategy: Strategy

@@ -52,6 +52,8 @@ class Look:
     routed_stable: float | None = None
     """Client requests that the gateway sent to the arm (retries not counted twice). None: not known."""
     routed_candidate: float | None = None
+    candidate_requests: float | None = None
+    """Requests that reached the candidate in this time, copies too, by counters of all of its pods. None: not known, which is not zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,23 @@ class ServiceSeen:
     digest: str
     ready: bool
     restarts: int = 0
+    """Of the pod that was restarted most often."""
     version: str = ""
     message: str = ""
     storage_uri: str = ""
+    pod_restarts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Restarts of the model's own container, per pod that had any. One machine has no pods: there `restarts` says it all."""
+    no_room: str = ""
+    """It isn't ready, and only because the cluster has no room for its pods: what the scheduler says."""
+    wrong_model: str = ""
+    """Why it is another model than its name says, by its spec or its pods; empty when nothing says so."""
+    serves: str = ""
+    """Its digest, when its pods say that they serve that and none says another; empty when that isn't known."""
+    unasked: str = ""
+    """Why its pods could not be asked yet which model they serve, though they may say it: until then it gains no weight. Pods that were
+    asked and don't say it are no reason."""
+    raised: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Components whose `minReplicas` was raised for the climb and still is, with what the template says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,22 @@ class LiveRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceUnread:
+    """A finding that can't be understood, or not used. It may be the Fail that matters, so what can be told of it is kept."""
+
+    error: str
+    """Which one, and why."""
+    model_digest: str | None = None
+    """None: that can't be read either, so it may be about any model."""
+    kind: str | None = None
+    """None: it may be of any kind."""
+    created_at: datetime | None = None
+    """When it was stored, by the API server's or the file's time."""
+    misdated: bool = False
+    """It can be read and is no Fail; only which time it is about isn't known. It holds until a later one can be used."""
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """Everything seen at one moment."""
 
@@ -107,10 +139,15 @@ class Observation:
     """None: counters can't be read, or this is the first reading, or one was reset."""
     evidence: tuple[EvidenceSpec, ...] = ()
     evidence_error: str = ""
+    """Why not all of it could be looked at."""
+    evidence_unread: tuple[EvidenceUnread, ...] = ()
+    """Findings that are there and can't be understood."""
     approvals: frozenset[str] = frozenset()
     """Stages approved for the candidate's digest, as approvals.py counts them."""
     approvals_refused: tuple[str, ...] = ()
     """Approvals of the candidate that don't count, and why."""
+    candidate_pods: int | None = None
+    """Pods of the candidate that requests could come in at, ready or not. None: not known."""
     actions: tuple[UserAction, ...] = ()
     problems: tuple[str, ...] = ()
     """What couldn't be read, for people."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from hafnium_rollout.actions import Action, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.actions import Action, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.intake import live_matches
 from hafnium_rollout.observation import RouteSeen
 from hafnium_rollout.status import RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, normal, start_rollback
@@ -104,3 +105,23 @@ def garbage(turn: Turn) -> tuple[Action, ...]:
     route = turn.seen.route
     used = {status.stable.service, route.stable, route.candidate, *route.others, *live.weights, *live.mirrors}
     return tuple(RetireService(name) for name in sorted(turn.seen.managed - used))
+
+
+def lowered(turn: Turn) -> tuple[Action, ...]:
+    """The pods that stable was given for its climb are its autoscaler's again, once it alone answers and nothing moves.
+
+    Without that each release would keep at least the pods of its hour, and the next candidate be measured against them. Whatever isn't
+    seen yet waits: the need for pods is an autoscaler's own affair only when no weight can change it.
+    """
+    status, seen, found = turn.status, turn.seen, turn.service(turn.status.stable)
+    if found is None or not found.raised or status.route is None or seen.route is None or seen.live is None:
+        return ()
+    alone = RouteWanted(stable=found.name)
+    if normal(status.route) != alone or normal(seen.route) != alone or not live_matches(seen.live, alone):
+        return ()
+    return (LowerPods(found.name, found.raised),)
+
+
+def at_rest(turn: Turn) -> tuple[Action, ...]:
+    """What is cleaned up while no run is under way."""
+    return (*garbage(turn), *lowered(turn))

@@ -3,7 +3,8 @@
     <folder>/00000007.jsonl.gz   finished
     <folder>/00000008.jsonl      being written
 
-A record that can't be written must never stop the guard over a candidate: the writer says so and begins anew at the next turn.
+A record that can't be written must never stop the guard over a candidate: the writer says so and begins anew at the next turn. On a
+cluster turns wait in record_queue.py for a thread that writes them.
 What a crash leaves half written is skipped by the reader, which goes on at the next `start`.
 """
 
@@ -24,13 +25,12 @@ from hafnium_rollout.actions import Decision
 from hafnium_rollout.errors import RecordError
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import Observation
-from hafnium_rollout.record_lines import Decoder, Encoder, Gap, RecordedTurn, Start, relevant, status_digest
+from hafnium_rollout.record_lines import Decoder, Gap, Lines, RecordedTurn, Start, TurnEncoder, quiet
 from hafnium_rollout.status import RolloutStatus
 
 PLAIN, PACKED = ".jsonl", ".jsonl.gz"
 LINE_BYTES_MAX = 64 * 1024 * 1024
 """A start line holds a status (below 1 MB) and a first turn its findings (5,000 of 3 kB at most). More than this is no record."""
-_ENDED = ("Promoted", "RolledBack")
 
 
 @dataclass(frozen=True)
@@ -45,53 +45,56 @@ class RecordLimits:
     24 of the operator's every fifteen; without scores several times as long."""
 
 
-class RecordWriter:
-    """Appends turns of one rollout. Not for two processes at once: the controller that holds the lease writes."""
+class RecordFiles:
+    """The files of one rollout's record. Not for two processes at once: the controller that holds the lease writes."""
 
-    def __init__(self, folder: Path, limits: RecordLimits | None = None) -> None:
+    def __init__(self, folder: Path, limits: RecordLimits | None = None, *, durable: bool = False) -> None:
+        """`durable`: what was appended is on the disk, also after a power cut."""
         self._folder = folder
         self._limits = limits or RecordLimits()
-        self._encoder = Encoder(hafnium_version())
+        self._durable = durable
         self._file: Path | None = None
         self._base = 0
-        self._after: RolloutStatus | None = None
-        """The status that the last written turn left; None when the next turn needs a start."""
+        self._broken = False
+        """Lines are missing: only a start can be read after them."""
+        self.full = False
+        """A file is finished when the next start comes; somebody should let one come."""
 
-    def write(
-        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision,
-    ) -> bool:
-        """Records one turn; returns whether it was worth it. Raises OSError.
+    def append(self, lines: Lines) -> bool:
+        """Whether the lines are in the record now. They are not when nobody could read them: what they build on isn't there.
 
-        A turn after the end that only reads counters on is not recorded: weeks of it would push out what matters.
+        Raises OSError; then nothing is written until lines with a start come.
         """
-        if _quiet(before, decision):
+        if self._broken and not lines.begins:
             return False
-        before = _decided(before, decision)
         try:
-            after = status_digest(decision.status)
-            known = self._after is before or self._after == before
-            seen = relevant(rollout, before, seen)
-            lines: list[dict[str, Any]] = []
             path = self._path()
             size = path.stat().st_size if path.is_file() else 0
-            if size - self._base > self._limits.file_bytes_max:
+            if lines.begins and size - self._base > self._limits.file_bytes_max:
                 self._pack(path)
-                path, size, known = self._next(path), 0, False
-            if not known or not size:
-                lines.append(self._encoder.start(rollout, before, now))
-            lines.append(self._encoder.turn(rollout, seen, now, decision, after))
-            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+                path, size = self._next(path), 0
+            if not size and not lines.begins:
+                raise FileNotFoundError(f"{path} is gone, and what follows builds on it")
+            text = lines.text
             with path.open("a+b") as f:
                 if size and _last_byte(f) != b"\n":
-                    text = "\n" + text  # a crash cut the last line off
-                f.write(text.encode())
-            if not size:
-                self._base = len(text.encode())
-            self._after, self._file = decision.status, path
-            return True
+                    text = b"\n" + text  # a crash cut the last line off
+                f.write(text)
+                if self._durable:
+                    f.flush()
+                    os.fsync(f.fileno())
         except OSError:
-            self._after = None
+            self._broken, self._file = True, None
             raise
+        if not size:
+            self._base = len(text)
+        self._file, self._broken = path, False
+        self.full = size + len(text) - self._base > self._limits.file_bytes_max
+        return True
+
+    def missed(self) -> None:
+        """Lines were dropped on their way here: what follows builds on them."""
+        self._broken = True
 
     def _path(self) -> Path:
         if self._file is not None:
@@ -120,26 +123,35 @@ class RecordWriter:
             sizes.pop(0)
 
 
+class RecordWriter:
+    """Writes turns of one rollout at once, by whoever asks."""
+
+    def __init__(self, folder: Path, limits: RecordLimits | None = None) -> None:
+        self._files = RecordFiles(folder, limits)
+        self._encoder = TurnEncoder(hafnium_version())
+
+    def write(
+        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision,
+    ) -> bool:
+        """Records one turn; returns whether it was worth it. Raises OSError."""
+        if quiet(before, decision):
+            return False
+        if self._files.full:
+            self._encoder.begin_anew()
+        try:
+            self._files.append(self._encoder.lines(rollout, before, seen, now, decision))
+        except OSError:
+            self._encoder.begin_anew()
+            raise
+        return True
+
+
 def hafnium_version() -> str:
     """Of the installed distribution; `unknown` when it runs from a source tree without one."""
     try:
         return version("hafnium-serving")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _quiet(before: RolloutStatus, decision: Decision) -> bool:
-    after = decision.status
-    return before.phase in _ENDED and not decision.actions and not decision.events and (
-        after == before or after.model_copy(update={"cursor": before.cursor}) == before)
-
-
-def _decided(before: RolloutStatus, decision: Decision) -> RolloutStatus:
-    """Without conditions that `decide` doesn't write: on a cluster the loop adds its own, and they are no part of the decisions."""
-    own = {c.type for c in decision.status.conditions}
-    if all(c.type in own for c in before.conditions):
-        return before
-    return before.model_copy(update={"conditions": tuple(c for c in before.conditions if c.type in own)})
 
 
 def _last_byte(f: IO[bytes]) -> bytes:

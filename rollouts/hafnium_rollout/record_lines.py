@@ -9,6 +9,8 @@ A record is a sequence of two kinds of line:
 
 Findings of jobs are written once and then named by number: they are the same at each look, and large. Only those about the models
 of this rollout are kept, because `decide` looks at no others.
+
+Turns that could not be written are a gap: the next one that can opens with a `start`, which says how many they were.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from hafnium_rollout.observation_codec import decode, encode
 from hafnium_rollout.status import RolloutStatus
 
 SCHEMA = 1
+_ENDED = ("Promoted", "RolledBack")
 _DIGEST_POINTS = 16
 """More than one turn adds."""
 
@@ -44,6 +47,8 @@ class Start:
     """Of the Hafnium that decided."""
     rollout: ModelRollout
     status: RolloutStatus
+    lost: int = 0
+    """Turns before it that were not written, as far as the writer knew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,9 @@ def _canonical(value: Any) -> Any:
 def relevant(rollout: ModelRollout, status: RolloutStatus, seen: Observation) -> Observation:
     """The observation without findings about models that this rollout has nothing to do with."""
     digests = {rollout.spec.model.digest, *(m.digest for m in (status.candidate, status.stable) if m is not None)}
-    return replace(seen, evidence=tuple(e for e in seen.evidence if e.model_digest in digests))
+    return replace(
+        seen, evidence=tuple(e for e in seen.evidence if e.model_digest in digests),
+        evidence_unread=tuple(u for u in seen.evidence_unread if u.model_digest is None or u.model_digest in digests))
 
 
 def action_data(action: Action) -> dict[str, Any]:
@@ -113,10 +120,10 @@ class Encoder:
     _evidence: tuple[EvidenceSpec, ...] | None = None
     _numbers: dict[EvidenceSpec, int] = field(default_factory=dict[EvidenceSpec, int])
 
-    def start(self, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> dict[str, Any]:
-        """The line before a first turn."""
+    def start(self, rollout: ModelRollout, status: RolloutStatus, now: datetime, lost: int = 0) -> dict[str, Any]:
+        """The line before a first turn. `lost`: turns before it that were not written."""
         self._rollout, self._seen, self._evidence, self._numbers = rollout, {}, None, {}
-        return {"kind": "start", "schema": SCHEMA, "hafnium": self.version, "time": now.isoformat(),
+        return {"kind": "start", "schema": SCHEMA, "hafnium": self.version, "time": now.isoformat(), **({"lost": lost} if lost else {}),
                 "rollout": rollout_data(rollout), "status": status.model_dump(mode="json")}
 
     def turn(self, rollout: ModelRollout, seen: Observation, now: datetime, decision: Decision, after: str) -> dict[str, Any]:
@@ -138,6 +145,57 @@ class Encoder:
             line["actions"] = [action_data(a) for a in decision.actions]
         line["after"] = after
         return line
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """One turn, as it is written."""
+
+    text: bytes
+    begins: bool
+    """A start is in it: it can be read without what was written before."""
+
+
+class TurnEncoder:
+    """Turns of one rollout → lines, in order. A start comes whenever the status isn't what the turn before had left."""
+
+    def __init__(self, version: str) -> None:
+        self._encoder = Encoder(version)
+        self._after: RolloutStatus | None = None
+        """The status that the last turn left; None when the next one needs a start."""
+
+    def begin_anew(self) -> None:
+        """What was encoded last can't be built on: it isn't in the file, or another file begins."""
+        self._after = None
+
+    def lines(
+        self, rollout: ModelRollout, before: RolloutStatus, seen: Observation, now: datetime, decision: Decision, *, lost: int = 0,
+    ) -> Lines:
+        """The turn as lines. `lost`: turns before it that are not in the record; they are said in its start."""
+        before = _decided(before, decision)
+        known = self._after is not None and (self._after is before or self._after == before)
+        self._after = None  # whatever fails below: the next turn doesn't build on this one
+        lines = [] if known else [self._encoder.start(rollout, before, now, lost)]
+        after = status_digest(decision.status)
+        lines.append(self._encoder.turn(rollout, relevant(rollout, before, seen), now, decision, after))
+        text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines).encode()
+        self._after = decision.status
+        return Lines(text, begins=not known)
+
+
+def quiet(before: RolloutStatus, decision: Decision) -> bool:
+    """A turn after the end that only reads counters on: weeks of it would push out what matters."""
+    after = decision.status
+    return before.phase in _ENDED and not decision.actions and not decision.events and (
+        after == before or after.model_copy(update={"cursor": before.cursor}) == before)
+
+
+def _decided(before: RolloutStatus, decision: Decision) -> RolloutStatus:
+    """Without conditions that `decide` doesn't write: on a cluster the loop adds its own, and they are no part of the decisions."""
+    own = {c.type for c in decision.status.conditions}
+    if all(c.type in own for c in before.conditions):
+        return before
+    return before.model_copy(update={"conditions": tuple(c for c in before.conditions if c.type in own)})
 
 
 @dataclass
@@ -173,7 +231,7 @@ class Decoder:
         rollout = ModelRollout.model_validate(line["rollout"])
         status = RolloutStatus.model_validate(line["status"])
         self._rollout, self._seen, self._findings, self._evidence = rollout, {}, {}, ()
-        return Start(datetime.fromisoformat(line["time"]), str(line["hafnium"]), rollout, status)
+        return Start(datetime.fromisoformat(line["time"]), str(line["hafnium"]), rollout, status, int(line.get("lost", 0)))
 
     def _turn(self, line: dict[str, Any], rollout: ModelRollout) -> RecordedTurn:
         if "rollout" in line:

@@ -63,12 +63,17 @@ def replay(
                 yield Break(None, f"{entry.where}: {entry.message}")
             case Start():
                 if line.start(entry):
-                    text = "the status was not what the turn before had left: turns are missing, or it was changed by hand"
-                    yield Break(entry.time, text)
+                    yield Break(entry.time, _why_missing(entry))
             case RecordedTurn():
                 if until is not None and entry.now > until:
                     return
                 yield line.turn(entry)
+
+
+def _why_missing(start: Start) -> str:
+    if start.lost:
+        return f"{start.lost} turns were decided and could not be written (a volume that was slow, full or gone)"
+    return "the status was not what the turn before had left: turns are missing, or it was changed by hand"
 
 
 class _Lines:
@@ -84,10 +89,10 @@ class _Lines:
         """Returns whether this is a break in what was known."""
         before, self._status = self._status, entry.status
         if before == entry.status:
-            return False
+            return entry.lost > 0
         if self._other is None or before is None or before.run_id != entry.status.run_id:
             self._fork(entry.status)
-        return before is not None
+        return before is not None or entry.lost > 0
 
     def _fork(self, status: RolloutStatus) -> None:
         """The other line begins where the recorded one is."""
@@ -186,4 +191,5 @@ def _look_as_if(look: Look | None, *, with_candidate: bool) -> Look | None:
             name: replace(g, series=tuple(replace(s, candidate=Counts(0, 0)) for s in g.series), differences=())
             for name, g in look.gates.items()
         }
-    return replace(look, gates=gates, routed_stable=None, routed_candidate=None if with_candidate else 0.0)
+    none = {} if with_candidate else {"candidate_requests": 0.0}
+    return replace(look, gates=gates, routed_stable=None, routed_candidate=None if with_candidate else 0.0, **none)

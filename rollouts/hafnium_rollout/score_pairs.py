@@ -3,14 +3,18 @@
 Each file is read once. Rows wait in memory, bounded, until their partner comes: the arms flush at their own times. What waits
 is lost when the controller restarts, which costs a few pairs and favours nobody; which files were read is in the status, so
 no pair is counted twice. `ScoresAcross` does the same for live answers, where no request has two.
+
+A status can fail to be written, and then the same files are read again. So what waits is kept for both cursors, the one that was read
+from and the one after: whichever the next status has, memory is as it was there, and every score counts once. With any other cursor
+(another leader went on meanwhile) nothing is known to wait.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
 
@@ -22,20 +26,47 @@ NAMES_MAX = 256
 """File names remembered per arm. Names begin with their time; one below the oldest remembered came far too late and is left out."""
 FILES_PER_LOOK_MAX = 64
 WAITING_MAX = 20_000
+State = TypeVar("State")
 _COLUMNS = ["request_id", "arm", "score", "model_digest"]
+
+
+class _Memory(Generic[State]):
+    """What waits, by the cursor of the status that it goes with."""
+
+    def __init__(self) -> None:
+        self._states: tuple[tuple[dict[str, Any], State], ...] = ()
+
+    def at(self, cursor: Mapping[str, Any]) -> State | None:
+        return next((state for known, state in self._states if known == cursor), None)
+
+    def keep(self, before: Mapping[str, Any], state: State, after: Mapping[str, Any], state_after: State) -> None:
+        self._states = ((dict(after), state_after), (dict(before), state))
+
+    @property
+    def last(self) -> tuple[dict[str, Any], State] | None:
+        return self._states[0] if self._states else None
+
+    def replace_last(self, state: State) -> None:
+        self._states = ((self._states[0][0], state), *self._states[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Paired:
+    stable: Mapping[str, float] = field(default_factory=dict[str, float])
+    candidate: Mapping[str, float] = field(default_factory=dict[str, float])
+    pending: tuple[float, ...] = ()
+    """Differences that met no look yet."""
 
 
 class ScorePairs:
     """Waiting rows of one rollout's two arms."""
 
     def __init__(self) -> None:
-        self._stable: OrderedDict[str, float] = OrderedDict()
-        self._candidate: OrderedDict[str, float] = OrderedDict()
+        self._memory: _Memory[_Paired] = _Memory()
 
-    def forget(self) -> None:
-        """Between runs: rows of one candidate are not paired for the next."""
-        self._stable.clear()
-        self._candidate.clear()
+    def knows(self, cursor: Mapping[str, Any]) -> bool:
+        """What waits is what goes with this cursor."""
+        return self._memory.at(cursor) is not None
 
     def read(self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
         """New differences (candidate − stable) and the cursor after them. Raises StateError when a file can't be read.
@@ -43,52 +74,97 @@ class ScorePairs:
         `digest`: the candidate's; rows of another model under the same service name don't count. An empty cursor marks what
         is there as read: those requests came before the shadow step.
         """
+        state = (self._memory.at(cursor) if cursor else None) or _Paired()
         names_stable, new_stable = _new_files(stable, cursor.get("stable"))
         names_candidate, new_candidate = _new_files(candidate, cursor.get("candidate"))
-        _add(self._stable, _rows(new_stable, "stable", None))
-        _add(self._candidate, _rows(new_candidate, "shadow", digest))
-        both = [k for k in self._candidate if k in self._stable]
-        differences = tuple(self._candidate.pop(k) - self._stable.pop(k) for k in both)
-        return differences, {"stable": names_stable, "candidate": names_candidate}
+        of_stable = _newest({**state.stable, **_rows(new_stable, "stable", None)})
+        of_candidate = _newest({**state.candidate, **_rows(new_candidate, "shadow", digest)})
+        both = [k for k in of_candidate if k in of_stable]
+        differences = (*state.pending, *(of_candidate.pop(k) - of_stable.pop(k) for k in both))
+        after = _cursor(cursor, names_stable, names_candidate, differences)
+        self._memory.keep(cursor, state, after, _Paired(of_stable, of_candidate))
+        return differences, after
+
+    def give_back(self, differences: tuple[float, ...]) -> None:
+        """These met no look: they come again with the next one that goes on from the cursor after them."""
+        last = self._memory.last
+        if last is not None:
+            self._memory.replace_last(replace(last[1], pending=differences[-WAITING_MAX:]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Across:
+    stable: Sequence[tuple[float, float]] = ()
+    candidate: Sequence[tuple[float, float]] = ()
+    pending: tuple[float, ...] = ()
 
 
 class ScoresAcross:
     """Scores of both arms' live answers, held back until both logs have come as far: the arms flush at their own times."""
 
-    def __init__(self) -> None:
-        self._stable: list[tuple[float, float]] = []
-        self._candidate: list[tuple[float, float]] = []
+    def __init__(self, stable_digest: str = "") -> None:
+        """`stable_digest`: the stable model, so that rows of a third one that share its place count for nobody; '' when it isn't known."""
+        self._stable_digest = stable_digest
+        self._memory: _Memory[_Across] = _Memory()
 
-    def forget(self) -> None:
-        """Between steps: scores from another weight are another mixture of times."""
-        self._stable.clear()
-        self._candidate.clear()
+    def knows(self, cursor: Mapping[str, Any]) -> bool:
+        """What waits is what goes with this cursor."""
+        return self._memory.at(cursor) is not None
 
     def read(self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """New differences across the arms and the cursor after them; arguments and errors as in ScorePairs.read."""
+        """New differences across the arms and the cursor after them; arguments and errors as in ScorePairs.read.
+
+        Both services may write to one place, and a gateway that can't set headers per backend leaves every row marked `stable`: so the
+        model that made a score says which arm it is of. A cursor that nothing is known to wait at is begun anew, as an empty one: what one
+        arm has ahead of the other is lost, and comparing from there on would set different times against each other.
+        """
+        state = self._memory.at(cursor) if cursor else _Across()
+        if state is None:
+            state, cursor = _Across(), {}
         names_stable, new_stable = _new_files(stable, cursor.get("stable"))
         names_candidate, new_candidate = _new_files(candidate, cursor.get("candidate"))
-        self._stable = sorted([*self._stable, *_timed(new_stable, "stable", None)])[-WAITING_MAX:]
-        self._candidate = sorted([*self._candidate, *_timed(new_candidate, "candidate", digest)])[-WAITING_MAX:]
-        found: tuple[float, ...] = ()
-        if self._stable and self._candidate:
-            until = min(self._stable[-1][0], self._candidate[-1][0])
-            ready = [[score for time, score in rows if time <= until] for rows in (self._candidate, self._stable)]
+
+        def is_stable(model: str) -> bool:
+            return model == self._stable_digest if self._stable_digest else model != digest
+
+        of_stable = sorted([*state.stable, *_timed(new_stable, ("stable",), is_stable)])[-WAITING_MAX:]
+        mine = _timed(new_candidate, ("candidate", "stable"), lambda model: model == digest)
+        of_candidate = sorted([*state.candidate, *mine])[-WAITING_MAX:]
+        found = state.pending
+        if of_stable and of_candidate:
+            until = min(of_stable[-1][0], of_candidate[-1][0])
+            ready = [[score for time, score in rows if time <= until] for rows in (of_candidate, of_stable)]
             if ready[0] and ready[1]:
-                found = across.differences(ready[0], ready[1])
-                self._candidate, self._stable = ([x for x in rows if x[0] > until] for rows in (self._candidate, self._stable))
-        return found, {"stable": names_stable, "candidate": names_candidate, "live": True}
+                found += across.differences(ready[0], ready[1])
+                of_candidate, of_stable = ([x for x in rows if x[0] > until] for rows in (of_candidate, of_stable))
+        after = {**_cursor(cursor, names_stable, names_candidate, found), "live": True}
+        self._memory.keep(cursor, state, after, _Across(of_stable, of_candidate))
+        return found, after
+
+    def give_back(self, differences: tuple[float, ...]) -> None:
+        """As in ScorePairs."""
+        last = self._memory.last
+        if last is not None:
+            self._memory.replace_last(replace(last[1], pending=differences[-WAITING_MAX:]))
 
 
-def _timed(files: Sequence[Path], arm: str, digest: str | None) -> list[tuple[float, float]]:
-    """(time in s, score) of the arm's answers."""
+def _cursor(before: Mapping[str, Any], stable: list[str], candidate: list[str], differences: Sequence[float]) -> dict[str, Any]:
+    """The cursor after a read. `taken` grows with each that gave something: without it, differences that come again (they met no look)
+    would leave the cursor as it was, and nobody could tell whether they were counted."""
+    known = before.get("taken")
+    taken = (known if isinstance(known, int) else 0) + bool(differences)
+    return {"stable": stable, "candidate": candidate, **({"taken": taken} if taken else {})}
+
+
+def _timed(files: Sequence[Path], marks: Sequence[str], is_its: Callable[[str], bool]) -> list[tuple[float, float]]:
+    """(time in s, score) of one arm's answers: of its model, under one of these marks. Copies are never answers."""
     table = _table(files, ["time", *_COLUMNS])
     if table is None:
         return []
     columns = [table.column(name).to_pylist() for name in ("time", "arm", "score", "model_digest")]
     return [
         (time.timestamp(), score) for time, found, score, model in zip(*columns, strict=True)
-        if found == arm and time is not None and score is not None and 0.0 <= score <= 1.0 and (digest is None or model == digest)
+        if found in marks and time is not None and score is not None and 0.0 <= score <= 1.0 and is_its(model)
     ]
 
 
@@ -99,15 +175,25 @@ def _table(files: Sequence[Path], columns: list[str]) -> pa.Table | None:
         raise StateError(f"inference log: a file can't be read: {e}") from e
 
 
+def unread(names: Sequence[str], read: Sequence[str]) -> list[str]:
+    """Which of these files, the oldest first, a look reads whose cursor has `read`; bounded."""
+    done, oldest = set(read), forgotten(read)
+    return [n for n in names if n not in done and n > oldest][:FILES_PER_LOOK_MAX]
+
+
+def forgotten(read: Sequence[str]) -> str:
+    """The name up to which files count as read whether the cursor has them or not; empty while it has room for all."""
+    return min(read) if len(read) >= NAMES_MAX else ""
+
+
 def _new_files(folder: Path, known: Any) -> tuple[list[str], list[Path]]:
-    """Names to remember, and files not read yet (the oldest first, bounded)."""
+    """Names to remember, and files not read yet. `folder` may lack what was read: the cursor has its names."""
     files = log_files(folder)
     if not isinstance(known, list):
         return [p.name for p in files][-NAMES_MAX:], []
     read = [str(n) for n in cast("list[object]", known)]
-    done = set(read)
-    oldest = min(read) if len(read) >= NAMES_MAX else ""
-    new = [p for p in files if p.name not in done and p.name > oldest][:FILES_PER_LOOK_MAX]
+    wanted = set(unread([p.name for p in files], read))
+    new = [p for p in files if p.name in wanted]
     return sorted([*read, *(p.name for p in new)])[-NAMES_MAX:], new
 
 
@@ -123,7 +209,6 @@ def _rows(files: Sequence[Path], arm: str, digest: str | None) -> dict[str, floa
     }
 
 
-def _add(waiting: OrderedDict[str, float], rows: dict[str, float]) -> None:
-    waiting.update(rows)
-    while len(waiting) > WAITING_MAX:
-        waiting.popitem(last=False)
+def _newest(waiting: dict[str, float]) -> dict[str, float]:
+    """The last ones that came, as many as may wait."""
+    return waiting if len(waiting) <= WAITING_MAX else dict(list(waiting.items())[-WAITING_MAX:])

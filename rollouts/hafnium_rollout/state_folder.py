@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import pwd
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -18,11 +19,12 @@ from pydantic import ValidationError
 from hafnium_contract.evidence import EvidenceError, EvidenceSpec, parse_evidence
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, UserAction
-from hafnium_rollout.observation import RouteSeen, ServiceSeen
+from hafnium_rollout.observation import EvidenceUnread, RouteSeen, ServiceSeen
 
 ROLLOUT_LABEL = "hafnium.dev/rollout"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGER = "hafnium-rollout"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 EVIDENCE_MAX = 5_000
 """Newest files that are looked at: a job every minute for three days."""
 
@@ -196,27 +198,50 @@ class EvidenceReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[str, EvidenceSpec | str] = {}
+        self._known: dict[str, EvidenceSpec | EvidenceUnread] = {}
 
-    def read(self) -> tuple[tuple[EvidenceSpec, ...], str]:
-        """All evidence, and the first error ('' when all could be read)."""
+    def read(self) -> tuple[tuple[EvidenceSpec, ...], tuple[EvidenceUnread, ...], str]:
+        """All evidence, what can be told of files that can't be understood, and why the folder can't be read ('' when it can)."""
         if not self._folder.is_dir():
-            return (), ""
+            return (), (), ""
         try:
             paths = sorted(self._folder.glob("*.json"), key=lambda p: p.stat().st_mtime)[-EVIDENCE_MAX:]
         except OSError as e:
-            return tuple(s for s in self._known.values() if not isinstance(s, str)), f"{self._folder}: {e}"
-        known: dict[str, EvidenceSpec | str] = {}
+            return *self._parts(), f"{self._folder}: {e}"
+        known: dict[str, EvidenceSpec | EvidenceUnread] = {}
         for path in paths:
             found = self._known.get(path.name)
-            known[path.name] = found if found is not None and not isinstance(found, str) else _evidence(path)
+            known[path.name] = found if isinstance(found, EvidenceSpec) else _evidence(path)
         self._known = known
-        error = next((s for s in known.values() if isinstance(s, str)), "")
-        return tuple(s for s in known.values() if not isinstance(s, str)), error
+        return *self._parts(), ""
+
+    def _parts(self) -> tuple[tuple[EvidenceSpec, ...], tuple[EvidenceUnread, ...]]:
+        found = self._known.values()
+        return tuple(s for s in found if isinstance(s, EvidenceSpec)), tuple(s for s in found if isinstance(s, EvidenceUnread))
 
 
-def _evidence(path: Path) -> EvidenceSpec | str:
+def _evidence(path: Path) -> EvidenceSpec | EvidenceUnread:
+    data: Any = None
     try:
-        return parse_evidence(read_json(path), str(path)).spec
+        data = read_json(path)
+        return parse_evidence(data, str(path)).spec
     except (EvidenceError, StateError, FileNotFoundError) as e:
-        return str(e)
+        spec = cast("dict[str, Any]", data).get("spec") if isinstance(data, dict) else None
+        return evidence_unread(f"{e}; remove the file, or let its job write a new one", spec, _stored_at(path))
+
+
+def _stored_at(path: Path) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except OSError:
+        return None
+
+
+def evidence_unread(error: str, spec: Any, created_at: datetime | None) -> EvidenceUnread:
+    """What can be told of a finding that can't be understood: which model and kind, where at least those are what they should be."""
+    fields = cast("dict[str, Any]", spec) if isinstance(spec, dict) else {}
+    digest = fields.get("modelDigest", fields.get("model_digest"))
+    kind = fields.get("kind")
+    return EvidenceUnread(
+        error, digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None,
+        kind if kind in get_args(EvidenceSpec.model_fields["kind"].annotation) else None, created_at)

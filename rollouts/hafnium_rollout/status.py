@@ -27,6 +27,9 @@ LOOK_GATES_MAX = 2_000
 """Looks × gates kept in the history. Beyond it every second one of the older half goes, so that a plot still shows the whole
 rollout, older times more coarsely. A status of four gates stays below 400 kB, as a Kubernetes object must."""
 IDS_MAX = 64
+"""Ids of people's actions that are remembered: an action stays in the spec, or in its file, until the next one."""
+REJECTED_MAX = 1_000
+"""Digests that are remembered as rejected: twenty years of one a week, in 75 kB. Beyond it the oldest is forgotten."""
 
 
 class ModelSeen(Strict):
@@ -57,6 +60,15 @@ class RouteWanted(Strict):
     """The candidate gets copies."""
 
 
+class PodRestarts(Strict):
+    """How often a pod's model had been restarted."""
+
+    pod: str
+    """The pod's name."""
+    restarts: int
+    """Restarts of the model's own container."""
+
+
 class StepStatus(Strict):
     """Where the climb stands."""
 
@@ -66,6 +78,8 @@ class StepStatus(Strict):
     """When it was decided."""
     weight_desired: int
     """Percent that the step asks for."""
+    weight_entered: int | None = None
+    """Percent that the step began with: weightDesired is 0 while that is withheld. Absent: an older release wrote this."""
     weight_observed: int | None = None
     """The candidate's percent at the gateway; absent when it can't be asked."""
     shadow_observed: bool = False
@@ -76,8 +90,21 @@ class StepStatus(Strict):
     """Candidate requests in looks that count for this step."""
     restarts_before: int | None = None
     """The candidate's restarts when the step began."""
+    pod_restarts_before: tuple[PodRestarts, ...] = ()
+    """The same per pod, of those that had any."""
     unready_since: AwareDatetime | None = None
     """Since when the candidate is not ready."""
+
+
+class UnreadyStatus(Strict):
+    """Before its first step the candidate isn't ready, without a break."""
+
+    since: AwareDatetime
+    """From when it counts. Time in which nobody looked moves it on."""
+    seen_at: AwareDatetime
+    """When it was last seen so, to some seconds."""
+    absent: bool = False
+    """Its service isn't there, though it is to be made at every look."""
 
 
 class GateState(Strict):
@@ -216,6 +243,15 @@ class RollbackStatus(Strict):
     """When it was decided."""
     reject: bool
     """Remember the digest as rejected."""
+    shown_since: AwareDatetime | None = None
+    """Since when the gateway shows the route without the candidate."""
+    counted_at: AwareDatetime | None = None
+    """When it was known last how many requests reach the candidate."""
+    overdue: Literal["", "NotShown", "NotCounted", "StillReached"] = ""
+    """It takes longer than maxBlindDuration, and why: the gateway doesn't show the route, nobody knows how many requests reach the
+    candidate, or some still do."""
+    doubt: str = ""
+    """What isn't known or isn't so yet, in a sentence."""
 
 
 class RolloutStatus(Strict):
@@ -237,6 +273,10 @@ class RolloutStatus(Strict):
     """One try of one candidate."""
     started_at: AwareDatetime | None = None
     """When this run began."""
+    unready: UnreadyStatus | None = None
+    """Since when the candidate could be ready and isn't: readyDeadline counts from there. Only before the first step."""
+    room_lacked_at: AwareDatetime | None = None
+    """When the cluster was last seen to have no room for the candidate, to some seconds: waiting for it isn't the candidate's time."""
     step: StepStatus | None = None
     """Step of the climb, while there is one."""
     stable: ModelSeen | None = None
@@ -261,6 +301,8 @@ class RolloutStatus(Strict):
     """When somebody else changed the route."""
     rollback: RollbackStatus | None = None
     """A rollback under way."""
+    had_weight: bool = True
+    """The candidate may have answered live requests in this run. Without that, a rollback needs no counters."""
     paused_by_spec: bool = False
     """It is paused because spec.paused says so, whatever else was said since; it goes on when the spec says so."""
     force_promote: bool = False

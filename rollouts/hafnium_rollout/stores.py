@@ -4,20 +4,25 @@ kubernetes/store.py. A store reads and asks; it never moves traffic."""
 from __future__ import annotations
 
 import getpass
+import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 from pydantic import ValidationError
 
+from hafnium_contract.contract_file import read_yaml
+from hafnium_contract.errors import HafniumError
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_contract.whole_files import write_atomically
 from hafnium_rollout.errors import StateError, UnknownRollout
 from hafnium_rollout.objects import ModelApproval, ModelRollout, UserAction, load_rollout
-from hafnium_rollout.state_folder import EvidenceReader, StateFolder
+from hafnium_rollout.standing import Standing, digest_at, known_status, standing_of
+from hafnium_rollout.state_folder import EvidenceReader, StateFolder, read_json
 from hafnium_rollout.status import RolloutStatus
 
 
@@ -34,6 +39,9 @@ class Approval:
 class RolloutStore(Protocol):
     """What a command needs to know, and the two things that it may write."""
 
+    shared: bool
+    """Others change the ModelRollout while somebody reads about it, so an approval has to say which model it means."""
+
     def names(self) -> list[str]:
         """Of all rollouts that are wanted."""
         ...
@@ -42,16 +50,34 @@ class RolloutStore(Protocol):
         """The object that is wanted. Raises UnknownRollout."""
         ...
 
+    def wanted(self, name: str) -> str:
+        """Digest of the model that is asked for, whatever else of the object can't be read. Raises UnknownRollout, StateError or
+        RolloutFileError."""
+        ...
+
     def status(self, name: str) -> RolloutStatus:
         """Its status; an empty one when the controller hasn't looked yet. Raises UnknownRollout or StateError."""
+        ...
+
+    def known_status(self, name: str) -> tuple[RolloutStatus, tuple[str, ...]]:
+        """The same, where a newer operator may have written it, and the fields that are left out for that."""
+        ...
+
+    def standing(self, name: str) -> Standing:
+        """As much of its status as a wish needs, whatever else can't be read. Raises UnknownRollout."""
         ...
 
     def asked(self, name: str, status: RolloutStatus) -> bool:
         """Somebody's wish waits for the controller."""
         ...
 
-    def ask(self, name: str, action: UserAction) -> None:
-        """Leaves a wish."""
+    def ask(self, name: str, action: UserAction) -> str:
+        """Leaves a wish. Returns the one that it took the place of, in words; mostly there is none. Raises StateError where it would
+        take the place of one that nobody has acted on yet: only an Abort may."""
+        ...
+
+    def by_hand(self, name: str, wish: Mapping[str, str]) -> str:
+        """What a person does to leave that wish without this command."""
         ...
 
     def approve(self, approval: ModelApproval) -> None:
@@ -78,6 +104,8 @@ class RolloutStore(Protocol):
 class FolderStore:
     """The state folder of `hafnium up`. Whoever can write the folder can ask and approve."""
 
+    shared = False
+
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder = StateFolder(root)
@@ -91,16 +119,48 @@ class FolderStore:
             raise self._unknown(name)
         return load_rollout(path)
 
-    def status(self, name: str) -> RolloutStatus:
-        path = self._folder.status(name)
+    def wanted(self, name: str) -> str:
+        path = self._folder.rollout(name)
+        if not path.is_file():
+            raise self._unknown(name)
+        # The copy is what the controller goes on with while the file is broken.
+        for readable in (path, self._folder.last_good(name)):
+            try:
+                digest = digest_at(read_yaml(readable)[0], "spec", "model", "digest")
+            except (HafniumError, yaml.YAMLError, ValueError):
+                continue
+            if digest is not None:
+                return digest
+        return load_rollout(path).spec.model.digest  # every problem with its line
+
+    def _status_data(self, name: str) -> Any:
+        """None when the controller hasn't looked yet."""
         try:
-            return RolloutStatus.model_validate_json(path.read_bytes())
+            return read_json(self._folder.status(name))
         except FileNotFoundError as e:
             if self._folder.rollout(name).is_file():
-                return RolloutStatus()
+                return None
             raise self._unknown(name) from e
-        except (OSError, ValidationError) as e:
-            raise StateError(f"{path}: can't be read: {e}") from e
+
+    def status(self, name: str) -> RolloutStatus:
+        data = self._status_data(name)
+        try:
+            return RolloutStatus.model_validate(data) if data is not None else RolloutStatus()
+        except ValidationError as e:
+            raise StateError(f"{self._folder.status(name)}: can't be read: {e}") from e
+
+    def known_status(self, name: str) -> tuple[RolloutStatus, tuple[str, ...]]:
+        data = self._status_data(name)
+        try:
+            return known_status(data) if data is not None else (RolloutStatus(), ())
+        except ValidationError as e:
+            raise StateError(f"{self._folder.status(name)}: can't be read: {e}") from e
+
+    def standing(self, name: str) -> Standing:
+        try:
+            return standing_of(self._status_data(name))
+        except StateError as e:
+            return Standing(doubt=str(e))
 
     def _unknown(self, name: str) -> UnknownRollout:
         known = ", ".join(self.names()) or "none"
@@ -109,8 +169,12 @@ class FolderStore:
     def asked(self, name: str, status: RolloutStatus) -> bool:
         return any(self._folder.actions.glob(f"ModelRollout-{name}.*.json"))
 
-    def ask(self, name: str, action: UserAction) -> None:
+    def ask(self, name: str, action: UserAction) -> str:
         write_atomically(self._folder.actions / f"ModelRollout-{name}.{action.id}.json", action.model_dump_json(indent=1))
+        return ""  # a file for each: they are acted on in the order of their ids
+
+    def by_hand(self, name: str, wish: Mapping[str, str]) -> str:
+        return f"write {self._folder.actions / f'ModelRollout-{name}.by-hand.json'} with {json.dumps(dict(wish))}"
 
     def approve(self, approval: ModelApproval) -> None:
         path = self._folder.approvals / f"{approval.metadata.name}-{secrets.token_hex(3)}.json"

@@ -14,7 +14,7 @@ from hafnium_rollout import commands
 from hafnium_rollout.approvals import Counted, candidate_of, count
 from hafnium_rollout.errors import RolloutFileError
 from hafnium_rollout.objects import ApprovalSpec
-from hafnium_rollout.state_folder import StateFolder
+from hafnium_rollout.state_folder import StateFolder, read_approvals
 from hafnium_rollout.status import ModelSeen, RolloutStatus
 
 
@@ -87,6 +87,23 @@ def test_the_trainer_cant_approve_from_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="somebody else has to approve"):
         commands.approve(tmp_path, "risk", "validation", "thea")
     assert not folder.approvals.exists()
+
+
+def test_on_one_machine_a_digest_is_needed_only_where_there_are_two_models(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.objects.mkdir()
+    (tmp_path / "status").mkdir()
+    folder.rollout("risk").write_text(json.dumps(rollout(model={"digest": OTHER}).model_dump(mode="json", exclude_none=True)))
+    commands.approve(tmp_path, "risk", "validation", "vera")
+    with pytest.raises(InputError, match="no model of risk"):
+        commands.approve(tmp_path, "risk", "validation", "vera", "a" * 12)
+    world = World()
+    world.turn()
+    folder.status("risk").write_text(world.status.model_dump_json())
+    with pytest.raises(InputError, match=f"hafnium rollout approve risk --stage validation --digest {'a' * 64}"):
+        commands.approve(tmp_path, "risk", "validation", "vera")
+    commands.approve(tmp_path, "risk", "validation", "vera", CANDIDATE)
+    assert sorted(a.model_digest for a in read_approvals(folder)) == [CANDIDATE, OTHER]
 
 
 def test_a_stage_or_reason_that_the_cluster_would_refuse_is_told_here(tmp_path: Path) -> None:

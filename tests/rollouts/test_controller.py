@@ -182,6 +182,8 @@ def test_the_process_may_be_killed_at_any_time_and_only_one_acts(envoy: Gateway)
                 time.sleep(1.0)
             until(lambda: status(envoy).phase == "Promoted", lambda: commands.status_table(envoy.state))
         standby = (envoy.state.parent / "log1").read_text()
+        # On a busy machine the other one may have promoted, while this one still imports and would just be killed
+        until(lambda: (envoy.state.parent / f"log{started.index(first)}").stat().st_size > 0, lambda: "it says nothing")
         first.terminate()
         assert first.wait(10) == 0
     finally:

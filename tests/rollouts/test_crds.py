@@ -122,6 +122,15 @@ def test_every_validator_of_the_spec_has_its_rule_in_the_crd() -> None:
                 assert model.__name__ in ruled, f"{model.__name__} is validated here and not on the cluster"
 
 
+def test_the_backend_is_held_by_a_rule_that_sees_spec_and_status() -> None:
+    """What it says is tested on a cluster (tests/cluster/test_objects.py); a rule inside `spec` could not know whether a run has begun."""
+    (rule,) = SCHEMAS["ModelRollout"]["x-kubernetes-validations"]
+    assert "oldSelf.spec.routing.backend" in rule["rule"]
+    assert "oldSelf.status.runId" in rule["rule"]
+    assert rule["message"].startswith("spec.routing.backend never changes once a rollout has begun")
+    assert [k for k in SCHEMAS if "x-kubernetes-validations" in SCHEMAS[k]] == ["ModelRollout"]
+
+
 @given(rollouts())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_rollout_that_the_types_accept_fits_its_schema(data: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ def test_a_good_candidate_arrives_through_any_trouble(troubles: list[tuple[str, 
             world.turn()
         assert world.route is not None
         assert (world.route.stable, world.route.candidate) == (SERVICE, None)
+        assert world.raised == set(), "the pods of its climb are its autoscaler's again"
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

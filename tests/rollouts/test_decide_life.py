@@ -5,11 +5,15 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, World, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, START, World, rollout
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hafnium_rollout.actions import SetWeight
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import RouteSeen
+from hafnium_rollout.observation import RouteSeen, ServiceSeen
+from hafnium_rollout.status import StepStatus
+from hafnium_rollout.turn import as_listed, restarts_in_step
 
 
 def action(kind: str, digest: str = CANDIDATE, name: str = "1") -> UserAction:
@@ -54,6 +58,141 @@ def test_a_crash_loop_is_a_safety_failure_and_one_restart_is_not() -> None:
     world.restarts = 3
     assert world.until("RolledBack", turns=5) == "RolledBack"
     assert world.status.reason == "CrashLoop"
+
+
+def test_restarts_are_counted_per_pod_and_from_the_steps_beginning() -> None:
+    """A node that goes down restarts each of its pods once: that is no crash loop, however many pods there are."""
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.pod_restarts = {"old": 7}
+    world.until_step(0)
+    world.pod_restarts = {"old": 8, **{f"p{i}": 1 for i in range(20)}}
+    for _ in range(10):
+        world.turn()
+    assert world.status.phase == "Progressing"
+    world.pod_restarts = {"old": 8, "p3": 3}
+    assert world.until("RolledBack", turns=5) == "RolledBack"
+    assert world.status.reason == "CrashLoop"
+    assert "restarted 3 times" in world.status.message
+
+
+def test_a_pod_of_the_same_name_that_began_anew_is_counted_anew() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.pod_restarts = {"p": 7}
+    world.until_step(0)
+    world.pod_restarts = {"p": 1}
+    world.turn()
+    world.pod_restarts = {"p": 4}
+    assert world.until("RolledBack", turns=5) == "RolledBack"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    before=st.dictionaries(st.sampled_from("abcd"), st.integers(1, 9)),
+    more=st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9)))
+def test_a_crash_loop_is_one_pods_own_restarts_and_never_a_sum(before: dict[str, int], more: dict[str, int]) -> None:
+    step = StepStatus(index=0, entered_at=START, weight_desired=5, pod_restarts_before=as_listed(before), restarts_before=0)
+    now = {pod: before.get(pod, 0) + more.get(pod, 0) for pod in before | more}
+    found = ServiceSeen("s", CANDIDATE, ready=True, restarts=max(now.values(), default=0), pod_restarts=now)
+    assert restarts_in_step(step, found) == max(more.values(), default=0)
+
+
+def test_a_candidate_that_the_cluster_has_no_room_for_loses_its_traffic_and_is_not_rejected() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.no_room = "0/3 nodes are available: 3 Insufficient cpu"
+    for _ in range(28):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Progressing", 5)
+    for _ in range(8):
+        world.turn()
+    assert (world.status.phase, world.status.reason, world.weight) == ("Paused", "NoRoom", 0)
+    assert "Insufficient cpu" in world.status.message
+    assert world.events.count("NoRoom") == 1
+    assert world.status.rejected_digests == ()
+    world.no_room = ""
+    for _ in range(10):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Paused", 0), "a person says when it goes on"
+    world.actions = (action("Retry"),)
+    world.until_step(0)
+    assert world.weight == 5
+
+
+def test_a_candidate_that_finds_no_room_at_the_start_waits_for_it_and_says_so_once() -> None:
+    world = World(rollout(strategy={"readyDeadline": "30s"}), no_room="0/3 nodes are available")
+    for _ in range(60):
+        world.turn()
+    assert (world.status.phase, world.status.reason) == ("Pending", "NoRoom")
+    assert world.events.count("NoRoom") == 1
+    assert world.status.rejected_digests == ()
+    world.no_room = ""
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_a_candidate_that_gets_room_has_its_time_to_get_ready() -> None:
+    """Between "no room" and "ready" it loads its model: that is neither."""
+    world = World(rollout(strategy={"readyDeadline": "30s"}), no_room="0/3 nodes are available")
+    for _ in range(60):
+        world.turn()
+    world.no_room, world.ready = "", False
+    for _ in range(8):
+        world.turn()
+    assert (world.status.phase, world.status.rejected_digests) == ("Pending", ())
+    world.ready = True
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_a_candidate_that_lost_its_room_and_gets_it_back_is_not_rejected_while_it_loads() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.no_room = "0/3 nodes are available"
+    for _ in range(40):
+        world.turn()
+    assert (world.status.phase, world.status.reason) == ("Paused", "NoRoom")
+    world.no_room, world.ready = "", False
+    for _ in range(20):
+        world.turn()
+    assert (world.status.phase, world.status.rejected_digests) == ("Paused", ())
+    world.ready = True
+    world.turn()
+    world.actions = (action("Retry"),)
+    world.until_step(0)
+    assert world.weight == 5
+
+
+def test_a_share_that_is_to_be_taken_away_is_not_given_again_by_blindness() -> None:
+    """The write that takes it away got lost, and nobody counts anything: the candidate has no pods."""
+    world = World(rollout(strategy={"steps": [
+        {"weight": 5, "minSamples": 100, "deadline": "2h"}, {"weight": 25, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(1)
+    world.no_room = "0/3 nodes are available"
+    world.turn()
+    world.misrouted = 1.0
+    while world.status.reason != "NoRoom":
+        world.turn(actions_done=0)
+        assert world.status.phase in ("Progressing", "Paused")
+    assert world.weight == 25
+    for _ in range(10):
+        world.turn()
+        assert world.status.step is not None
+        assert world.status.step.weight_desired == 0
+    assert world.weight == 0
+
+
+def test_a_step_down_makes_a_dead_candidate_no_younger() -> None:
+    world = World(rollout(strategy={"steps": [
+        {"weight": 5, "minSamples": 100, "deadline": "2h"}, {"weight": 25, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(1)
+    world.ready, world.misrouted = False, 1.0
+    assert world.until("RolledBack", turns=45) == "RolledBack"
+
+
+def test_want_of_room_saves_no_candidate_that_fails_otherwise() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.no_room, world.bad_candidate = "0/3 nodes are available", 0.5
+    assert world.until("RolledBack", turns=30) == "RolledBack"
+    assert world.status.rejected_digests == (CANDIDATE,)
 
 
 def test_a_candidate_that_stays_away_goes_back_and_a_short_absence_does_not() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, World, rollout
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import RouteSeen
+from hafnium_rollout.observation import EvidenceUnread, RouteSeen
+from hafnium_rollout.status import GateStatus, stored
 
 SCORES = {"name": "scores", "role": "Quality", "scores": {}, "compare": {"margin": 0.05}}
 ERRORS: dict[str, Any] = {"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.02}}
@@ -195,6 +200,18 @@ def test_4_blindness_at_the_first_weight_ends_live_traffic_and_waits_for_a_perso
     assert world.until("Promoted") == "Promoted"
 
 
+@pytest.mark.parametrize("unpaired", [True, False], ids=["across the arms", "in pairs"])
+def test_4_a_safety_gate_over_scores_is_blind_only_where_it_could_see(unpaired: bool) -> None:
+    """The log stays empty. Across the arms that is blindness; pairs are had in shadow alone, so in a live step none are missing."""
+    gate = {"name": "scores", "role": "Safety", "scores": {"unpaired": unpaired}, "requiredIn": ["shadow"], "compare": {"margin": 0.05}}
+    steps = [{"shadow": True, "deadline": "1h"}, {"weight": 20, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]
+    world = World(rollout(gates=[ERRORS, gate], strategy={"steps": steps}))
+    world.until_step(1)
+    for _ in range(45):
+        world.turn()
+    assert ("BlindStepDown" in world.events) is unpaired
+
+
 def test_4_a_short_gap_in_the_data_moves_nothing() -> None:
     world = World()
     world.until_step(2)
@@ -309,6 +326,63 @@ def test_6_an_overlapping_window_is_no_second_opinion_unless_it_fails() -> None:
     assert next(g for g in world.status.gates if g.name == "drift").verdict == "Inconclusive"
 
 
+def _drift(world: World) -> tuple[str, str]:
+    gate = next(g for g in world.status.gates if g.name == "drift")
+    return gate.verdict, gate.message
+
+
+@pytest.mark.parametrize("what", ["all of it", "its kind", "its model", "nothing"])
+def test_6_a_finding_that_can_not_be_read_beside_a_pass_is_an_error_and_no_pass(what: str) -> None:
+    world = _in_shadow()
+    known = {"all of it": (CANDIDATE, "drift"), "its kind": (None, "drift"), "its model": (CANDIDATE, None), "nothing": (None, None)}
+    world.evidence = (evidence(world),)
+    world.unread = (EvidenceUnread("drift-7: spec.verdict: unknown", *known[what], world.now),)
+    for _ in range(10):
+        world.turn()
+    assert _drift(world)[0] == "Error"
+    assert "drift-7" in _drift(world)[1]
+    assert (world.status.phase, world.weight) == ("Progressing", 0)
+    world.unread = ()
+    world.until_step(1)
+
+
+@pytest.mark.parametrize("what", ["another model", "another kind", "long ago"])
+def test_6_a_finding_that_can_not_be_read_and_can_not_count_here_holds_nobody(what: str) -> None:
+    world = _in_shadow()
+    facts = {"another model": (OTHER, "drift", world.now), "another kind": (CANDIDATE, "fairness", world.now),
+             "long ago": (None, None, world.now - timedelta(minutes=13))}
+    world.evidence, world.unread = (evidence(world),), (EvidenceUnread("x", *facts[what]),)
+    world.until_step(1)
+
+
+def test_6_a_fail_stands_whatever_else_can_not_be_read() -> None:
+    world = _in_shadow()
+    world.evidence, world.unread = (evidence(world, verdict="Fail"),), (EvidenceUnread("x"),)
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+
+
+@settings(max_examples=100, deadline=None)
+@given(verdicts=st.lists(st.sampled_from(["Pass", "Fail", "Inconclusive", "NoData", "Error", "unread"]), max_size=6))
+def test_6_evidence_passes_only_when_all_that_could_speak_can_be_read_and_none_fails(verdicts: list[Any]) -> None:
+    now = World().now
+    gate = rollout(gates=[ERRORS, DRIFT]).spec.gates[1]
+    context = GateContext(
+        now=now, shadow=True, weight=0, digest=CANDIDATE, step_since=now - timedelta(minutes=9), counts_for_pass=True, counts_for_fail=True,
+        run_since=now - timedelta(minutes=9), alpha_fail=0.01, alpha_limit=0.01, fresh=timedelta(minutes=1))
+    found = tuple(
+        EvidenceSpec(model_digest=CANDIDATE, kind="drift", window_start=now - timedelta(seconds=500 - 50 * i), verdict=v, samples=10,
+                     window_end=now - timedelta(seconds=460 - 50 * i), message=v, created_at=now)
+        for i, v in enumerate(verdicts) if v != "unread")
+    unread = tuple(EvidenceUnread("x", CANDIDATE, "drift", now) for v in verdicts if v == "unread")
+    verdict = judge(gate, GateStatus(name="drift", role="Quality"), None, found, "", context, unread).verdict
+    if "Fail" in verdicts:
+        assert verdict == "Fail"
+    elif unread:
+        assert verdict == "Error"
+    else:
+        assert verdict == (verdicts[-1] if verdicts else "NoData")
+
+
 def test_7_drift_on_both_arms_is_the_world_changing_and_holds() -> None:
     world = _in_shadow()
     world.evidence = (evidence(world, verdict="Fail", both_arms=True),)
@@ -363,6 +437,18 @@ def test_9_a_rollback_is_done_when_the_gateway_shows_it_and_not_before() -> None
     assert world.until("RolledBack", turns=5) == "RolledBack"
     world.turn()
     assert SERVICE not in world.managed
+
+
+def test_9_the_first_of_many_rejected_digests_is_still_remembered_after_hundreds() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack", turns=60) == "RolledBack"
+    others = tuple(f"sha256:{i:064x}" for i in range(500))
+    world.status = world.status.model_copy(update={"rejected_digests": (CANDIDATE, *others)})
+    world.spec, world.candidate_digest = rollout(model={"digest": OTHER}), OTHER
+    assert world.until("Pending", turns=3) == "Pending"
+    assert world.until("RolledBack", turns=60) == "RolledBack"
+    assert world.status.rejected_digests == (CANDIDATE, *others, OTHER)
+    assert len(json.dumps(stored(world.status))) < 500_000, "and the API server can store it"
 
 
 def test_9_only_retry_clears_a_rejected_digest() -> None:
@@ -519,3 +605,26 @@ def test_a_pause_of_the_spec_ends_with_it_whatever_was_said_meanwhile() -> None:
     assert world.status.reason == "ActionIgnored"
     world.spec = rollout()
     assert world.until("Progressing", turns=3) == "Progressing"
+
+
+# --- releases --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "kept"), [({"failureLimit": None}, True), ({"hardLimit": 0.5}, False)], ids=["added", "changed"])
+def test_evidence_outlives_an_upgrade_that_adds_a_setting_and_no_change_of_a_setting(
+    change: dict[str, Any], kept: bool,
+) -> None:
+    """The status as the release before would have written it: without the setting, or with another value that counts."""
+    world = World(rollout(gates=[ERRORS], strategy={"steps": [{"weight": 20, "minDwell": "24h", "deadline": "72h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for _ in range(20):
+        world.turn()
+    (gate,) = world.status.gates
+    before, total = gate.state, gate.state.counts[1]
+    text = json.dumps({k: v for k, v in {**json.loads(before.config), **change}.items() if v is not None or k != "failureLimit"})
+    world.status = world.status.model_copy(update={
+        "gates": (gate.model_copy(update={"state": before.model_copy(update={"config": text})}),)})
+    world.turn()
+    (gate,) = world.status.gates
+    assert (gate.state.counts[1] > total) is kept
+    assert gate.state.config == before.config, "it is written anew"

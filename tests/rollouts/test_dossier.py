@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hafnium_rollout_world import CANDIDATE, STABLE, START, World, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, STABLE, START, World, rollout
 
 from hafnium_contract.evidence import EvidenceSpec, EvidenceValue, write_evidence
 from hafnium_rollout import commands
@@ -159,6 +159,24 @@ def test_the_same_facts_give_the_same_page_and_the_spec_can_be_read_back(facts: 
 def test_a_report_can_be_made_at_any_time(tmp_path: Path, turns: int, words: str) -> None:
     run(tmp_path, turns=turns)
     assert words in Reader.of(commands.report_of_record(tmp_path, now=START)).text
+
+
+def test_a_record_with_a_queued_model_tells_the_approvals_of_the_one_under_way(tmp_path: Path) -> None:
+    first, queued = (rollout(approvals={"required": ["security"]}, strategy={"onNewCandidate": "Queue"}, model={"digest": d})
+                     for d in (CANDIDATE, OTHER))
+    world = World(first)
+    world.approvals = frozenset({"security"})
+    writer, observe = RecordWriter(tmp_path), world.observe
+    for i in range(12):
+        world.spec = queued if i >= 6 else world.spec
+        seen: list[Observation] = []
+        world.observe = lambda s, seen=seen: seen.append(observe(s)) or seen[0]  # type: ignore[method-assign,func-returns-value]
+        before = world.status
+        decision = world.turn()
+        writer.write(world.spec, before, seen[0], world.now, decision)
+    text = Reader.of(commands.report_of_record(tmp_path, now=START)).text
+    assert f"Approvals are of {CANDIDATE}, trained by thea. Required: security. All are given." in text
+    assert f"The ModelRollout asks for {OTHER} next" in text
 
 
 def test_a_changed_record_is_named_in_the_report(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, World, rollout
 
 from hafnium_contract.errors import InputError
 from hafnium_contract.evidence import EvidenceSpec, write_evidence
@@ -23,8 +23,10 @@ from hafnium_rollout.arm_looks import latency_look, thresholds
 from hafnium_rollout.envoy_counters import ArmCounters
 from hafnium_rollout.errors import StateError, UnknownRollout
 from hafnium_rollout.local_backend import LocalBackend
+from hafnium_rollout.objects import UserAction
+from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.score_pairs import ScorePairs
-from hafnium_rollout.state_folder import EvidenceReader, StateFolder, read_approvals, read_route, read_services
+from hafnium_rollout.state_folder import EvidenceReader, StateFolder, read_actions, read_approvals, read_route, read_services
 from hafnium_rollout.status import ModelSeen, RolloutStatus
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -192,15 +194,18 @@ def test_a_service_that_a_person_made_is_never_removed(tmp_path: Path) -> None:
 
 def test_evidence_is_read_and_a_bad_file_is_named(tmp_path: Path) -> None:
     reader = EvidenceReader(tmp_path)
-    assert reader.read() == ((), "")
+    assert reader.read() == ((), (), "")
     spec = EvidenceSpec(model_digest=CANDIDATE, kind="drift", window_start=NOW, window_end=NOW + timedelta(hours=1), verdict="Pass",
                         samples=10, message="ok", created_at=NOW)
     write_evidence(tmp_path, spec)
-    assert reader.read() == ((spec,), "")
+    assert reader.read() == ((spec,), (), "")
     (tmp_path / "half.json").write_text("{")
-    found, error = reader.read()
-    assert found == (spec,)
-    assert "half.json" in error
+    (tmp_path / "newer.json").write_text(json.dumps({"spec": {**spec.model_dump(mode="json", by_alias=True), "verdict": "Perhaps"}}))
+    found, unread, error = reader.read()
+    assert (found, error) == ((spec,), "")
+    assert [(u.model_digest, u.kind) for u in unread] == [(None, None), (CANDIDATE, "drift")]
+    assert "half.json" in unread[0].error
+    assert all(u.created_at is not None for u in unread)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +236,56 @@ def test_actions_are_files_that_name_the_candidate_and_vanish_when_handled(tmp_p
     assert any("not an action" in p for p in seen.problems)
     backend.forget_actions("risk", [a.id for a in seen.actions[:3]])
     assert [a.type for a in backend.observe(rollout(), RolloutStatus(), NOW).actions] == ["Retry"]
+
+
+def under_way(root: Path) -> StateFolder:
+    """A state folder with a rollout at its first step, and what the controller keeps beside it."""
+    folder, world = StateFolder(root), World()
+    for _ in range(8):
+        world.turn()
+    assert world.status.phase == "Progressing"
+    folder.objects.mkdir()
+    (root / "status").mkdir()
+    folder.rollout("risk").write_text(json.dumps(rollout_data(world.spec)))
+    folder.last_good("risk").write_text(json.dumps(rollout_data(world.spec)))
+    folder.status("risk").write_text(world.status.model_dump_json())
+    return folder
+
+
+def asked(folder: StateFolder) -> list[tuple[str, str]]:
+    return [(a.type, a.candidate_digest) for _, a in read_actions(folder, "risk") if isinstance(a, UserAction)]
+
+
+@pytest.mark.parametrize("text", ["spec: {gates: [", "not: {a: rollout}", "spec: {model: {digest: sha256:abc}}", "a\x00b"])
+def test_abort_works_while_the_file_is_broken(tmp_path: Path, text: str) -> None:
+    folder = under_way(tmp_path)
+    folder.rollout("risk").write_text(text)
+    commands.abort(tmp_path, "risk", "it's bad")
+    assert asked(folder) == [("Abort", CANDIDATE)]
+
+
+def test_abort_works_where_the_status_is_a_newer_controllers(tmp_path: Path) -> None:
+    folder = under_way(tmp_path)
+    status = json.loads(folder.status("risk").read_text())
+    folder.status("risk").write_text(json.dumps(status | {"newerField": 1, "phase": "Unheard"}))
+    commands.abort(tmp_path, "risk")
+    assert asked(folder) == [("Abort", CANDIDATE)]
+    with pytest.raises(StateError, match="phase"):
+        commands.status(tmp_path)
+    folder.status("risk").write_text(json.dumps(status | {"newerField": 1}))
+    assert "status.newerField" in commands.status_table(tmp_path)
+
+
+def test_abort_without_any_readable_status_is_about_what_the_file_asks_for_and_says_so(tmp_path: Path) -> None:
+    folder = under_way(tmp_path)
+    folder.status("risk").write_text("{half")
+    assert "what the file asks for, since the status can't be read" in commands.abort(tmp_path, "risk")
+    folder.rollout("risk").write_text("spec: {gates: [")
+    commands.abort(tmp_path, "risk")  # the copy that the controller goes on with tells
+    assert asked(folder) == [("Abort", CANDIDATE)] * 2
+    folder.last_good("risk").unlink()
+    with pytest.raises(StateError, match=r"(?s)1 problem.*By hand, .*: write .*ModelRollout-risk.by-hand.json with"):
+        commands.abort(tmp_path, "risk")
 
 
 def test_an_unknown_rollout_is_answered_with_those_that_exist(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_new_term_knows_what_the_leader_before_has_sent(tmp_path: Path) -> Non
             until(lambda: leader.waiting == 0, "still waiting")
         standby.lead()
         standby.offer(SUBJECT, status)
-        assert standby.waiting == 0
+        until(lambda: standby.waiting == 0, "it doesn't know what was sent")
     assert len(found.requests) == 2
 
 
@@ -451,6 +451,96 @@ def test_an_alertmanager_that_was_gone_is_told_what_is_so_when_it_is_back(tmp_pa
     assert [a["labels"]["alertname"] for a in request.data] == ["HafniumRolloutRolledBack"]
     assert request.data[0]["endsAt"] > START.isoformat()
     assert [a["endsAt"] for a in over.data] == [START.isoformat()]
+
+
+@contextmanager
+def alert_courier(found: Receiver, leads: Callable[[], bool]) -> Generator[tuple[AlertmanagerCourier, Callable[[int], None]]]:
+    """Running, and how to wait for so many further rounds."""
+    rounds: list[None] = []
+
+    def now() -> datetime:
+        rounds.append(None)
+        return START
+
+    settings = Alertmanager.model_validate({"name": "am", "url": found.url, "resend": "1s", "backoffFirst": "10ms", "backoffMax": "40ms"})
+    made = AlertmanagerCourier(settings, lambda _: None, now=now, leads=leads)
+
+    def wait(number: int) -> None:
+        for _ in range(number):
+            before = len(rounds)
+            made._thread.wake.set()
+            until(lambda n=before: len(rounds) > n, "no round")
+
+    made.start()
+    try:
+        yield made, wait
+    finally:
+        made.stop()
+
+
+def _rolled_back() -> RolloutStatus:
+    world = World(bad_candidate=0.5)
+    world.until("RolledBack")
+    return world.status
+
+
+def test_a_former_leader_repeats_no_alert_and_ends_none() -> None:
+    """To end it would be as wrong as to repeat it: the new leader knows whether it is so."""
+    leads = [True]
+    with receiver() as found, alert_courier(found, lambda: leads[0]) as (made, rounds):
+        made.offer(SUBJECT, _rolled_back())
+        found.wait_for(1)
+        rounds(2)
+        leads[0] = False
+        made.rest()
+        rounds(2)  # one may have been under way
+        count = len(found.requests)
+        rounds(5)
+        assert len(found.requests) == count
+        leads[0] = True
+        made.lead()
+        rounds(3)
+        assert len(found.requests) == count, "nothing is known in the new term yet, and nothing is said to be over"
+        made.offer(SUBJECT, _rolled_back())
+        assert [a["labels"]["alertname"] for a in found.wait_for(count + 1)[count].data] == ["HafniumRolloutRolledBack"]
+    assert all(a["endsAt"] > START.isoformat() for r in found.requests for a in r.data)
+
+
+def test_a_process_that_was_stopped_for_a_while_sends_nothing_before_anybody_tells_it() -> None:
+    """It wakes up past its lease: its clock knows, though no thread has said so yet."""
+    leads = [True]
+    with receiver() as found, alert_courier(found, lambda: leads[0]) as (made, rounds):
+        made.offer(SUBJECT, _rolled_back())
+        found.wait_for(1)
+        leads[0] = False
+        rounds(2)
+        count = len(found.requests)
+        rounds(5)
+        assert len(found.requests) == count
+
+
+def test_a_webhook_of_a_former_leader_rests_until_it_leads_again(tmp_path: Path) -> None:
+    leads = [False]
+    cursors = FileCursors(tmp_path)
+    with receiver() as found:
+        made = WebhookCourier(webhook(found), cursors, lambda _: None, now=lambda: START, leads=lambda: leads[0])
+        made.start()
+        try:
+            made.offer(SUBJECT, told())
+            waiting = made.waiting
+            assert waiting > 0
+            with courier(webhook(found), tmp_path) as leader:
+                leader.offer(SUBJECT, told())
+                until(lambda: leader.waiting == 0, "still waiting")
+            count = len(found.requests)
+            assert made.waiting == waiting
+            leads[0] = True
+            made.lead()
+            made.offer(SUBJECT, told())
+            until(lambda: made.waiting == 0, "the leader in between has sent them")
+        finally:
+            made.stop()
+    assert len(found.requests) == count == waiting
 
 
 # --- in the controller --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,18 @@ def test_what_is_worked_out_from_a_gates_settings_does_not_outlive_them() -> Non
     other = gate.model_copy(update={"compare": Compare(margin=0.03)})
     assert (other.margin, '"margin":0.03' in other.config) == (0.03, True)
     assert (gate.margin, gate == Gate.model_validate(gate.model_dump())) == (0.02, True)
+
+
+@pytest.mark.parametrize(("change", "same"), [
+    (lambda d: d, True),
+    (lambda d: {k: v for k, v in d.items() if k != "failureLimit"}, True),
+    (lambda d: {**d, "compare": {**d["compare"], "margin": None}}, False),
+    (lambda d: {**d, "ofALaterRelease": None}, False),
+], ids=["the same", "written before a setting came", "another margin", "a setting that isn't known here"])
+def test_evidence_of_the_release_before_counts_when_new_settings_are_at_their_defaults(
+    change: Callable[[dict[str, Any]], dict[str, Any]], same: bool,
+) -> None:
+    gate = Gate.model_validate({"name": "a", "requests": {}, "compare": {"margin": 0.02}})
+    assert gate.same_settings(json.dumps(change(json.loads(gate.config)))) is same
+    assert not gate.same_settings("")
+    assert not gate.same_settings("{")

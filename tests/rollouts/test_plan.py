@@ -99,5 +99,5 @@ def test_the_alphas_of_all_gates_and_limits_add_up_to_the_rollouts() -> None:
     each = {g.name: alphas_of(g, parts) for g in spec.gates}
     used = each["errors"][0] + each["errors"][1] + each["slow"][0] + each["scores"][0] + each["drift"][0]
     assert used == pytest.approx(0.01)
-    assert each["errors"][0] == each["slow"][0] > each["scores"][0] > each["errors"][1] > 0
+    assert each["errors"][0] > each["slow"][0] > each["scores"][0] > each["errors"][1] > 0
     assert each["shown"] == (0.01, 0.01)  # it can't take the candidate back

@@ -22,7 +22,17 @@ from hafnium_rollout import commands
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import RecordError
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen, Series, ServiceSeen
+from hafnium_rollout.observation import (
+    Counts,
+    EvidenceUnread,
+    GateLook,
+    LiveRoute,
+    Look,
+    Observation,
+    RouteSeen,
+    Series,
+    ServiceSeen,
+)
 from hafnium_rollout.observation_codec import decode, encode
 from hafnium_rollout.record import RecordLimits, RecordWriter, read_record, record_files
 from hafnium_rollout.record_lines import Gap, RecordedTurn, Start, status_digest
@@ -68,8 +78,11 @@ OBSERVATION = st.builds(
     services=st.none() | st.dictionaries(TEXT, st.builds(ServiceSeen, TEXT, TEXT, st.booleans(), st.integers(0, 99), TEXT, TEXT, TEXT)),
     declared=NAMES, managed=NAMES, route=st.none() | st.builds(RouteSeen, TEXT, st.none() | TEXT, st.integers(0, 100), st.booleans(), TEXT),
     route_absent=st.booleans(), live=st.none() | st.builds(LiveRoute, st.dictionaries(TEXT, st.integers(0, 100)), NAMES),
-    look=st.none() | st.builds(Look, TIME, TIME, GATES, st.none() | NUMBER, st.none() | NUMBER),
+    look=st.none() | st.builds(Look, TIME, TIME, GATES, st.none() | NUMBER, st.none() | NUMBER, st.none() | NUMBER),
     evidence=st.lists(FINDING, max_size=2).map(tuple), evidence_error=TEXT, approvals=NAMES,
+    evidence_unread=st.lists(
+        st.builds(EvidenceUnread, TEXT, st.none() | DIGEST, st.none() | TEXT, st.none() | TIME, st.booleans()), max_size=2).map(tuple),
+    candidate_pods=st.none() | st.integers(0, 99),
     approvals_refused=st.lists(TEXT, max_size=2).map(tuple),
     actions=st.lists(st.builds(asked, st.sampled_from(["Promote", "Abort"]), st.text("ab", min_size=1, max_size=9), DIGEST, TEXT, TEXT),
                      max_size=2).map(tuple),

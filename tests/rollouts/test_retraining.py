@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hafnium_contract.evidence import EvidenceSpec
-from hafnium_rollout.errors import StateError
-from hafnium_rollout.retraining.policy import Attempt, RetrainingPolicy, decide_retraining
+from hafnium_rollout.errors import NotLeading, StateError
+from hafnium_rollout.objects import ModelRollout
+from hafnium_rollout.retraining.policy import Attempt, RetrainingPolicy, attempt_id, decide_retraining
 from hafnium_rollout.retraining.trigger import CommandStarter, FileAttempts, Retraining, RetrainingTrigger
 from hafnium_rollout.status import ModelSeen, RolloutStatus
 
@@ -251,3 +254,107 @@ def test_a_history_that_cannot_be_read_stops_proposals(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Retraining.model_validate(given)
+
+
+@dataclass
+class Cluster:
+    """What starts trainings, as a cluster does: by name, until a TTL takes them away."""
+
+    there: set[str] = field(default_factory=set[str])
+    started: list[str] = field(default_factory=list[str])
+    error: Exception | None = None
+    dies: bool = False
+
+    def start(self, attempt: Attempt, rollout: ModelRollout, stable: ModelSeen, proposal: str) -> Attempt:
+        del rollout, stable, proposal
+        if self.error is not None:
+            raise self.error
+        self.there.add(attempt.id)
+        self.started.append(attempt.id)
+        if self.dies:
+            raise KeyboardInterrupt
+        return attempt.model_copy(update={"state": "Started", "detail": "there"})
+
+    def find(self, attempt: Attempt, rollout: ModelRollout) -> Attempt:
+        del rollout
+        found = attempt.id in self.there
+        return attempt.model_copy(update={"state": "Started" if found else "Unknown", "detail": "found" if found else "gone"})
+
+    def look(self, attempt: Attempt) -> Attempt:
+        return attempt
+
+
+def on_cluster(folder: Path, starter: Cluster, **changes: Any) -> RetrainingTrigger:
+    rules = Retraining.model_validate({"policy": "start", "rayJobTemplate": "/not/read/here", **changes})
+    return RetrainingTrigger(rules, FileAttempts(folder), starter, lambda _: None)
+
+
+def states(folder: Path) -> list[str]:
+    return [a.state for a in FileAttempts(folder).load("default/risk")]
+
+
+@pytest.mark.parametrize(("cleaned_up", "state"), [(False, "Started"), (True, "Unknown")], ids=["still there", "its TTL is over"])
+def test_a_training_that_ran_while_nobody_wrote_that_down_is_not_started_again(tmp_path: Path, cleaned_up: bool, state: str) -> None:
+    starter = Cluster(dies=True)
+    with pytest.raises(KeyboardInterrupt):
+        on_cluster(tmp_path, starter).turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert states(tmp_path) == ["Starting"]
+    if cleaned_up:
+        starter.there.clear()
+    starter.dies = False
+    for _ in range(3):
+        on_cluster(tmp_path, starter).turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert states(tmp_path) == [state]
+    assert len(starter.started) == 1
+
+
+def test_a_start_that_is_refused_is_tried_again_until_its_time_is_over(tmp_path: Path) -> None:
+    starter = Cluster(error=StateError("KubeRay is not installed"))
+    made = on_cluster(tmp_path, starter, startWithin="2h")
+    for hour in (0.0, 1.0, 2.0):
+        made.turn(rollout(), STEADY, EVIDENCE, NOW + hour * HOUR)
+        assert states(tmp_path) == ["Intended"]
+    starter.error = None
+    made.turn(rollout(), STEADY, EVIDENCE, NOW + 3 * HOUR)
+    assert states(tmp_path) == ["Failed"]
+    assert starter.started == [], "what it was to learn from is of yesterday"
+    detail = FileAttempts(tmp_path).load("default/risk")[0].detail
+    assert "within 2h (can't be started yet: KubeRay is not installed)" in detail
+
+
+def test_a_start_that_worked_at_last_is_started_once(tmp_path: Path) -> None:
+    starter = Cluster(error=StateError("busy"))
+    made = on_cluster(tmp_path, starter)
+    made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    starter.error = None
+    for _ in range(3):
+        made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert states(tmp_path) == ["Started"]
+    assert len(starter.started) == 1
+
+
+def test_who_lost_the_lease_writes_no_attempt_any_more(tmp_path: Path) -> None:
+    """The file is the next leader's: nothing is said about a start that wasn't tried."""
+    starter = Cluster(error=NotLeading("another process leads"))
+    with pytest.raises(NotLeading):
+        on_cluster(tmp_path, starter).turn(rollout(), STEADY, EVIDENCE, NOW)
+    found = FileAttempts(tmp_path).load("default/risk")
+    assert [(a.state, a.detail) for a in found] == [("Starting", "")]
+
+
+NAMES = st.from_regex(r"[a-z0-9]([-.a-z0-9]{0,60}[a-z0-9])?", fullmatch=True)
+
+
+@given(names=st.lists(NAMES, min_size=2, max_size=6, unique=True), number=st.integers(1, 100))
+def test_no_two_rollouts_share_a_training_and_each_name_is_one_that_kuberay_takes(names: list[str], number: int) -> None:
+    ids = [attempt_id(name, "bbbbbbbb", number) for name in names]
+    assert len(set(ids)) == len(names)
+    for found in ids:
+        assert len(found) <= 47
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", found)
+
+
+def test_names_that_begin_alike_are_told_apart() -> None:
+    long = "credit-risk-retail-unsecured"
+    assert attempt_id(f"{long}-de", "b" * 8, 1) != attempt_id(f"{long}-fr", "b" * 8, 1)
+    assert attempt_id("risk.eu", "b" * 8, 1) != attempt_id("risk-eu", "b" * 8, 1)

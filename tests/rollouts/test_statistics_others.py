@@ -180,9 +180,9 @@ def test_a_short_or_faultless_history_says_so() -> None:
 
 
 def test_dispersion_of_an_unknown_cause_is_taken_at_its_worst() -> None:
-    assert dispersion.at_weight(3.0, 0.5, 0.5) == pytest.approx(3.0)
+    assert dispersion.at_weight(3.0, 0.5, 0.5) == pytest.approx(1 + 2 * dispersion.NOISE_TAIL)
     assert dispersion.at_weight(3.0, 0.5, 0.05) == pytest.approx(3.0)  # retries make the same φ at every weight
-    assert dispersion.at_weight(1.38, 0.05, 0.5) == pytest.approx(3.0)  # noise of an arm grows with what it gets
+    assert dispersion.at_weight(1.38, 0.05, 0.5) == pytest.approx(1 + 2 * dispersion.NOISE_TAIL)  # noise of an arm grows with what it gets
     assert dispersion.at_weight(1.0, 0.5, 0.25) == 1.0
     assert dispersion.at_weight(3.0, 0.5, 0.0) == 1.0
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -190,9 +190,9 @@ def test_dispersion_of_an_unknown_cause_is_taken_at_its_worst() -> None:
 
 
 def test_dispersion_whose_clumps_are_known_grows_with_the_weight_only_in_the_rest() -> None:
-    assert dispersion.at_weight(3.0, 0.5, 0.05, clump=1.0) == pytest.approx(1.38)
+    assert dispersion.at_weight(3.0, 0.5, 0.05, clump=1.0) == pytest.approx(1 + 0.38 * dispersion.NOISE_TAIL)
     assert dispersion.at_weight(3.0, 0.5, 0.05, clump=3.0) == pytest.approx(3.0)
-    assert dispersion.at_weight(5.0, 0.5, 0.05, clump=3.0) == pytest.approx(3.38)
+    assert dispersion.at_weight(5.0, 0.5, 0.05, clump=3.0) == pytest.approx(3 + 0.38 * dispersion.NOISE_TAIL)
 
 
 def _split_history(rng: np.random.Generator, share: float, clump: int, sd: float) -> dispersion.Measured:
@@ -215,7 +215,8 @@ def test_two_measurements_tell_clumps_from_noise_of_an_arm(clump: int, sd: float
     found = dispersion.clump_of(large, small)
     assert 0.6 * clump <= found <= 1.6 * clump
     there = _split_history(rng, 0.25, clump, sd).phi
-    assert dispersion.at_weight(large.phi, large.weight, 0.25, found) == pytest.approx(there, rel=0.35)
+    expected = found + (there - found) * dispersion.NOISE_TAIL
+    assert dispersion.at_weight(large.phi, large.weight, 0.25, found) == pytest.approx(expected, rel=0.35)
 
 
 def test_measurements_in_the_wrong_order_are_refused() -> None:

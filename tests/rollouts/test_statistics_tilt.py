@@ -59,6 +59,13 @@ def test_the_limit_process_never_gains_on_average_below_the_limit(limit: float) 
         assert math.fsum(float(binom.pmf(k, 10, p)) * e_value(k) for k in range(11)) <= 0.5 + 1e-9
 
 
+def test_no_money_is_made_by_sharing_it_out() -> None:
+    assert math.fsum(math.exp(-price) for price in tilt.FAIL_PRICES) == pytest.approx(1.0)
+    for begun in (0, 1, 7, 500):
+        begun_share = math.fsum(tilt.restart_share(j) for j in range(1, begun + 1))
+        assert tilt.PLAIN_SHARE + begun_share + tilt.waiting_share(begun) == pytest.approx(1.0)
+
+
 def test_restarts_keep_the_expectation_at_one_over_two_restarts() -> None:
     """Two looks of 700 s, each with a restart before it: all paths enumerated."""
     nc, ns, p = 2, 6, 0.2
@@ -103,6 +110,49 @@ def test_bounds_are_the_points_where_the_e_value_is_one_over_alpha(looks: list[t
         assert tilt.log_e_fail([fail], lower) == pytest.approx(GOAL, abs=1e-3)
     if upper < 1.0:
         assert tilt.log_e_pass(passing, upper) == pytest.approx(GOAL, abs=1e-3)
+
+
+def _proven_by_all_lines(lines: list[tuple[float, float]], goal: float) -> float:
+    """Newton's steps as in tilt.py, but over every line at each step."""
+    d = min(max(max([(a - goal) / b for a, b in lines], default=-1.0), -1.0), 1.0)
+    for _ in range(60):
+        values = [a - b * d for a, b in lines]
+        top = max(values)
+        weights = [math.exp(v - top) for v in values]
+        gap = top + math.log(sum(weights)) - goal
+        slope = sum([w * b for w, (_, b) in zip(weights, lines, strict=True)]) / sum(weights)
+        if gap <= 1e-7 or slope <= 0.0:
+            return d if gap <= 1e-7 else 1.0
+        if d + gap / slope >= 1.0:
+            return 1.0
+        d += gap / slope
+    return d
+
+
+@pytest.mark.parametrize("per_look", [20, 3000, 1_000_000], ids=["few", "usual", "many"])
+def test_bounds_are_those_of_all_lines_to_the_last_bit(per_look: int) -> None:
+    """Lines that are left out, and states whose bound isn't searched, change nothing."""
+    rng = np.random.default_rng(per_look)
+    for weight, base, worse in product((0.01, 0.25, 0.9), (0.0005, 0.01, 0.3), (-0.2, 0.0, 0.2)):
+        fails, passings = [tilt.FailState()] * 2, [tilt.PassState()] * 2
+        for _ in range(40):
+            nc = int(rng.binomial(per_look, weight))
+            ns = per_look - nc
+            for i, share in enumerate((base, base * rng.choice([0.5, 1.0, 1.5]))):
+                counts = int(rng.binomial(nc, share * (1 + worse))), nc, int(rng.binomial(ns, share)), ns
+                fails[i] = tilt.add_fail(fails[i], *counts, phi=1.0 + base, look_s=300.0, restarts=worse > 0)
+                passings[i] = tilt.add_pass(passings[i], *counts, phi=1.0 + base)
+            for alpha in (0.2, 1e-4):
+                for states in (fails[:1], fails):
+                    lines = [(a - price, b) for s in states
+                             for a, b, price in zip(s.sums, s.loads, tilt.FAIL_PRICES, strict=True) if b > 0.0]
+                    if lines:
+                        goal = math.log(len(states) / alpha) - (math.log(tilt.PLAIN_SHARE) if worse > 0 else 0.0)
+                        assert tilt.lower_bound(states, alpha) == _proven_by_all_lines(lines, goal)
+                        uppers = [-_proven_by_all_lines(list(zip(p.sums, p.loads, strict=True)), math.log(len(tilt.PASS_RATIOS) / alpha))
+                                  for p in passings]
+                        assert [tilt.upper_bound(p, alpha) for p in passings] == uppers
+                        assert tilt.upper_bound_of_all(passings, alpha) == tilt.upper_bound_of_all(passings[::-1], alpha) == max(uppers)
 
 
 def test_evidence_survives_json_bit_by_bit() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hafnium_contract.evidence import EvidenceSpec
-from hafnium_rollout.errors import RecordError
-from hafnium_rollout.objects import ModelRollout, UserAction
+from hafnium_rollout.approvals import Counted, candidate_of, count
+from hafnium_rollout.errors import RecordError, UnknownRollout
+from hafnium_rollout.objects import ApprovalSpec, ModelRollout, UserAction
 from hafnium_rollout.record import files_of_run, hafnium_version, read_files, record_files
 from hafnium_rollout.record_lines import Gap, RecordedTurn, Start, rollout_data
 from hafnium_rollout.replaying import ReplayedTurn, replay
@@ -24,7 +25,8 @@ from hafnium_rollout.stores import Approval, RolloutStore
 class Asked:
     """A person's wish, as the controller first saw it."""
 
-    time: datetime
+    time: datetime | None
+    """When that was; None where only the ModelRollout tells of it."""
     action: UserAction
 
 
@@ -48,12 +50,22 @@ class Facts:
     evidence: tuple[EvidenceSpec, ...]
     """Findings about candidate and stable, oldest first."""
     approvals: tuple[Approval, ...]
+    approved_digest: str
+    """Of the model that approvals are needed for: the one under way, not a queued one."""
+    trained_by: str
+    """Who trained that one; empty when it isn't known."""
+    counted: Counted
+    """Approvals of that model, by the rule that the controller has."""
     asked: tuple[Asked, ...]
+    asked_from_record: bool
+    """`asked` is every wish of the recorded time. Otherwise it is what the ModelRollout still holds: the last one."""
     replayed: str
     """What a replay of the record came to."""
     sources: tuple[Source, ...]
     made_at: datetime
     version: str
+    unknown: tuple[str, ...] = ()
+    """Fields of the status that this version doesn't know: neither the page nor its sums hold them."""
 
     @property
     def sha256(self) -> str:
@@ -63,17 +75,21 @@ class Facts:
 
 def from_store(store: RolloutStore, name: str, now: datetime) -> Facts:
     """Facts about a rollout of a store. Raises UnknownRollout, StateError or RecordError."""
-    status = store.status(name)
+    status, unknown = store.known_status(name)
     record = store.record(name)
     files = files_of_run(record, status.run_id) if record is not None else []
     recorded = _Recorded.read(files) if files else None
     try:
         rollout = store.rollout(name)
-    except Exception:
+    except UnknownRollout:
         if recorded is None:
             raise
         rollout = recorded.rollout  # the object was deleted; what it said is in the record
-    return _facts(rollout, status, store.evidence(), store.approvals(), recorded, files, now)
+    approvals = store.approvals()
+    given = [ApprovalSpec(model_digest=a.digest, stage=a.stage, approver=a.approver) for a in approvals]
+    counted = count(given, *candidate_of(rollout, status))
+    found = _facts(rollout, status, store.evidence(), approvals, counted, recorded, files, now)
+    return replace(found, unknown=unknown)
 
 
 def from_record(path: Path, now: datetime) -> Facts:
@@ -82,13 +98,16 @@ def from_record(path: Path, now: datetime) -> Facts:
     if not files or not files[0].is_file():
         raise RecordError(f"{path}: no record of a rollout")
     recorded = _Recorded.read(files)
-    approvals = [Approval(recorded.rollout.spec.model.digest, stage, "(not in the record)", t) for stage, t in recorded.approved.items()]
-    return _facts(recorded.rollout, recorded.status, recorded.evidence, approvals, recorded, files, now)
+    approvals = [Approval(recorded.approved_digest, stage, "(not in the record)", t) for stage, t in recorded.approved.items()]
+    # A run that began with the last turn: what that turn saw was about the model before.
+    same = recorded.approved_digest == candidate_of(recorded.rollout, recorded.status)[0]
+    counted = recorded.counted if same else Counted()
+    return _facts(recorded.rollout, recorded.status, recorded.evidence, approvals, counted, recorded, files, now)
 
 
 def _facts(
     rollout: ModelRollout, status: RolloutStatus, evidence: Iterable[EvidenceSpec], approvals: Iterable[Approval],
-    recorded: _Recorded | None, files: Sequence[Path], now: datetime,
+    counted: Counted, recorded: _Recorded | None, files: Sequence[Path], now: datetime,
 ) -> Facts:
     digests = {rollout.spec.model.digest, *(m.digest for m in (status.candidate, status.stable, *status.previous[:1]) if m is not None)}
     mine = tuple(sorted((e for e in evidence if e.model_digest in digests), key=lambda e: (e.window_end, e.kind)))
@@ -99,9 +118,13 @@ def _facts(
         _source("approvals.json", [[a.digest, a.stage, a.approver, a.time.isoformat() if a.time else None] for a in given]),
     ]
     sources += [_file(f) for f in files]
+    about, trained_by = candidate_of(rollout, status)
+    last = rollout.spec.action
+    asked = recorded.asked if recorded is not None else (Asked(None, last),) if last is not None else ()
     return Facts(
         rollout=rollout, status=status, history=last_run(status), evidence=mine, approvals=given,
-        asked=recorded.asked if recorded is not None else (), sources=tuple(sources), made_at=now, version=hafnium_version(),
+        approved_digest=about, trained_by=trained_by, counted=counted, asked=asked,
+        asked_from_record=recorded is not None, sources=tuple(sources), made_at=now, version=hafnium_version(),
         replayed=recorded.sentence if recorded is not None else "there is no record of the turns, so nothing was replayed",
     )
 
@@ -134,6 +157,10 @@ class _Recorded:
     asked: tuple[Asked, ...]
     approved: dict[str, datetime]
     """Stage → when it was first seen to be approved."""
+    approved_digest: str
+    """Of the model that `approved` and `counted` are about."""
+    counted: Counted
+    """As the last turn saw them."""
     sentence: str
 
     @classmethod
@@ -141,23 +168,28 @@ class _Recorded:
         asked: dict[str, Asked] = {}
         approved: dict[str, datetime] = {}
         last: list[RecordedTurn] = []
+        status, about = RolloutStatus(), ""
 
         def watched() -> Iterable[Start | RecordedTurn | Gap]:
+            nonlocal status, about
             for entry in read_files(files):
+                if isinstance(entry, Start):
+                    status = entry.status
                 if isinstance(entry, RecordedTurn):
                     for action in entry.seen.actions:
                         asked.setdefault(action.id, Asked(entry.now, action))
                     if entry.rollout.spec.action is not None:
                         asked.setdefault(entry.rollout.spec.action.id, Asked(entry.now, entry.rollout.spec.action))
-                    if last and last[0].rollout.spec.model.digest != entry.rollout.spec.model.digest:
+                    digest = candidate_of(entry.rollout, status)[0]  # by the status before the turn, as the controller asked
+                    if digest != about:
                         approved.clear()
+                    about = digest
                     for stage in sorted(entry.seen.approvals):
                         approved.setdefault(stage, entry.now)
                     last[:] = [replace(entry)]
                 yield entry
 
         turns = different = breaks = 0
-        status = RolloutStatus()
         for turn in replay(watched()):
             if isinstance(turn, ReplayedTurn):
                 turns, different, status = turns + 1, different + (not turn.equal), turn.recorded.status
@@ -168,4 +200,6 @@ class _Recorded:
         exact = "every decision was found again from what was recorded" if not different else (
             f"{different} of them do NOT end as recorded: another version decided, or the record was changed")
         sentence = f"{turns} recorded turns were decided again: {exact}" + (f"; turns are missing in {breaks} places" if breaks else "")
-        return cls(last[0].rollout, status, last[0].seen.evidence, tuple(sorted(asked.values(), key=lambda a: a.time)), approved, sentence)
+        seen = last[0].seen
+        return cls(last[0].rollout, status, seen.evidence, tuple(asked.values()), approved, about,
+                   Counted(seen.approvals, seen.approvals_refused), sentence)

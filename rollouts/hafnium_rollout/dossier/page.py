@@ -17,10 +17,13 @@ from hafnium_rollout.intake import alpha_parts, alphas_of
 from hafnium_rollout.objects import Gate
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.status import GateStatus, HistoryPoint, ModelSeen
+from hafnium_rollout.stores import Approval
 
 VALUES_MAX = 60
 """Rows of one finding that are shown: the drifted ones and the largest. The rest is counted."""
 FINDINGS_MAX = 40
+WISH_EVENTS = ("Promote", "SkipStep", "Retry", "ActionIgnored")
+"""By which history tells of people's wishes, beside a rollback with the reason Aborted."""
 _STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22303c;max-width:60rem;margin:2rem auto;padding:0 1.2rem}
@@ -44,13 +47,14 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def page(facts: Facts) -> str:
     """The whole file."""
-    title = f"Rollout of {facts.rollout.name} {facts.rollout.spec.model.version}"
+    candidate = facts.status.candidate  # a queued model doesn't take its place
+    title = f"Rollout of {facts.rollout.name} {candidate.version if candidate and candidate.version else facts.rollout.spec.model.version}"
     parts = [
         f"<h1>{_e(title)}</h1>",
         f'<p class="note">Namespace {_e(facts.rollout.metadata.namespace)}. Written {_when(facts.made_at)} by Hafnium {_e(facts.version)}. '
         f"sha256 of the inputs: <code>{facts.sha256}</code></p>",
-        f'<p class="sum">{summary(facts)}</p>', _identity(facts), _weights(facts), _gates(facts), _evidence(facts), _people(facts),
-        _timeline(facts), _spec(facts), _sources(facts),
+        f'<p class="sum">{summary(facts)}</p>', _unknown(facts), _identity(facts), _weights(facts), _gates(facts),
+        _evidence(facts), _people(facts), _timeline(facts), _spec(facts), _sources(facts),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -106,6 +110,13 @@ def summary(facts: Facts) -> str:
     share = "an unknown share" if step is None or step.weight_observed is None else f"{step.weight_observed} %"
     at = "" if step is None else f" at step {step.index}, " + ("in shadow" if step.shadow_observed else f"with {share} of requests")
     return f"{who} is under way{at}: {_e(status.phase)}. {why}"
+
+
+def _unknown(facts: Facts) -> str:
+    if not facts.unknown:
+        return ""
+    return ('<p><span class="alert">Not on this page</span>, nor in its sums, because what wrote it is newer than Hafnium '
+            f"{_e(facts.version)}: {_e(', '.join(facts.unknown))}.</p>")
 
 
 def _identity(facts: Facts) -> str:
@@ -211,30 +222,60 @@ def _values(finding: EvidenceSpec) -> str:
 
 
 def _people(facts: Facts) -> str:
-    required = facts.rollout.spec.approvals.required
-    digest = facts.rollout.spec.model.digest
-    out = ["<h2>Who approved, who acted</h2>"]
-    given = {a.stage for a in facts.approvals if a.digest == digest}
-    out.append(f"<p>Required approvals: {_e(', '.join(required)) or 'none'}. "
-               + ("All are given." if required and set(required) <= given else
-                  f"Missing: {_e(', '.join(s for s in required if s not in given))}." if required else "") + "</p>")
+    return "<h2>Who approved, who acted</h2>" + _approvals(facts) + _wishes(facts) + _outside(facts)
+
+
+def _approvals(facts: Facts) -> str:
+    required, stages = facts.rollout.spec.approvals.required, facts.counted.stages
+    missing = [s for s in required if s not in stages]
+    of = f"Approvals are of <code>{_e(facts.approved_digest)}</code>, trained by {_e(facts.trained_by or 'an unknown person')}. "
+    out = [f"<p>{of}Required: {_e(', '.join(required)) or 'none'}. "
+           + (f"Missing: {_e(', '.join(missing))}." if missing else "All are given." if required else "") + "</p>"]
+    if facts.counted.refused:
+        out.append(f'<p><span class="alert">Not counted</span>: {_e("; ".join(facts.counted.refused))}.</p>')
+    queued = facts.rollout.spec.model.digest
+    if queued != facts.approved_digest:
+        out.append(f"<p>The ModelRollout asks for <code>{_e(queued)}</code> next: approvals of that one are no approvals of this one.</p>")
     if facts.approvals:
-        rows = [[_when(a.time), _e(a.stage), _e(a.approver), f"<code>{_e(a.digest[:19])}</code>"] for a in facts.approvals]
-        out.append(_table(["when", "stage", "approver", "digest"], rows, caption="Approvals"))
+        rows = [[
+            _when(a.time), _e(a.stage), _e(a.approver), f"<code>{_e(a.digest[:19])}</code>", _counts(facts, a)] for a in facts.approvals]
+        out.append(_table(["when", "stage", "approver", "digest", "counts"], rows, caption="Approvals"))
+    return "".join(out)
+
+
+def _counts(facts: Facts, approval: Approval) -> str:
+    """For this rollout's candidate."""
+    if approval.digest != facts.approved_digest:
+        return "no, of another model"
+    return "no" if approval.approver == facts.trained_by or not facts.trained_by else "yes"
+
+
+def _wishes(facts: Facts) -> str:
+    out: list[str] = []
     if facts.asked:
         handled = set(facts.status.handled_actions)
-        out.append(_table(["seen", "what", "by", "reason", "about", "id"], [[
+        title = "Wishes of people" if facts.asked_from_record else "The last wish, as the ModelRollout still has it"
+        out.append(_table(["seen", "what", "by, as claimed", "reason", "about", "id"], [[
             _when(a.time), _e(a.action.type), _e(a.action.requested_by or "not named"), _e(a.action.reason or "–"),
             f"<code>{_e(a.action.candidate_digest[:19])}</code>", _e(a.action.id) + ("" if a.action.id in handled else " (not acted on)"),
-        ] for a in facts.asked], caption="Wishes of people"))
-    else:
-        out.append("<p>No person asked for anything (promote, skip, abort, retry) in the recorded time.</p>")
+        ] for a in facts.asked], caption=title))
+    if facts.asked_from_record:
+        return "".join(out) or "<p>No person asked for anything (promote, skip, abort, retry) in the recorded time.</p>"
+    told = [p for p in facts.status.history if p.event in WISH_EVENTS or (p.event, p.reason) == ("Rollback", "Aborted")]
+    if told:
+        out.append(_table(["when", "what", "why, and by whom as claimed"], [[
+            _when(p.time), _e("Abort" if p.reason == "Aborted" else p.event), _e(p.message)] for p in told],
+            caption="Wishes that were acted on, from the status' history"))
+    rest = "others may be missing here" if out else "it is not known whether any person asked for anything (promote, skip, abort, retry)"
+    return "".join(out) + (
+        f"<p>No record of the turns could be read: {rest}. A report with --record tells every wish of the recorded time.</p>")
+
+
+def _outside(facts: Facts) -> str:
     outside = [p for p in facts.status.history if p.event == "ExternalChange" or p.reason == "AbortedOutside"]
     if outside:
-        out.append(_table(["when", "what"], [[_when(p.time), _e(p.message)] for p in outside], caption="Changes from outside"))
-    else:
-        out.append("<p>Nobody else changed the route.</p>")
-    return "".join(out)
+        return _table(["when", "what"], [[_when(p.time), _e(p.message)] for p in outside], caption="Changes from outside")
+    return "<p>The history tells of no change of the route by anybody else.</p>"
 
 
 def _timeline(facts: Facts) -> str:

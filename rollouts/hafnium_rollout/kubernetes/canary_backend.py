@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import cast
 
-from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.actions import Action, EnsureCandidate, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes import canary_traffic
 from hafnium_rollout.kubernetes.canary_traffic import arm_of, percent_of, template_digest, with_percent
@@ -59,12 +59,14 @@ class CanaryBackend:
         stable = status.stable.service if status.stable is not None else ""
         arm = arm_of(rollout, template_digest(item))
         entry = components(item)[:1]
-        by_arm = {m.service: tuple(
-            p for p in pods if p.component in entry and p.revision in digests and arm_of(rollout, digests[p.revision]) == m.service)
-            for m in models}
+        arms = {p.name: arm_of(rollout, digests[p.revision]) for p in pods if p.revision in digests}
+        of_arm = {m.service: [p for p in pods if arms.get(p.name) == m.service] for m in models}
+        by_arm = {arm: tuple(p for p in found if p.component in entry) for arm, found in of_arm.items()}
+        serving = {arm: tuple(p for p in found if p.component == "predictor") for arm, found in of_arm.items()}
         if not stable and status.candidate is not None and arm == status.candidate.service:
             # Our own first one: nobody has decided yet that it is stable.
-            return Traffic(services=services, managed=frozenset({arm}), absent=True, pods=by_arm, problems=problems)
+            return Traffic(
+                services=services, managed=frozenset({arm}), absent=True, pods=by_arm, serving=serving, problems=problems)
         live, problem = canary_traffic.live_of(rollout, item, digests)
         cursor: dict[str, object] = {}
         if stable and arm == stable and status.run_id and status.phase == "Pending":
@@ -74,7 +76,7 @@ class CanaryBackend:
             managed = frozenset({f"{rollout.name}-{_SETTLING}"})
         return Traffic(
             services=services, declared=managed, managed=managed, route=canary_traffic.route_of(rollout, item, stable), live=live,
-            pods=by_arm, problems=(*problems, problem) if problem else problems, cursor=cursor)
+            pods=by_arm, serving=serving, problems=(*problems, problem) if problem else problems, cursor=cursor)
 
     # --- acting ---------------------------------------------------------------------------------------------------------------
 
@@ -101,6 +103,8 @@ class CanaryBackend:
                 return self._back(rollout, status, item, digests, action.stable)
             case RetireService():
                 return self._settle(rollout, status, item, digests)
+            case LowerPods():
+                return "no pods were raised: each change of minReplicas would be a new revision"
 
     def _ensure(self, rollout: ModelRollout, namespace: str, action: EnsureCandidate, item: Json | None) -> str:
         spec = canary_traffic.model_spec(rollout, action.model, action.template)
@@ -168,6 +172,11 @@ class CanaryBackend:
             seen = ModelSeen(service=stable, storage_uri=model.storage_uri, digest=model.digest, version=model.version)
             return canary_traffic.model_spec(rollout, seen, rollout.spec.service)
         return None
+
+    def readdress(self, rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> str:
+        """Nothing: Knative makes the route."""
+        del rollout, namespace, snapshot
+        return ""
 
     def leave(self, rollout: ModelRollout, meta: Meta, status: RolloutStatus, snapshot: Snapshot, now: datetime) -> None:
         """The ModelRollout is being deleted under way: back to the stable template, with no percent left. Raises NotYet until then."""

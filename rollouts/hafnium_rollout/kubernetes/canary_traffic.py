@@ -32,6 +32,7 @@ from hafnium_rollout.kubernetes.objects_seen import (
     other_manager,
     rows,
     texts,
+    want_of_room,
 )
 from hafnium_rollout.kubernetes.paired_services import MODE_ANNOTATION
 from hafnium_rollout.local_backend import inference_service
@@ -142,6 +143,26 @@ def latest_is_ready(item: Json, digests: Mapping[str, str], digest: str) -> bool
         and digests.get(str(p["latestReadyRevision"])) == digest for p in parts)
 
 
+def under_way(item: Json) -> str:
+    """What is going on at an InferenceService that nobody rolls out here; empty when it is at rest: one revision answers everything.
+
+    Who takes it over in between would take a half-done change of somebody else's for the stable model, and undo or finish it unasked.
+    """
+    for component in components(item):
+        percent = dig(item, "spec", component, PERCENT)
+        if percent is not None:
+            return f"{PERCENT} of its {component} is {percent}"
+        part = dig(item, "status", "components", component)
+        created, ready = dig(part, "latestCreatedRevision"), dig(part, "latestReadyRevision")
+        if not created or created != ready:
+            return f"the newest revision of its {component} ({created or 'none yet'}) isn't ready"
+        shares = {str(t.get("revisionName") or ""): int(t.get("percent") or 0) for t in rows(part, "traffic")}
+        answering = sorted(name for name, share in shares.items() if share)
+        if answering != [created]:
+            return f"its {component}'s requests go to {', '.join(answering) or 'no revision'}, and not to the newest ({created}) alone"
+    return ""
+
+
 def rolled_out(rollout: ModelRollout, item: Json, digests: Mapping[str, str]) -> frozenset[str]:
     """Arms that a percent of 0 gives all requests to: one, or several while components differ."""
     names = [str(dig(item, "status", "components", c, "latestRolledoutRevision") or "") for c in components(item)]
@@ -166,6 +187,8 @@ def services_of(
             if c.get("type") == "Ready" and c.get("status") != "True" and c.get("message")]
         model = known.get(arm)
         out[arm] = ServiceSeen(
-            arm, digest, ready, sum(p.restarts for p in its_pods), version=model.version if model is not None else "",
-            message="" if ready else ("; ".join(said)[:500] or "its revision is not ready"))
+            arm, digest, ready, max((p.restarts for p in its_pods), default=0), version=model.version if model is not None else "",
+            message="" if ready else ("; ".join(said)[:500] or "its revision is not ready"),
+            pod_restarts={p.name: p.restarts for p in its_pods if p.restarts}, no_room=want_of_room(ready, components(item), its_pods),
+            storage_uri=str(dig(item, "spec", "predictor", "model", "storageUri") or "") if newest else "")
     return out

@@ -3,6 +3,9 @@
 A finding that `refuses` keeps a rollout from beginning; one under way is never stopped by it, since it must be able to go back.
 A gateway says in its class which features it has. One that says nothing is believed only if its controller is known to mirror:
 a route's status is no proof (Traefik accepts a RequestMirror and then answers 500 to everybody).
+
+An operator of one namespace often may not read gateways and their classes. Who the gateway's controller is then stands in the status of the
+rollout's own route, and no candidate gets as much as a copy before that is there.
 """
 
 from __future__ import annotations
@@ -11,12 +14,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hafnium_rollout.kubernetes.kinds import GATEWAY, HTTP_ROUTE, INFERENCE_SERVICE, MODEL_APPROVAL, MODEL_EVIDENCE, REVISION, Kind
-from hafnium_rollout.kubernetes.objects_seen import condition, dig, meta_of, rows
+from hafnium_rollout.kubernetes import canary_traffic
+from hafnium_rollout.kubernetes.kinds import (
+    GATEWAY,
+    GATEWAY_CLASS,
+    HTTP_ROUTE,
+    INFERENCE_SERVICE,
+    MODEL_APPROVAL,
+    MODEL_EVIDENCE,
+    REVISION,
+    Json,
+    Kind,
+)
+from hafnium_rollout.kubernetes.objects_seen import condition, controllers_of, dig, meta_of, rows
 from hafnium_rollout.kubernetes.paired_services import MODE_ANNOTATION, owner_of_route, parent_of
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Snapshot
 from hafnium_rollout.objects import ModelRollout
+from hafnium_rollout.status import RolloutStatus
 
 MIRROR = "HTTPRouteRequestMirror"
 ARM_HEADERS = "HTTPRouteBackendRequestHeaderModification"
@@ -56,12 +71,18 @@ def missing_kinds(snapshot: Snapshot, backend: str) -> tuple[Finding, ...]:
         for k in wanted if k.name in snapshot.missing)
 
 
-def ability(snapshot: Snapshot, gateway: tuple[str, str], mirroring: frozenset[str]) -> GatewayAbility | None:
-    """What the gateway can do, by its class; None when the gateway or its class can't be read or isn't there."""
+def ability(
+    snapshot: Snapshot, gateway: tuple[str, str], mirroring: frozenset[str], route: Json | None = None,
+) -> GatewayAbility | None:
+    """What the gateway can do, by its class; where that can't be read, by the controller that the route's status names. None when neither
+    is there."""
     item = (snapshot.gateways or {}).get(gateway)
     found = (snapshot.classes or {}).get(("", str(dig(item, "spec", "gatewayClassName")))) if item is not None else None
     if found is None:
-        return None
+        unread = snapshot.gateways is None or (item is not None and snapshot.classes is None)
+        named = controllers_of(route, gateway) if unread and route is not None else frozenset[str]()
+        known = named <= mirroring
+        return GatewayAbility("yes" if known else "unknown", known, ", ".join(sorted(named))) if named else None
     controller = str(dig(found, "spec", "controllerName") or "")
     listed = dig(found, "status", "supportedFeatures")
     names = {str(f.get("name")) for f in rows(found, "status", "supportedFeatures")}
@@ -74,6 +95,7 @@ def ability(snapshot: Snapshot, gateway: tuple[str, str], mirroring: frozenset[s
 
 def findings(
     rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings: Settings, query_problems: Sequence[str] = (),
+    status: RolloutStatus = RolloutStatus(),
 ) -> tuple[Finding, ...]:
     """All that stands against this rollout on this cluster, the gravest first."""
     backend = rollout.spec.routing.backend or "PairedServices"
@@ -84,16 +106,20 @@ def findings(
         out += _gateway(rollout, namespace, snapshot, settings)
         out += _names(rollout, namespace, snapshot)
     if backend == "CanaryTrafficPercent":
-        out += _knative(rollout, namespace, snapshot)
+        out += _knative(rollout, namespace, snapshot, first_seen=status.stable is None and not status.run_id)
     if any(g.counted for g in rollout.spec.gates) and not settings.prometheus_url:
         out.append(Finding("NoPrometheus", "gates over counted requests need Prometheus: start the operator with --prometheus_url"))
     if any(g.kind == "scores" for g in rollout.spec.gates) and not settings.inference_log:
         out.append(Finding("NoInferenceLog", "a scores gate reads the inference log: start the operator with --inference_log"))
+    if backend == "CanaryTrafficPercent" and any(g.scores for g in rollout.spec.gates) and "{service}" in settings.inference_log:
+        out.append(Finding("LogPerService", "with CanaryTrafficPercent both models write one service's inference log, so none is had "
+                           "per {service}: start the operator with an --inference_log without {service}, or remove the scores gate"))
     out += [Finding("QueryInvalid", p) for p in query_problems]
     return tuple(sorted(out, key=lambda f: not f.refuses))
 
 
-def _knative(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[Finding]:
+def _knative(rollout: ModelRollout, namespace: str, snapshot: Snapshot, *, first_seen: bool) -> list[Finding]:
+    """`first_seen`: this rollout has never changed the service that it finds."""
     out: list[Finding] = []
     if any(s.shadow for s in rollout.spec.strategy.steps):
         out.append(Finding("MirrorNotSupported", "CanaryTrafficPercent can't copy requests: remove the step with shadow: true, or write "
@@ -105,22 +131,31 @@ def _knative(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[
     if mode not in ("Knative", "Serverless"):
         out.append(Finding("NotKnative", f"InferenceService {namespace}/{rollout.name} is in {mode or 'its default'} mode, where "
                            "canaryTrafficPercent is accepted and does nothing: write routing.backend PairedServices"))
+    busy = canary_traffic.under_way(item) if first_seen and not out else ""
+    if busy:
+        out.append(Finding("NotAtRest", f"InferenceService {namespace}/{rollout.name} is in the middle of another change: {busy}. Finish "
+                           "it or take it back (no canaryTrafficPercent, one ready revision with all requests); then it is taken over"))
     return out
 
 
 def _gateway(rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings: Settings) -> list[Finding]:
     gateway = parent_of(rollout, namespace, settings.default_gateway)
     shown = "/".join(gateway)
-    if snapshot.gateways is None or GATEWAY.name in snapshot.missing:
-        return []  # unread is not missing; missing kinds have a finding of their own
+    shadow = any(s.shadow for s in rollout.spec.strategy.steps)
+    can = ability(snapshot, gateway, settings.mirroring, (snapshot.routes or {}).get((namespace, rollout.name)))
+    if GATEWAY.name in snapshot.missing:
+        return []  # missing kinds have a finding of their own
+    if snapshot.gateways is None:
+        return _unread(shown, can, snapshot) if shadow else []  # unread is not missing
     if gateway not in snapshot.gateways:
         return [Finding("GatewayMissing", f"there is no Gateway {shown}: make it, or name another in routing.gatewayRef")]
     out: list[Finding] = []
     if condition(snapshot.gateways[gateway], "Programmed") == "False":
         out.append(Finding("GatewayNotProgrammed", f"Gateway {shown} is not programmed; its controller says why", refuses=False))
-    if not any(s.shadow for s in rollout.spec.strategy.steps):
+    if not shadow:
         return out
-    can = ability(snapshot, gateway, settings.mirroring)
+    if snapshot.classes is None:
+        return [*out, *_unread(shown, can, snapshot)]
     if can is None or can.mirrors == "unknown":
         which = f"its controller ({can.controller})" if can is not None else "its class"
         out.append(Finding("MirrorUnknown", f"the step with shadow: true needs a gateway that mirrors requests, and {which} doesn't say "
@@ -129,6 +164,21 @@ def _gateway(rollout: ModelRollout, namespace: str, snapshot: Snapshot, settings
         out.append(Finding("MirrorNotSupported", f"the step with shadow: true needs a gateway that mirrors requests, and Gateway {shown} "
                            f"({can.controller}) doesn't: name one that does (Envoy Gateway, Contour, Istio), or remove the step"))
     return out
+
+
+def _unread(shown: str, can: GatewayAbility | None, snapshot: Snapshot) -> list[Finding]:
+    """The gateway, or its class, can't be read. Its controller's name must be enough, and until that is known it is said."""
+    why = snapshot.errors.get(GATEWAY.name) or snapshot.errors.get(GATEWAY_CLASS.name) or "no answer"
+    if can is not None and can.mirrors == "yes":
+        return []
+    if can is None:
+        return [Finding(
+            "MirrorUnchecked", f"whether Gateway {shown} mirrors requests, as the step with shadow: true needs it, isn't checked yet: it "
+            f"and its class can't be read ({why}), and no status of the route says yet who its controller is", refuses=False)]
+    return [Finding(
+        "MirrorUnknown", f"the step with shadow: true needs a gateway that mirrors requests. Gateway {shown} and its class can't be read "
+        f"({why}), and its controller ({can.controller}, by the route's status) isn't known to mirror. Let the operator read gateways and "
+        "gatewayclasses, or try it and add the controller to --mirroring_controllers; or remove the step")]
 
 
 def _names(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[Finding]:

@@ -35,6 +35,7 @@ from hafnium_rollout.kubernetes.kinds import EVENT, FIELD_MANAGER, Json, Kind
 Fence = Callable[[], None]
 """Asked right before each write; raises LeaseLost when this process may not write."""
 _RETRIED = (429, 500, 502, 503, 504)
+_UNDECLARED = "field not declared in schema"
 _METHODS = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -150,6 +151,16 @@ class KubernetesClient:
         return KubernetesClient(
             self._api, limits=short, fence=self._fence, budget=self._budget, clock=self._clock, sleep=self._sleep)
 
+    def limited(self, limits: Limits) -> KubernetesClient:
+        """The same client with other bounds per call."""
+        return KubernetesClient(
+            self._api, limits=limits, fence=self._fence, budget=self._budget, clock=self._clock, sleep=self._sleep)
+
+    def ask_fence(self) -> None:
+        """For what is written elsewhere. Raises LeaseLost when this process may not write."""
+        if self._fence is not None:
+            self._fence()
+
     # --- reading --------------------------------------------------------------------------------------------------------------
 
     def get(self, kind: Kind, namespace: str, name: str) -> Json:
@@ -166,8 +177,19 @@ class KubernetesClient:
     def list(
         self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "", cached: bool = False,
     ) -> ObjectList:
-        """All objects (of all namespaces without one), page by page. `cached`: the server's cache will do, which costs etcd nothing."""
+        """All objects (of all namespaces without one). `cached`: the server's cache will do, which costs etcd nothing."""
         items: list[Json] = []
+        version = ""
+        for page in self.pages(kind, namespace, labels=labels, fields=fields, cached=cached):
+            items += page.items
+            version = page.resource_version
+        return ObjectList(tuple(items), version)
+
+    def pages(
+        self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "", cached: bool = False, objects_max: int | None = None,
+    ) -> Iterator[ObjectList]:
+        """The same page by page, for who doesn't keep the objects. Raises Unreadable at the page after `objects_max`."""
+        most, count = self._limits.list_objects_max if objects_max is None else objects_max, 0
         query: dict[str, str] = {"limit": str(self._limits.page_objects_max)}
         if cached:
             query |= {"resourceVersion": "0"}
@@ -175,14 +197,22 @@ class KubernetesClient:
         what = f"list {kind.plural} in {namespace or 'all namespaces'}"
         while True:
             page = self._json("GET", f"{kind.path(namespace)}?{urlencode(query)}", what)
-            items += cast("list[Json]", page.get("items") or [])
+            found = tuple(cast("list[Json]", page.get("items") or []))
             meta = cast("Json", page.get("metadata") or {})
+            count += len(found)
+            yield ObjectList(found, str(meta.get("resourceVersion", "")))
             more = meta.get("continue")
             if not more:
-                return ObjectList(tuple(items), str(meta.get("resourceVersion", "")))
-            if len(items) >= self._limits.list_objects_max:
-                raise Unreadable(f"{what}: more than {self._limits.list_objects_max} objects; narrow it by namespace or labels")
+                return
+            if count >= most:
+                raise Unreadable(f"{what}: more than {most} objects; narrow it by namespace or labels")
             query = {k: v for k, v in query.items() if k != "resourceVersion"} | {"continue": str(more)}
+
+    def version_of(self, kind: Kind, namespace: str = "") -> str:
+        """From where a watch begins that misses nothing from now on. One object is read, however many there are."""
+        what = f"list {kind.plural} in {namespace or 'all namespaces'}"
+        page = self._json("GET", f"{kind.path(namespace)}?{urlencode({'limit': '1'})}", what)
+        return str(cast("Json", page.get("metadata") or {}).get("resourceVersion", ""))
 
     def watch(
         self, kind: Kind, namespace: str, resource_version: str, timeout_s: float, *, labels: str = "",
@@ -300,7 +330,7 @@ class KubernetesClient:
                 if 200 <= answer.status < 300:
                     return _parsed(data, what)
                 error = _error(what, answer.status, data, answer.headers)
-                if answer.status not in _RETRIED:
+                if error.status not in _RETRIED:
                     raise error
             except (urllib3.exceptions.HTTPError, OSError) as e:
                 error = Unavailable(f"{what}: no answer: {e}")
@@ -352,6 +382,9 @@ def _error(what: str, status: int, data: bytes, headers: Mapping[str, str]) -> K
         message = str(json.loads(data).get("message") or "")
     except (ValueError, AttributeError):
         message = data[:300].decode("utf-8", "replace").strip()
+    if _UNDECLARED in message:  # the API server calls it 500, but repeating changes nothing
+        message += "; the CRD is older than this operator: kubectl apply --server-side -f manifests/crds.yaml of its version"
+        status = 422
     after = retry_after_s(headers.get("Retry-After"), datetime.now(UTC)) if status in _RETRIED else None
     return error_type(status)(f"{what}: {message or 'no message'} ({status})", status=status, retry_after_s=after)
 

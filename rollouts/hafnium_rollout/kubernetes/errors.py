@@ -9,12 +9,13 @@ HafniumError (contract)
     ├── Gone             a watch or a list's next page asks for a version that is too old: list anew
     ├── Unavailable      429, 5xx or no answer, and the retries are used up: try again at the next look
     ├── Unreadable       an answer that isn't JSON, or too large
-    └── LeaseLost        nothing was sent: this process is not the leader (any more)
+    └── LeaseLost        nothing was sent: this process is not the leader (any more); also a NotLeading
 """
 
 from __future__ import annotations
 
 from hafnium_contract.errors import HafniumError
+from hafnium_rollout.errors import NotLeading
 
 
 class KubernetesError(HafniumError):
@@ -52,7 +53,7 @@ class Unreadable(KubernetesError):  # noqa: N818
     pass
 
 
-class LeaseLost(KubernetesError):  # noqa: N818
+class LeaseLost(KubernetesError, NotLeading):  # noqa: N818
     pass
 
 

@@ -8,13 +8,18 @@ before anybody else may start. The clock runs on while the machine is suspended 
 leader that wakes up knows at its next write that it slept. What is left is the moment between that check and the API server's
 write; there the resourceVersion preconditions of the writes decide: whatever the new leader wrote since makes the old one's write
 a Conflict.
+
+To lead *again* is not to lead *still*: a turn that began before another process had the lease was decided on what that one has changed
+since. So a turn names the term that it began in (`in_term`), and the fence wants that very term: the Lease and how often it changed hands.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -22,6 +27,19 @@ from typing import Any, cast
 from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, LeaseLost
 from hafnium_rollout.kubernetes.kinds import LEASE, Json
+
+_IN_TERM: ContextVar[str | None] = ContextVar("hafnium_rollout_term", default=None)
+"""Term that the turn of this thread began in; None outside of turns, where nothing was decided before."""
+
+
+@contextmanager
+def in_term(term: str) -> Generator[None]:
+    """What is written in here was decided in that term, and is only written in it."""
+    before = _IN_TERM.set(term)
+    try:
+        yield
+    finally:
+        _IN_TERM.reset(before)
 
 
 def boot_clock() -> float:
@@ -85,6 +103,7 @@ class Leader:
         self._since = 0.0
         self._until = -1.0
         """Writes are allowed before this moment of the clock."""
+        self._term = ""
         self.problem = ""
         """Why the last step failed, for people."""
 
@@ -96,11 +115,19 @@ class Leader:
     def holder(self) -> str:
         return self._seen.holder if self._seen is not None else ""
 
+    @property
+    def term(self) -> str:
+        """Names the time for which this process has led without anybody else in between. Empty before it ever led."""
+        return self._term
+
     def check(self) -> None:
-        """The fence. Raises LeaseLost when this process may not write."""
+        """The fence. Raises LeaseLost when this process may not write, or not what the turn of this thread decided."""
         if not self.leading:
             held = f"{self.holder} holds it" if self.holder and self.holder != self.identity else "it was not renewed in time"
             raise LeaseLost(f"Lease {self._namespace}/{self._name}: {held}; nothing is written")
+        term = _IN_TERM.get()
+        if term is not None and term != self._term:
+            raise LeaseLost(f"Lease {self._namespace}/{self._name}: another process had it since this was decided; nothing is written")
 
     def step(self) -> bool:
         """One try to take or renew the lease. Returns whether this process leads now."""
@@ -117,6 +144,8 @@ class Leader:
             self.problem = "another process wrote the lease in between"
         except KubernetesError as e:
             self.problem = str(e)
+        except Exception as e:  # noqa: BLE001 - credentials that can't be read, for example: this thread must not end unseen
+            self.problem = f"{type(e).__name__}: {e}"
         return self.leading
 
     def _look(self, asked: float) -> None:
@@ -136,6 +165,8 @@ class Leader:
             kept = {"name": self._name, "namespace": self._namespace, "resourceVersion": meta["resourceVersion"], "uid": meta["uid"]}
             self._lease = self._client.update(LEASE, {"metadata": kept, "spec": spec})
         self._seen, self._since = record_of(self._lease), asked
+        # Before `_until`: who finds the new time allowed must find the new term, too.
+        self._term = f"{self._lease['metadata'].get('uid', '')}/{self._seen.transitions}"
         self._until = asked + self._times.renew_deadline_s
 
     def release(self) -> None:
@@ -155,12 +186,21 @@ class Leader:
             self.problem = str(e)  # it runs out by itself
 
     def run(self, stop: threading.Event, changed: Callable[[bool], None]) -> None:
-        """Steps until `stop` is set, then gives the lease up. `changed` is told when leading begins and ends."""
-        before = False
+        """Steps until `stop` is set, then gives the lease up. `changed` is told when leading begins and ends.
+
+        Who slept through another's term was not leading in between, though each of its own steps says that it leads.
+        """
+        before = ""
         while not stop.is_set():
-            leads = self.step()
-            if leads != before:
-                changed(leads)
-                before = leads
+            term = self._term if self.step() else ""
+            if term != before:
+                try:
+                    if before:
+                        changed(False)
+                    if term:
+                        changed(True)
+                    before = term
+                except Exception as e:  # noqa: BLE001 - this thread must not end unseen; what was not heard is told again
+                    self.problem = f"what follows a change of the leader failed: {type(e).__name__}: {e}"
             stop.wait(self._times.retry_s)
         self.release()

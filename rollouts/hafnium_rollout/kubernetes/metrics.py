@@ -25,13 +25,18 @@ VERDICTS = ("Pass", "Fail", "Inconclusive", "NoData", "Error")
 class Metrics(Collector):
     """Statuses in, exposition out. Safe between threads."""
 
-    def __init__(self, now: Callable[[], datetime]) -> None:
-        self._now = now
+    def __init__(self, now: Callable[[], datetime], record_lost: Callable[[], Mapping[Key, int]] = dict[Key, int]) -> None:
+        """`record_lost`: turns that are missing in the record, per rollout that has one."""
+        self._now, self._record_lost = now, record_lost
         self._lock = threading.Lock()
         self._seen: dict[Key, tuple[ModelRollout, RolloutStatus]] = {}
         self._leads = False
         self._errors: dict[tuple[str, str, str], int] = {}
         self._external: dict[Key, int] = {}
+        self._evidences: Mapping[str, int] = {}
+        self._surplus: Mapping[str, int] = {}
+        self._removed: dict[tuple[str, ...], int] = {}
+        self._removal_errors: dict[tuple[str, ...], int] = {}
         self._rollbacks: dict[Key, list[float]] = {}
         """Per rollout: how many within each bucket, then how many in all, then their sum."""
         self._registry = CollectorRegistry()
@@ -42,6 +47,7 @@ class Metrics(Collector):
             self._leads = value
             if not value:
                 self._seen.clear()
+                self._evidences = self._surplus = {}
 
     def turned(self, key: Key, rollout: ModelRollout | None, status: RolloutStatus | None, error: str, external: int,
                rollback_s: float | None) -> None:
@@ -65,6 +71,19 @@ class Metrics(Collector):
         with self._lock:
             self._errors[("", "", error)] = self._errors.get(("", "", error), 0) + 1
 
+    def evidence(self, there: Mapping[str, int], surplus: Mapping[str, int]) -> None:
+        """ModelEvidence by namespace, as the last look found them."""
+        with self._lock:
+            self._evidences, self._surplus = there, surplus
+
+    def evidence_removed(self, namespace: str) -> None:
+        with self._lock:
+            self._removed[(namespace,)] = self._removed.get((namespace,), 0) + 1
+
+    def evidence_not_removed(self, error: str) -> None:
+        with self._lock:
+            self._removal_errors[(error,)] = self._removal_errors.get((error,), 0) + 1
+
     def keep(self, alive: set[Key]) -> None:
         """Forgets rollouts that are gone."""
         with self._lock:
@@ -81,16 +100,25 @@ class Metrics(Collector):
             seen, leads = dict(self._seen), self._leads
             errors, external = dict(self._errors), dict(self._external)
             rollbacks = {k: list(v) for k, v in self._rollbacks.items()}
+            evidences, surplus = self._evidences, self._surplus
+            removed, removal_errors = dict(self._removed), dict(self._removal_errors)
         now = self._now()
         families = {m.name: GaugeMetricFamily(m.name, m.help, labels=m.labels) for m in (
             names.ROLLOUT_INFO, names.ROLLOUT_PHASE, names.ROLLOUT_WEIGHT, names.ROLLOUT_GATE_VERDICT, names.ROLLOUT_GATE_SAMPLES,
-            names.ROLLOUT_GATE_STATISTIC, names.ROLLOUT_GATE_BOUND, names.ROLLOUT_BLIND, names.ROLLOUT_LEADER)}
+            names.ROLLOUT_GATE_STATISTIC, names.ROLLOUT_GATE_BOUND, names.ROLLOUT_BLIND, names.ROLLOUT_LEADER,
+            names.ROLLBACK_UNCONFIRMED, names.EVIDENCES, names.EVIDENCE_SURPLUS)}
         families[names.ROLLOUT_LEADER.name].add_metric([], 1.0 if leads else 0.0)
         for key, (rollout, status) in sorted(seen.items()):
             _add(families, key, rollout, status, now)
+        for namespace, count in sorted(evidences.items()):
+            families[names.EVIDENCES.name].add_metric([namespace], count)
+            families[names.EVIDENCE_SURPLUS.name].add_metric([namespace], surplus.get(namespace, 0))
         yield from families.values()
         yield _counter(names.EXTERNAL_CHANGES, external)
         yield _counter(names.RECONCILE_ERRORS, errors)
+        yield _counter(names.RECORD_LOST, self._record_lost())
+        yield _counter(names.EVIDENCE_REMOVED, removed)
+        yield _counter(names.EVIDENCE_REMOVAL_ERRORS, removal_errors)
         latency = HistogramMetricFamily(names.ROLLBACK_LATENCY.name, names.ROLLBACK_LATENCY.help, labels=names.ROLLBACK_LATENCY.labels)
         for key, counts in sorted(rollbacks.items()):
             buckets = [(f"{b:g}", n) for b, n in zip(names.ROLLBACK_LATENCY.buckets, counts, strict=False)]
@@ -118,6 +146,8 @@ def _add(families: dict[str, GaugeMetricFamily], key: Key, rollout: ModelRollout
     put(names.ROLLOUT_WEIGHT, float(step.weight_desired if step is not None else 0), "desired")
     if step is None or step.weight_observed is not None:  # what isn't seen is absent, not zero
         put(names.ROLLOUT_WEIGHT, float(step.weight_observed or 0) if step is not None else 0.0, "observed")
+    asked = status.rollback.requested_at if status.rollback is not None else now
+    put(names.ROLLBACK_UNCONFIRMED, max(0.0, (now - asked).total_seconds()))
     for gate in status.gates:
         for verdict in VERDICTS:
             put(names.ROLLOUT_GATE_VERDICT, float(verdict == gate.verdict), gate.name, gate.role, verdict)

@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from hafnium_contract.evidence import EvidenceError, EvidenceSpec, parse_evidence
 from hafnium_contract.wire import VERSION_LABEL
 from hafnium_rollout.errors import StateError
+from hafnium_rollout.gates import CLOCK_SKEW_MAX
 from hafnium_rollout.kubernetes.kinds import FIELD_MANAGER, Json
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval
-from hafnium_rollout.observation import LiveRoute, RouteSeen, ServiceSeen
-from hafnium_rollout.state_folder import MANAGED_BY_LABEL, MANAGER, ROLLOUT_LABEL
+from hafnium_rollout.observation import EvidenceUnread, LiveRoute, RouteSeen, ServiceSeen
+from hafnium_rollout.state_folder import MANAGED_BY_LABEL, MANAGER, ROLLOUT_LABEL, evidence_unread
 from hafnium_rollout.status import RolloutStatus
 
 DIGEST_ANNOTATION = "hafnium.dev/model-digest"
@@ -28,6 +29,9 @@ SERVICE_LABEL = "serving.kserve.io/inferenceservice"
 COMPONENT_LABEL = "component"
 COMPONENTS = ("transformer", "predictor")
 """Requests come in at the first that an InferenceService has."""
+MAIN_CONTAINERS = frozenset({"kserve-container", "transformer-container"})
+"""KServe's names for the container of the model, or of the transformer; and for the transformer's where both are in one pod."""
+_NO_ROOM_AT_ITS_NODE = frozenset({"OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage"})
 FOREIGN = "(not of our form)"
 """Stable service of a route that we didn't write and can't read: it equals no route that is wanted."""
 
@@ -108,11 +112,18 @@ class PodSeen:
     """Why a container of it isn't running."""
     revision: str = ""
     """Knative's revision; empty in Standard mode."""
+    no_room: str = ""
+    """The cluster has no room for it: what the scheduler says."""
+    over: bool = False
+    """It is being deleted, or has ended: it keeps nobody waiting, another one stands for it."""
 
 
 def pod_seen(item: Json) -> PodSeen:
     meta = meta_of(item)
-    containers = rows(item, "status", "containerStatuses") + rows(item, "status", "initContainerStatuses")
+    started = rows(item, "status", "containerStatuses")
+    containers = started + rows(item, "status", "initContainerStatuses")
+    # A sidecar or an initializer that is restarted is not the model's fault, and what it keeps from being ready is seen as that.
+    own = [c for c in started if c.get("name") in MAIN_CONTAINERS] or started
     waiting = [
         f"{c.get('name')}: {dig(c, 'state', 'waiting', 'reason')}" + (
             f" ({dig(c, 'state', 'waiting', 'message')})" if dig(c, "state", "waiting", "message") else "")
@@ -121,9 +132,26 @@ def pod_seen(item: Json) -> PodSeen:
     return PodSeen(
         meta.name, meta.labels.get(SERVICE_LABEL, ""), meta.labels.get(COMPONENT_LABEL, ""),
         ready=condition(item, "Ready") == "True" and not meta.deleting,
-        restarts=sum(int(c.get("restartCount") or 0) for c in containers), message="; ".join(waiting)[:300],
-        revision=meta.labels.get("serving.knative.dev/revision", ""),
+        restarts=max((int(c.get("restartCount") or 0) for c in own), default=0), message="; ".join(waiting)[:300],
+        revision=meta.labels.get("serving.knative.dev/revision", ""), no_room=_no_room(item),
+        over=meta.deleting or dig(item, "status", "phase") in ("Failed", "Succeeded"),
     )
+
+
+def _no_room(item: Json) -> str:
+    """Why the pod has no node; empty when it has one."""
+    for c in rows(item, "status", "conditions"):
+        if c.get("type") == "PodScheduled" and c.get("status") == "False" and c.get("reason") == "Unschedulable":
+            return str(c.get("message") or "unschedulable")[:300]
+    reason = str(dig(item, "status", "reason") or "")
+    return f"{reason}: {dig(item, 'status', 'message') or 'no message'}"[:300] if reason in _NO_ROOM_AT_ITS_NODE else ""
+
+
+def want_of_room(ready: bool, components: Sequence[str], pods: Sequence[PodSeen]) -> str:
+    """What the scheduler says when a service isn't ready for want of room and for no other reason; else empty."""
+    waiting = [p for p in pods if not p.ready and (p.no_room or not p.over)]
+    known = all(any(p.component == c for p in pods) for c in components)
+    return waiting[0].no_room if not ready and known and waiting and all(p.no_room for p in waiting) else ""
 
 
 def condition(item: Json, kind: str) -> str:
@@ -142,9 +170,10 @@ def service_seen(item: Json, pods: Sequence[PodSeen]) -> ServiceSeen:
     ready = condition(item, "Ready") == "True" and not meta.deleting
     lacking = [c for c in components(item) if not any(p.component == c and p.ready for p in pods)]
     return ServiceSeen(
-        meta.name, meta.annotations.get(DIGEST_ANNOTATION, ""), ready and not lacking, sum(p.restarts for p in pods),
+        meta.name, meta.annotations.get(DIGEST_ANNOTATION, ""), ready and not lacking, max((p.restarts for p in pods), default=0),
         version=meta.labels.get(VERSION_LABEL, ""), message="" if ready and not lacking else _why_not_ready(item, pods, lacking),
         storage_uri=str(dig(item, "spec", "predictor", "model", "storageUri") or ""),
+        pod_restarts={p.name: p.restarts for p in pods if p.restarts}, no_room=want_of_room(ready and not lacking, components(item), pods),
     )
 
 
@@ -205,7 +234,12 @@ def route_seen(item: Json) -> RouteSeen:
         return RouteSeen(refs[0][0], service_of_backend(mirrors[0]) if mirrors else None, 0, bool(mirrors), manager)
     # The first is the stable one by our order; a stranger's order is another route, and is put back like any other change.
     (stable, _), (candidate, weight) = refs
-    return RouteSeen(stable, candidate, round(100 * weight / total), False, manager)
+    return RouteSeen(stable, candidate, _percent(weight, total), False, manager)
+
+
+def _percent(weight: int, total: int) -> int:
+    """In whole percents. A stranger's share of a thousandth is not none, and not all either."""
+    return min(max(round(100 * weight / total), 1), 99) if 0 < weight < total else 100 * weight // total
 
 
 def other_manager(item: Json, own: str = FIELD_MANAGER) -> str:
@@ -219,6 +253,13 @@ def other_manager(item: Json, own: str = FIELD_MANAGER) -> str:
     last = max(found, key=lambda m: str(m.get("time") or ""))
     when = _clock_time(str(last.get("time") or ""))
     return f"{last.get('manager')} ({last.get('operation')}{when})"
+
+
+def others_own(item: Json, *path: str, own: str = FIELD_MANAGER) -> bool:
+    """Whether somebody else wrote this field of the spec last, or wrote the same as we did."""
+    fields = [f"f:{p}" for p in path]
+    return any(
+        m.get("manager") != own and dig(m, "fieldsV1", "f:spec", *fields) is not None for m in rows(item, "metadata", "managedFields"))
 
 
 def written_at(item: Json, own: str = FIELD_MANAGER) -> datetime | None:
@@ -245,10 +286,7 @@ def live_route(item: Json, gateway: tuple[str, str]) -> tuple[LiveRoute | None, 
     that resolve: it does what the spec says. Not accepted: it does nothing. Whether requests then really go there, counters tell.
     """
     meta = meta_of(item)
-    parents = [
-        p for p in rows(item, "status", "parents")
-        if (dig(p, "parentRef", "namespace") or meta.namespace, dig(p, "parentRef", "name")) == gateway
-    ]
+    parents = _parents(item, gateway)
     if not parents:
         return None, f"gateway {'/'.join(gateway)} has not taken up HTTPRoute {meta.namespace}/{meta.name} yet"
     for wanted in ("Accepted", "ResolvedRefs"):
@@ -268,22 +306,61 @@ def live_route(item: Json, gateway: tuple[str, str]) -> tuple[LiveRoute | None, 
     return LiveRoute(weights, frozenset({seen.candidate}) if seen.shadow and seen.candidate else frozenset()), ""
 
 
+def _parents(item: Json, gateway: tuple[str, str]) -> list[Json]:
+    """What this gateway's controllers say about the route."""
+    return [
+        p for p in rows(item, "status", "parents")
+        if (dig(p, "parentRef", "namespace") or meta_of(item).namespace, dig(p, "parentRef", "name")) == gateway
+    ]
+
+
+def controllers_of(item: Json, gateway: tuple[str, str]) -> frozenset[str]:
+    """The gateway's controller, as it names itself in the route's status; usually one."""
+    return frozenset(str(p["controllerName"]) for p in _parents(item, gateway) if p.get("controllerName"))
+
+
 # --- evidence and approvals ---------------------------------------------------------------------------------------------------
 
 
-def evidence_seen(items: Iterable[Json]) -> tuple[tuple[EvidenceSpec, ...], str]:
-    """All evidence that can be read, and the first error. One that can't be read may be the Fail that matters: it is said."""
-    found: list[EvidenceSpec] = []
-    error = ""
-    for item in items:
-        meta = meta_of(item)
-        try:
-            plain = {"apiVersion": item.get("apiVersion") or "hafnium.dev/v1alpha1", "kind": "ModelEvidence",
-                     "metadata": {"name": meta.name}, "spec": item.get("spec")}
-            found.append(parse_evidence(plain, f"ModelEvidence {meta.namespace}/{meta.name}").spec)
-        except EvidenceError as e:
-            error = error or str(e)
-    return tuple(found), error
+def evidence_seen(items: Iterable[Json]) -> tuple[tuple[EvidenceSpec, ...], tuple[EvidenceUnread, ...]]:
+    """All evidence that can be read, and what can be told of the rest: one that can't be read may be the Fail that matters."""
+    seen = [finding_seen(item) for item in items]
+    return tuple(s for s in seen if isinstance(s, EvidenceSpec)), tuple(s for s in seen if isinstance(s, EvidenceUnread))
+
+
+def finding_seen(item: Json) -> EvidenceSpec | EvidenceUnread:
+    """One ModelEvidence.
+
+    A job whose clock is ahead names a window later than it was: traffic from before a step would seem to be of the step once its time has
+    come. The API server's time gives it away, and its finding isn't known to be about what it says. A Fail stands, whenever it was.
+    """
+    meta, stored = meta_of(item), stored_at(item)
+    try:
+        plain = {"apiVersion": item.get("apiVersion") or "hafnium.dev/v1alpha1", "kind": "ModelEvidence",
+                 "metadata": {"name": meta.name}, "spec": item.get("spec")}
+        spec = parse_evidence(plain, f"ModelEvidence {meta.namespace}/{meta.name}").spec
+    except EvidenceError as e:
+        return evidence_unread(f"{e}; delete it, or let its job write a new one", item.get("spec"), stored)
+    if stored is not None and max(spec.created_at, spec.window_end) - stored > CLOCK_SKEW_MAX and spec.verdict != "Fail":
+        ahead_s = (max(spec.created_at, spec.window_end) - stored).total_seconds()
+        return EvidenceUnread(
+            f"ModelEvidence {meta.namespace}/{meta.name}: its job's clock is {ahead_s:.0f} s ahead of the API server's, so it "
+            "isn't known which time it is about; set the clock, and let the job write a new one",
+            spec.model_digest, spec.kind, stored, misdated=True)
+    return spec
+
+
+def stored_at(item: Json) -> datetime | None:
+    """When the API server took the object."""
+    return time_of(dig(item, "metadata", "creationTimestamp"))
+
+
+def time_of(text: Any) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else None
 
 
 def approvals_seen(items: Iterable[Json]) -> list[ApprovalSpec]:

@@ -7,10 +7,11 @@ overwritten) and deleted by its uid. So a write that was decided on something ol
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 
 from hafnium_contract.errors import HafniumError
-from hafnium_rollout.actions import Action, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.actions import Action, EnsureCandidate, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes import paired_services
 from hafnium_rollout.kubernetes.capabilities import ability
@@ -59,25 +60,32 @@ class PairedBackend:
     ) -> Observation:
         """A service per model, and the route between them."""
         problems = [e for k, e in snapshot.errors.items() if k in (INFERENCE_SERVICE.name, HTTP_ROUTE.name, POD.name)]
-        services, declared, managed = self._services(rollout, meta.namespace, snapshot)
+        template = paired_services.template_pods(rollout, status, snapshot.services_of(meta.namespace))
+        services, declared, managed = self._services(rollout, meta.namespace, snapshot, template)
         route, absent, live = self._route(rollout, meta.namespace, snapshot, problems)
         pods: dict[str, tuple[PodSeen, ...]] = {}
+        serving: dict[str, tuple[PodSeen, ...]] = {}
         for model in (status.stable, status.candidate):
             if model is None:
                 continue
             item = (snapshot.services or {}).get((meta.namespace, model.service))
             entry = components(item)[:1] if item is not None else ()
-            pods[model.service] = tuple(p for p in snapshot.pods_of(meta.namespace, model.service) if not entry or p.component in entry)
-        seen = Traffic(services, declared, managed, route, absent, live, pods, tuple(problems))
+            of_service = snapshot.pods_of(meta.namespace, model.service)
+            pods[model.service] = tuple(p for p in of_service if not entry or p.component in entry)
+            serving[model.service] = tuple(p for p in of_service if p.component == "predictor")
+        cursor = {paired_services.TEMPLATE_PODS: template or None}
+        seen = Traffic(services, declared, managed, route, absent, live, pods, serving, tuple(problems), cursor)
         return self._observer.complete(rollout, meta, status, snapshot, now, seen, look=look)
 
     def _services(
-        self, rollout: ModelRollout, namespace: str, snapshot: Snapshot,
+        self, rollout: ModelRollout, namespace: str, snapshot: Snapshot, template: Mapping[str, Mapping[str, int]],
     ) -> tuple[Mapping[str, ServiceSeen] | None, frozenset[str], frozenset[str]]:
         items = snapshot.services_of(namespace)
         if items is None or snapshot.pods is None:
             return None, frozenset(), frozenset()
         seen = {name: service_seen(item, snapshot.pods_of(namespace, name)) for name, item in items.items()}
+        for name in template.keys() & items.keys():
+            seen[name] = replace(seen[name], raised=paired_services.raised(items[name], template[name]))
         managed = frozenset(n for n, i in items.items() if is_ours(i, rollout.name) and not meta_of(i).deleting)
         return seen, frozenset(items), managed
 
@@ -120,12 +128,16 @@ class PairedBackend:
                 return self._write_route(rollout, meta.namespace, snapshot, action.stable, None, 0, shadow=False)
             case RetireService():
                 return self._retire(rollout, meta.namespace, action.service, snapshot)
+            case LowerPods():
+                return self._lower(rollout, meta.namespace, action, snapshot)
 
     def _answers(self, rollout: ModelRollout, namespace: str, candidate: str, weight: int, snapshot: Snapshot) -> bool:
         """Whether the route gives the candidate more live requests than `weight` % by now. Less of them needs no further pods."""
-        item = (snapshot.routes or {}).get((namespace, rollout.name))
-        if item is None:
+        if snapshot.routes is None:
             return False
+        item = snapshot.routes.get((namespace, rollout.name))
+        if item is None:
+            return True  # there was one when the climb began: without it nobody is answered, and stable must not wait for pods of another
         there = route_seen(item)
         if there.stable == FOREIGN:
             return True  # nobody knows what it does: what was known before is better at once
@@ -160,6 +172,19 @@ class PairedBackend:
         if waiting:
             raise NotYet(f"{candidate} gets ready for {percent} % of the traffic: {waiting}")
 
+    def _lower(self, rollout: ModelRollout, namespace: str, action: LowerPods, snapshot: Snapshot) -> str:
+        """As `_prepare` raised it: of the service as it was seen, by its resourceVersion."""
+        item = (snapshot.services or {}).get((namespace, action.service))
+        if item is None or not is_ours(item, rollout.name):
+            return f"{action.service} is left as it is"
+        least = paired_services.raised(item, action.least)
+        if least:
+            self._client.merge(INFERENCE_SERVICE, namespace, action.service, {
+                "metadata": {"resourceVersion": meta_of(item).resource_version},
+                "spec": {component: {"minReplicas": n} for component, n in least.items()}})
+        said = ", ".join(f"{n} {component} pod{'' if n == 1 else 's'}" for component, n in least.items())
+        return f"{action.service} has at least {said or 'what its template says'} again"
+
     def _write_route(
         self, rollout: ModelRollout, namespace: str, snapshot: Snapshot, stable: str, candidate: str | None, weight: int, *, shadow: bool,
     ) -> str:
@@ -169,7 +194,7 @@ class PairedBackend:
         if found is not None and paired_services.owner_of_route(found):
             raise StateError(f"HTTPRoute {namespace}/{rollout.name} is made by {paired_services.owner_of_route(found)}; it is left alone")
         gateway = paired_services.parent_of(rollout, namespace, self._settings.default_gateway)
-        can = ability(snapshot, gateway, self._settings.mirroring)
+        can = ability(snapshot, gateway, self._settings.mirroring, found)
 
         def backend(service: str) -> str:
             return paired_services.backend_name(service, (snapshot.services or {}).get((namespace, service)), found, rollout)
@@ -190,6 +215,22 @@ class PairedBackend:
             meta: Json = item["metadata"]
             self._client.apply(HTTP_ROUTE, {**item, "metadata": {**meta, "resourceVersion": meta_of(found).resource_version}})
         return f"route {namespace}/{rollout.name}: {said}"
+
+    def readdress(self, rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> str:
+        """Gives the route the Gateway and names of the spec, with its weights as they are; says what was done, or nothing.
+
+        For turns that write no route anyway: a way back is never held up by this. Of a form that isn't ours it is put right first.
+        """
+        item = (snapshot.routes or {}).get((namespace, rollout.name))
+        if item is None or not is_ours(item, rollout.name) or paired_services.owner_of_route(item) or route_seen(item).stable == FOREIGN:
+            return ""
+        gateway = paired_services.parent_of(rollout, namespace, self._settings.default_gateway)
+        wanted = paired_services.readdressed(item, rollout, gateway, self._settings.ingress_domain)
+        if wanted is None:
+            return ""
+        self._client.apply(HTTP_ROUTE, wanted)
+        names = ", ".join(wanted["spec"]["hostnames"])
+        return f"route {namespace}/{rollout.name}: at gateway {'/'.join(gateway)} for {names}, weights as before"
 
     def _retire(self, rollout: ModelRollout, namespace: str, service: str, snapshot: Snapshot) -> str:
         item = (snapshot.services or {}).get((namespace, service))
@@ -217,6 +258,8 @@ class PairedBackend:
             if (seen.stable, seen.candidate) != (stable, None):
                 self._write_route(rollout, meta.namespace, snapshot, stable, None, 0, shadow=False)
                 raise NotYet(f"{stable} is made to answer all requests")
+            if said := self.readdress(rollout, meta.namespace, snapshot):
+                raise NotYet(said)
             gateway = paired_services.parent_of(rollout, meta.namespace, self._settings.default_gateway)
             live, problem = live_route(item, gateway)
             there = snapshot.gateways is None or gateway in snapshot.gateways

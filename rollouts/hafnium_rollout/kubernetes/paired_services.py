@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from hafnium_contract.wire import ARM_HEADER
 from hafnium_rollout.kubernetes.kinds import Json
@@ -18,16 +18,21 @@ from hafnium_rollout.kubernetes.objects_seen import (
     PodSeen,
     components,
     dig,
+    others_own,
     rows,
     service_of_backend,
 )
 from hafnium_rollout.local_backend import inference_service
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.state_folder import MANAGED_BY_LABEL, MANAGER, ROLLOUT_LABEL
-from hafnium_rollout.status import ModelSeen
+from hafnium_rollout.status import ModelSeen, RolloutStatus
 
+MIN_REPLICAS_DEFAULT = 1
+"""KServe's, of a component that names none."""
 PORT = 80
 """Of the Services that KServe makes."""
+TEMPLATE_PODS = "templatePods"
+"""Key of the cursor: {service: `pods_of_template`} of services whose minReplicas is raised, or may be before the run's end."""
 MODE_ANNOTATION = "serving.kserve.io/deploymentMode"
 
 
@@ -98,6 +103,22 @@ def hostnames(rollout: ModelRollout, namespace: str, domain: str) -> list[str]:
     return list(rollout.spec.routing.hostnames) or [f"{rollout.name}-{namespace}.{domain}"]
 
 
+def readdressed(item: Json, rollout: ModelRollout, gateway: tuple[str, str], domain: str) -> Json | None:
+    """The route with the Gateway and the names that the rollout asks for, and everything else as it is; None where it has them.
+
+    Weights are not touched: a Gateway that moves, or a name that is added, is no reason to send anybody elsewhere.
+    """
+    namespace = str(dig(item, "metadata", "namespace"))
+    spec = http_route(rollout, namespace, gateway, domain, [("", 100)], None, mark_arms=False)["spec"]
+    has = {(str(p.get("namespace") or namespace), str(p.get("name")), p.get("sectionName")) for p in rows(item, "spec", "parentRefs")}
+    wants = {(str(p["namespace"]), str(p["name"]), p.get("sectionName")) for p in spec["parentRefs"]}
+    if has == wants and list(dig(item, "spec", "hostnames") or ()) == spec["hostnames"]:
+        return None
+    meta = {"name": dig(item, "metadata", "name"), "namespace": namespace, "resourceVersion": dig(item, "metadata", "resourceVersion"),
+            "labels": {MANAGED_BY_LABEL: MANAGER, ROLLOUT_LABEL: rollout.name}}
+    return {"metadata": meta, "spec": {**spec, "rules": rows(item, "spec", "rules")}}
+
+
 def owner_of_route(route: Json) -> str:
     """Another controller that makes this route and would fight for it: `InferenceService risk`; empty when there is none."""
     for owner in rows(route, "metadata", "ownerReferences"):
@@ -135,8 +156,48 @@ def capacity_lacking(
         if isinstance(most, int) and most > 0:
             wanted = min(wanted, most)
         least = dig(candidate, "spec", component, "minReplicas")
-        if wanted > (least if isinstance(least, int) else 1):
+        if wanted > (least if isinstance(least, int) else MIN_REPLICAS_DEFAULT):
             change[component] = {"minReplicas": wanted}
         if ready.get(component, 0) < wanted:
             waiting.append(f"{ready.get(component, 0)} of {wanted} {component} pods are ready")
     return change, ", ".join(waiting)
+
+
+def pods_of_template(template: Mapping[str, Any]) -> dict[str, int]:
+    """minReplicas of each component; where it names none, KServe's default."""
+    found = {c: dig(template, c, "minReplicas") for c in COMPONENTS if isinstance(template.get(c), dict)}
+    return {c: least if isinstance(least, int) else MIN_REPLICAS_DEFAULT for c, least in found.items()}
+
+
+def raised(item: Json, template: Mapping[str, int]) -> dict[str, int]:
+    """Components that have more than their template says, with what that is. What somebody else wrote meanwhile stays."""
+    return {
+        c: template[c] for c in components(item)
+        if c in template and isinstance(least := dig(item, "spec", c, "minReplicas"), int) and least > template[c]
+        and not others_own(item, c, "minReplicas")
+    }
+
+
+def template_pods(
+    rollout: ModelRollout, status: RolloutStatus, items: Mapping[str, Json] | None,
+) -> dict[str, dict[str, int]]:
+    """What `TEMPLATE_PODS` is after this look: of a candidate under way, so that it is in the status before any pod is asked for, and of a
+    stable service that still has more than that. The rollout's template is a model's own only while it asks for that model.
+    """
+    before = status.cursor.get(TEMPLATE_PODS)
+    known = {
+        str(name): {str(c): n for c, n in cast("Json", pods).items() if isinstance(n, int)}
+        for name, pods in (cast("Json", before).items() if isinstance(before, dict) else ()) if isinstance(pods, dict)}
+    climbs = bool(status.run_id) and status.phase not in ("Promoted", "RolledBack")
+    found: dict[str, dict[str, int]] = {}
+    for model in (status.stable, status.candidate):
+        if model is None:
+            continue
+        under_way = climbs and model == status.candidate
+        pods = known.get(model.service)
+        if model.digest == rollout.spec.model.digest and (under_way or pods is not None):
+            pods = pods_of_template(rollout.spec.service)
+        item = None if items is None else items.get(model.service)
+        if pods and (under_way or items is None or (item is not None and raised(item, pods))):
+            found[model.service] = pods
+    return found

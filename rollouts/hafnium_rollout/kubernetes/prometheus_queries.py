@@ -9,7 +9,7 @@ takes the difference (`sum(x{service="$service"})`), which is exact. What can't 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -18,7 +18,7 @@ from hafnium_contract.metric_names import REQUESTS
 from hafnium_rollout.arm_looks import Arms, gate_look
 from hafnium_rollout.kubernetes import traffic_split
 from hafnium_rollout.kubernetes.objects_seen import PodSeen
-from hafnium_rollout.kubernetes.pod_counters import FAMILIES, ArmIncrease, PodCounters, by_pod, from_data, increase
+from hafnium_rollout.kubernetes.pod_counters import FAMILIES, ArmIncrease, PodCounters, Pods, by_pod, from_data, increase
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
 from hafnium_rollout.objects import Gate, ModelRollout
 from hafnium_rollout.observation import Counts, GateLook, Look, Series
@@ -52,6 +52,8 @@ class _Reading:
 
     at: float
     pods: Mapping[str, PodCounters]
+    doubled: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Pods whose counts aren't known though they are scraped, and why."""
     totals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Per `prometheus` gate: {"stable": [bad, total], "candidate": …} or {"error": text}."""
 
@@ -79,7 +81,8 @@ class PrometheusLooks:
         except PrometheusError as e:
             return LookMade(None, dict(status.cursor), (str(e),))
         before = dict(status.cursor)
-        cursor = {**before, **_as_cursor(reading, arms, pods)}
+        unread = _unread_since(before, [p for service in arms for p in pods.get(service, ())], reading)
+        cursor = {**before, **_as_cursor(reading, arms, pods), "unread": unread}
         if before.get("arms") != list(arms) or not isinstance(before.get("at"), int | float):
             return LookMade(None, cursor)
         increases = tuple(
@@ -91,13 +94,17 @@ class PrometheusLooks:
         reset = next((i.reset for i in increases if i.reset), "")
         if reset:
             return LookMade(None, cursor, (f"counters of pod {reset} began anew; this look is left out for both arms",))
-        unseen = [_unseen(service, pods.get(service, ()), reading.pods) for service in arms]
+        overdue = {name for name, since in unread.items() if reading.at - since > _STALE_SCRAPES * self._scrape_s}
+        unseen = [_unseen(service, pods.get(service, ()), reading, overdue) for service in arms]
         if status.rollback is not None and unseen[1]:
             return LookMade(None, cursor, (f"it isn't known whether requests still reach the candidate: {unseen[1]}",))
         look = self._made(rollout, before, reading, increases, unseen, scores)
-        whole = not any(unseen) and all(i.whole for i in increases) and all(
-            p.name in reading.pods for service in arms for p in pods.get(service, ()) if p.ready)
-        portion, routed = self._split(status, before, look, increases if whole else None)
+        wholes = [
+            not unseen[i] and increases[i].whole and all(p.name in reading.pods for p in pods.get(service, ()) if p.ready)
+            for i, service in enumerate(arms)]
+        if wholes[1] and arms[1] in pods:  # a service that wasn't looked for has no count either
+            look = replace(look, candidate_requests=increases[1].requests)
+        portion, routed = self._split(status, before, look, increases if all(wholes) else None)
         if portion is not None:
             cursor["split"] = portion.as_data()
         else:
@@ -159,7 +166,7 @@ class PrometheusLooks:
             raise PrometheusError(
                 f"Prometheus' clock is {clock.at - now.timestamp():+.0f} s off ours (at most {self._skew_s_max:g} s): it can't be said "
                 "whether its counts are from before or after a weight")
-        found: dict[str, PodCounters] = {}
+        found = Pods({}, {})
         if names:
             where = f'namespace="{namespace}",pod=~"{"|".join(re.escape(n).replace(chr(92), chr(92) * 2) for n in names)}"'
             # Times first: a scrape that is stored in between then only makes a look seem to begin earlier than it did.
@@ -167,7 +174,7 @@ class PrometheusLooks:
             values = prometheus.query(f'{{__name__=~"{"|".join(FAMILIES)}",{where}}}', clock.at)
             found = by_pod(values.samples, scraped.samples)
         totals = {g.name: self._totals(prometheus, g, namespace, arms, status, clock.at) for g in rollout.spec.gates if g.prometheus}
-        return _Reading(clock.at, found, totals)
+        return _Reading(clock.at, found.counters, found.doubled, totals)
 
     def _totals(
         self, prometheus: Prometheus, gate: Gate, namespace: str, arms: tuple[str, str], status: RolloutStatus, at: float,
@@ -231,12 +238,26 @@ def _query_look(gate: Gate, before: Mapping[str, Any], reading: _Reading) -> Gat
     return GateLook((Series(counts[0], counts[1]),))
 
 
-def _unseen(service: str, pods: Sequence[PodSeen], seen: Mapping[str, PodCounters]) -> str:
-    """Why nothing is known about a service that has ready pods; empty when something is."""
+def _unread_since(before: Mapping[str, Any], pods: Sequence[PodSeen], reading: _Reading) -> dict[str, float]:
+    """Ready pods that Prometheus doesn't know, and since when: a new one gets its time, one that is never scraped hides behind none."""
+    known = before.get("unread")
+    kept = cast("Mapping[str, Any]", known) if isinstance(known, dict) else {}
+    return {
+        p.name: float(since) if isinstance(since := kept.get(p.name), int | float) else reading.at
+        for p in pods if p.ready and p.name not in reading.pods and p.name not in reading.doubled}
+
+
+def _unseen(service: str, pods: Sequence[PodSeen], reading: _Reading, overdue: Set[str]) -> str:
+    """Why not enough is known about a service that has ready pods; empty when it is. `overdue`: who should have been scraped by now."""
+    twice = next((reading.doubled[p.name] for p in pods if p.name in reading.doubled), "")
+    if twice:
+        return f"{twice}; its requests would be counted twice: let one scrape job have it"
     ready = [p.name for p in pods if p.ready]
-    if not ready or any(p.name in seen for p in pods):
+    lost = [n for n in ready if n in overdue]
+    if not ready or (any(p.name in reading.pods for p in pods) and not lost):
         return ""
-    return f"Prometheus has no {REQUESTS.name} of {service} (pods {', '.join(ready[:3])}); are they scraped (prometheus.io/scrape)?"
+    named = ", ".join((lost or ready)[:3])
+    return f"Prometheus has no {REQUESTS.name} of {service} (pods {named}); are they scraped (prometheus.io/scrape)?"
 
 
 def _as_cursor(reading: _Reading, arms: tuple[str, str], pods: Mapping[str, Sequence[PodSeen]]) -> dict[str, Any]:

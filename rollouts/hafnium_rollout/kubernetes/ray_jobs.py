@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -11,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 from hafnium_contract.errors import InputError
+from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict
 from hafnium_rollout.kubernetes.kinds import Json, Kind
@@ -89,9 +91,28 @@ class RayJobStarter:
         detail = f"RayJob {namespace}/{attempt.id}"
         try:
             self._client.create(RAY_JOB, ray_job(self._template, attempt, rollout, proposal), manager=MANAGER)
-        except Conflict:
+        except Conflict as e:
+            if not self._mine(attempt, namespace):
+                raise StateError(f"{detail} exists and is not this attempt's: delete it, or this one ends when its time is over") from e
             detail += ", which was there already"  # created, and killed before that was written down
         return attempt.model_copy(update={"state": "Started", "detail": detail})
+
+    def find(self, attempt: Attempt, rollout: ModelRollout) -> Attempt:
+        namespace = rollout.metadata.namespace
+        self._where[attempt.id] = namespace
+        if self._mine(attempt, namespace):
+            return attempt.model_copy(update={"state": "Started", "detail": f"RayJob {namespace}/{attempt.id}, which was there already"})
+        text = f"it was being started when the operator ended, and RayJob {namespace}/{attempt.id} isn't there (any more)"
+        return attempt.model_copy(update={"state": "Unknown", "detail": text})
+
+    def _mine(self, attempt: Attempt, namespace: str) -> bool:
+        """A RayJob of the attempt's name was made for it, as the proposal in it says."""
+        found = self._client.find(RAY_JOB, namespace, attempt.id)
+        try:
+            told = json.loads(str(dig(found, "metadata", "annotations", ANNOTATION)))
+        except ValueError:
+            return False
+        return dig(told, "id") == attempt.id and dig(told, "time") == attempt.time.isoformat()
 
     def look(self, attempt: Attempt) -> Attempt:
         namespace = self._where.get(attempt.id) or attempt.detail.removeprefix("RayJob ").split("/")[0]

@@ -1,7 +1,11 @@
-"""One turn for one ModelRollout: observe → decide → write the status (intent first) → act. The same `decide` as on one machine.
+"""One turn for one ModelRollout: observe → decide → write the status (intent first) → act → tell. The same `decide` as on one machine.
 
 After a crash between any two writes the next turn, of whichever leader, sees either the old route (the intent is done again) or the
-new one. The status is written only if nobody wrote the object since it was read, so two leaders can't both count one look.
+new one. The status is written only if nobody wrote the object since it was read, so two leaders can't both count one look. Where it
+doesn't change and something is to be done, the object is read once more: what was decided on an older one is a Conflict and not an action.
+
+Telling comes last (the log, the record, events, receivers, retraining) and whatever becomes of it: a slow receiver or a full disk must
+not stand between a verdict and the route.
 
 A finalizer is on the object while a run is under way and no longer: then somebody has to take the candidate's traffic back before
 the object goes. A ModelRollout at rest can be deleted while no operator runs; its stable service and route stay as they are.
@@ -13,22 +17,24 @@ import contextlib
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from hafnium_contract.errors import HafniumError
-from hafnium_rollout.actions import Decision
+from hafnium_rollout.actions import Decision, Promote, Rollback, SetShadow, SetWeight
 from hafnium_rollout.companions import Companions
 from hafnium_rollout.decide import decide
-from hafnium_rollout.errors import RolloutFileError
-from hafnium_rollout.kubernetes import conditions, events
+from hafnium_rollout.errors import NotLeading, RolloutFileError
+from hafnium_rollout.kubernetes import conditions
 from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
+from hafnium_rollout.kubernetes.canary_traffic import percent_of
 from hafnium_rollout.kubernetes.capabilities import Finding, findings
 from hafnium_rollout.kubernetes.client import KubernetesClient
-from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, LeaseLost, NotFound
+from hafnium_rollout.kubernetes.errors import Conflict, KubernetesError, NotFound
+from hafnium_rollout.kubernetes.events import EventWriter
 from hafnium_rollout.kubernetes.kinds import MODEL_ROLLOUT, Json
-from hafnium_rollout.kubernetes.objects_seen import Meta, meta_of, route_seen, status_of
+from hafnium_rollout.kubernetes.objects_seen import Meta, dig, meta_of, route_seen, status_of
 from hafnium_rollout.kubernetes.paired_backend import NotYet, PairedBackend
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
 from hafnium_rollout.kubernetes.prometheus_queries import query_problems
@@ -57,6 +63,16 @@ class Turned:
     """A rollback was seen to be done in this turn: time since it was asked for."""
 
 
+@dataclass(slots=True)
+class _Acted:
+    """What became of a decision's actions, for the telling that comes after them."""
+
+    done: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """(action, what was done)."""
+    waits: tuple[str, str] | None = None
+    """The action that has to be asked for again, and what it waits for."""
+
+
 def under_way(status: RolloutStatus) -> bool:
     """A candidate may have traffic, or is about to."""
     return status.rollback is not None or (bool(status.run_id) and status.phase in ("Pending", "Progressing", "Paused"))
@@ -66,12 +82,14 @@ class Reconciler:
     """All rollouts, one at a time each. Safe between threads as long as one rollout is turned by one of them."""
 
     def __init__(
-        self, client: KubernetesClient, paired: PairedBackend, canary: CanaryBackend, settings: Settings, log: Log, identity: str,
+        self, client: KubernetesClient, paired: PairedBackend, canary: CanaryBackend, settings: Settings, log: Log, instance: str,
         prometheus: Prometheus | None, companions: Companions | None = None,
     ) -> None:
         self._client, self._paired, self._canary, self._settings = client, paired, canary, settings
-        self._log, self._identity, self._prometheus = log, identity, prometheus
+        self._log, self._prometheus = log, prometheus
         self._companions = companions
+        self._events = EventWriter(client, instance, lambda meta, now, why: self._once(
+            (meta.namespace, meta.name), "events", now, "warning", "EventNotWritten", why))
         self._good: dict[Key, ModelRollout] = {}
         """Last object that could be understood: one that can't be must not leave a candidate unguarded."""
         self._looked: dict[Key, datetime] = {}
@@ -80,13 +98,20 @@ class Reconciler:
         self._said: dict[tuple[Key, str], str] = {}
         self._lock = threading.Lock()
 
+    def start(self) -> None:
+        self._events.start()
+
+    def stop(self) -> None:
+        """While this process still leads: what it has to say is written."""
+        self._events.stop()
+
     def turn(self, item: Json, snapshot: Snapshot, now: datetime) -> Turned:
-        """One turn. Never raises but for LeaseLost: an error is told, counted and tried again."""
+        """One turn. Never raises but for NotLeading: an error is told, counted and tried again."""
         meta = meta_of(item)
         key = (meta.namespace, meta.name)
         try:
             turned = self._turn(item, meta, snapshot, now)
-        except LeaseLost:
+        except NotLeading:
             raise
         except Conflict as e:
             self._tell(key, now, "info", "Conflict", f"somebody wrote in between, so it is looked at anew: {e}")
@@ -124,25 +149,30 @@ class Reconciler:
         before = status_of(item)
         rollout = self._parse(item, meta, before, now)
         if meta.deleting:
-            return self._deleted(rollout, meta, before, snapshot, now)
+            backend = dig(item, "spec", "routing", "backend")
+            return self._deleted(rollout, meta, before, snapshot, now, canary=backend == "CanaryTrafficPercent")
         if rollout is None:
             return Turned(None, before, error="SpecInvalid")
-        found = findings(rollout, meta.namespace, snapshot, self._settings, self._query_problems(rollout, meta, now))
+        found = findings(rollout, meta.namespace, snapshot, self._settings, self._query_problems(rollout, meta, now), before)
         refused = next((f for f in found if f.refuses), None)
         if refused is not None and before.step is None and before.rollback is None and before.phase == "Pending":
             return self._refused(rollout, meta, before, found, refused, now)
         seen = self._backend(rollout).observe(self._patient(rollout), meta, before, snapshot, now, look=self._look_due(meta, before, now))
         decision = decide(self._patient(rollout), before, seen, now)
         status = conditions.with_condition(decision.status, before, conditions.accepted(found, meta.generation, now))
-        meta = self._write(meta, before, status)
-        if self._companions is not None:
-            self._companions.decided(self._patient(rollout), before, seen, now, decision)
-        self._tell_decision(meta, decision, seen.problems, now)
+        verified = conditions.verified(status, before, seen, meta.generation, now)
+        if verified is not None:
+            status = conditions.with_condition(status, before, verified)
+        meta = self._write(meta, before, status, acts=bool(decision.actions))
+        acted = _Acted()
         try:
-            waits = self._act(rollout, meta, decision, snapshot, now)
+            self._act(rollout, meta, decision, snapshot, acted)
         finally:
+            self._told(meta, decision, seen.problems, acted, now)
             if self._companions is not None:
+                self._companions.decided(self._patient(rollout), before, seen, now, decision)
                 self._companions.turned(rollout, status, seen, now)
+        waits = bool(acted.waits)
         requeue = _SOON_S if waits else decision.requeue_s
         done = before.rollback is not None and status.rollback is None
         return Turned(
@@ -221,8 +251,13 @@ class Reconciler:
 
     # --- writing --------------------------------------------------------------------------------------------------------------
 
-    def _write(self, meta: Meta, before: RolloutStatus, status: RolloutStatus, *, guard: bool | None = None) -> Meta:
-        """Finalizer as needed, then the status if it changed. Returns the object's meta after it. Raises Conflict."""
+    def _write(
+        self, meta: Meta, before: RolloutStatus, status: RolloutStatus, *, guard: bool | None = None, acts: bool = False,
+    ) -> Meta:
+        """Finalizer as needed, then the status if it changed. Returns the object's meta after it. Raises Conflict.
+
+        `acts`: something is going to be done. Then a status that stays as it is must still be the one that was read.
+        """
         needed = under_way(status) if guard is None else guard
         if needed != (FINALIZER in meta.finalizers) and not meta.deleting and needed:
             meta = self._finalizers(meta, (*meta.finalizers, FINALIZER))
@@ -230,6 +265,8 @@ class Reconciler:
             written = self._client.apply_status(
                 MODEL_ROLLOUT, meta.namespace, meta.name, stored(status), resource_version=meta.resource_version)
             meta = meta_of(written)
+        elif acts and meta_of(self._client.get(MODEL_ROLLOUT, meta.namespace, meta.name)).resource_version != meta.resource_version:
+            raise Conflict(f"ModelRollout {meta.namespace}/{meta.name} was written since it was read; nothing is done by what it said")
         if not needed and FINALIZER in meta.finalizers and not meta.deleting:
             meta = self._finalizers(meta, tuple(f for f in meta.finalizers if f != FINALIZER))
         return meta
@@ -238,21 +275,22 @@ class Reconciler:
         change = {"metadata": {"resourceVersion": meta.resource_version, "finalizers": list(wanted)}}
         return meta_of(self._client.merge(MODEL_ROLLOUT, meta.namespace, meta.name, change))
 
-    def _act(self, rollout: ModelRollout, meta: Meta, decision: Decision, snapshot: Snapshot, now: datetime) -> bool:
-        """Does the actions in order. Returns whether one of them waits for something."""
-        key = (meta.namespace, meta.name)
+    def _act(self, rollout: ModelRollout, meta: Meta, decision: Decision, snapshot: Snapshot, acted: _Acted) -> None:
+        """Does the actions in order, until one of them has to wait for something."""
         for action in decision.actions:
             try:
                 done = self._backend(rollout).apply(rollout, meta, decision.status, action, snapshot)
             except NotYet as e:
-                self._once(key, "waits", now, "info", "Waiting", str(e), action=type(action).__name__)
-                return True
-            self._forget(key, "waits")
-            self._tell(key, now, "info", "Action", done, action=type(action).__name__)
-        return False
+                acted.waits = (type(action).__name__, str(e))
+                return
+            acted.done.append((type(action).__name__, done))
+        if not any(isinstance(a, SetShadow | SetWeight | Promote | Rollback) for a in decision.actions):
+            said = self._backend(rollout).readdress(rollout, meta.namespace, snapshot)
+            if said:
+                acted.done.append(("Readdress", said))
 
     def _deleted(
-        self, rollout: ModelRollout | None, meta: Meta, before: RolloutStatus, snapshot: Snapshot, now: datetime,
+        self, rollout: ModelRollout | None, meta: Meta, before: RolloutStatus, snapshot: Snapshot, now: datetime, *, canary: bool,
     ) -> Turned:
         """Under way, the candidate's traffic goes back first: nobody watches it any more. What is stable stays and answers."""
         if FINALIZER not in meta.finalizers:
@@ -263,8 +301,12 @@ class Reconciler:
             self._backend(rollout).leave(rollout, meta, before, snapshot, now)
         else:
             item = (snapshot.routes or {}).get(key)
-            if snapshot.routes is None or (item is not None and stable and route_seen(item).candidate is not None):
+            if not canary and (snapshot.routes is None or (item is not None and stable and route_seen(item).candidate is not None)):
                 raise NotYet("the deleted ModelRollout can't be understood, and its route still has two arms; set it by hand")
+            service = (snapshot.services or {}).get(key)
+            if canary and (snapshot.services is None or (service is not None and percent_of(service) not in (None, 100))):
+                raise NotYet("the deleted ModelRollout can't be understood, and its InferenceService still has a canaryTrafficPercent; "
+                             "set the stable model's storageUri there and take the percent away by hand")
         with contextlib.suppress(NotFound):
             self._finalizers(meta, tuple(f for f in meta.finalizers if f != FINALIZER))
         self._tell(key, now, "warning", "Deleted", f"the ModelRollout was deleted under way; {stable or 'nobody'} answers all requests")
@@ -272,14 +314,19 @@ class Reconciler:
 
     # --- telling --------------------------------------------------------------------------------------------------------------
 
-    def _tell_decision(self, meta: Meta, decision: Decision, problems: tuple[str, ...], now: datetime) -> None:
+    def _told(self, meta: Meta, decision: Decision, problems: tuple[str, ...], acted: _Acted, now: datetime) -> None:
         key, status = (meta.namespace, meta.name), decision.status
         for event in decision.events:
             self._tell(key, now, "warning" if event.alert else "info", event.name, event.message, reason=event.reason, phase=status.phase,
                        weight=status.step.weight_desired if status.step else None, run=status.run_id, alert=event.alert)
-            problem = events.record(self._client, meta, event, now, self._identity)
+            problem = self._events.tell(meta, event, now)
             if problem:
                 self._once(key, "events", now, "warning", "EventNotWritten", problem)
+        for action, done in acted.done:
+            self._forget(key, "waits")
+            self._tell(key, now, "info", "Action", done, action=action)
+        if acted.waits:
+            self._once(key, "waits", now, "info", "Waiting", acted.waits[1], action=acted.waits[0])
         text = "; ".join(problems)
         if text:
             self._once(key, "problems", now, "warning", "Unreadable", text)

@@ -22,7 +22,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     namespace: str = Field(default="", pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$")
-    """Guard the ModelRollouts of this namespace alone; its RBAC then needs no ClusterRole. Empty: all namespaces."""
+    """Guard the ModelRollouts of this namespace alone: a Role there is enough, beside a ClusterRole for Gateways and their classes. Empty:
+    all namespaces."""
     kubeconfig: Path | None = None
     """Credentials. Without it: the pod's service account, else KUBECONFIG, else ~/.kube/config."""
     lease_namespace: str = Field(default="hafnium-system", pattern=_NAME)
@@ -72,11 +73,19 @@ class Settings(BaseModel):
     environment, never from here: it stands in messages), with {namespace}, {rollout} and
     {service} filled in. Needed for gates that compare scores."""
     data_folder: Path | None = None
-    """Folder on a volume that outlives the pod: every turn of each rollout (`hafnium rollout replay`, `report`), what receivers were
-    sent, attempts at retraining. With several replicas all of them must have it. Empty: turns are not recorded."""
+    """Folder on a volume that outlives the pod: every turn of each rollout (`hafnium rollout replay`, `report`), evidence that was removed,
+    what receivers were sent, attempts at retraining. With several replicas all of them must have it. Empty: turns are not recorded, and of
+    removed evidence the log's line is all that stays."""
     settings_file: Path | None = None
     """YAML with notifications, retraining and the record's limits (docs/rollout-commands.md), from a ConfigMap. Webhooks and
     retraining need data_folder."""
+    evidence_kept: int = Field(default=24, ge=20, le=1_000)
+    """Of each kind of finding and each model that a ModelRollout names, the newest so many ModelEvidence are kept; others are removed when
+    no gate can look at them any more (docs/drift.md). A day of the hourly job, and more than the 20 Fails in a row that a retraining may
+    wait for. Each costs a turn 5 kB from the API server, and the operator 12 kB of memory."""
+    evidence_removals_max: int = Field(default=100, ge=0, le=1_000)
+    """ModelEvidence that are removed at one look: 400 a minute, of which an API server notices little. 0: none is ever removed, and
+    somebody else has to."""
     http_host: str = "0.0.0.0"  # noqa: S104 - a pod is reached by its address
     """Address of health and metrics."""
     http_port: int = Field(default=8080, ge=0, le=65535)

@@ -1,16 +1,19 @@
 """Everything that one turn looks at, read at one time: one list per kind, however many rollouts there are.
 
 Lists and no cache: what a turn decides on is what the API server says now. What can't be listed is None with the reason, never an
-empty list.
+empty list. Evidence is listed as well, but understood once (evidence_cache.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from hafnium_rollout.evidence_retention import Retention
 from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import KubernetesError, NotFound
+from hafnium_rollout.kubernetes.evidence_cache import EvidenceCache, Findings
 from hafnium_rollout.kubernetes.kinds import (
     GATEWAY,
     GATEWAY_CLASS,
@@ -27,6 +30,7 @@ from hafnium_rollout.kubernetes.objects_seen import SERVICE_LABEL, PodSeen, meta
 
 Key = tuple[str, str]
 """(namespace, name)."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,8 @@ class Snapshot:
     routes: Mapping[Key, Json] | None = None
     gateways: Mapping[Key, Json] | None = None
     classes: Mapping[Key, Json] | None = None
-    evidence: Mapping[str, tuple[Json, ...]] | None = None
-    """By namespace."""
+    evidence: Mapping[str, Findings] | None = None
+    """By namespace, about the models that its rollouts name."""
     approvals: Mapping[str, tuple[Json, ...]] | None = None
     revisions: Mapping[str, tuple[Json, ...]] | None = None
     """Knative's, by namespace; only read when a rollout needs them."""
@@ -57,18 +61,21 @@ class Snapshot:
         return (self.pods or {}).get((namespace, service), ())
 
 
-def take(client: KubernetesClient, namespace: str = "", gateways_of: Snapshot | None = None, *, knative: bool = False) -> Snapshot:
+def take(
+    client: KubernetesClient, namespace: str = "", gateways_of: Snapshot | None = None, *, knative: bool = False,
+    evidence_cache: EvidenceCache | None = None, retention: Retention | None = None,
+) -> Snapshot:
     """Reads all kinds. Never raises a KubernetesError: what failed is None and named in `errors`.
 
     `gateways_of`: take gateways and their classes from an earlier snapshot, for a turn about one namespace alone. `knative`: there
-    is a rollout that needs revisions.
+    is a rollout that needs revisions. `retention`: which evidence is looked at; None: all.
     """
     errors: dict[str, str] = {}
     missing: set[str] = set()
 
-    def read(kind: Kind, labels: str = "") -> tuple[Json, ...] | None:
+    def tried(kind: Kind, do: Callable[[], _T]) -> _T | None:
         try:
-            return client.list(kind, namespace if kind.namespaced and kind is not GATEWAY else "", labels=labels).items
+            return do()
         except NotFound:
             missing.add(kind.name)
             errors[kind.name] = f"the kind {kind.name} ({kind.api_version}) is not installed"
@@ -76,16 +83,21 @@ def take(client: KubernetesClient, namespace: str = "", gateways_of: Snapshot | 
             errors[kind.name] = str(e)
         return None
 
+    def read(kind: Kind, labels: str = "") -> tuple[Json, ...] | None:
+        where = namespace if kind.namespaced and kind is not GATEWAY else ""
+        return tried(kind, lambda: client.list(kind, where, labels=labels).items)
+
     services, pods, routes = read(INFERENCE_SERVICE), read(POD, SERVICE_LABEL), read(HTTP_ROUTE)
     if gateways_of is not None and gateways_of.gateways is not None and gateways_of.classes is not None:
         gateways, classes = gateways_of.gateways, gateways_of.classes
     else:
         gateways, classes = _by_key(read(GATEWAY)), _by_key(read(GATEWAY_CLASS))
-    evidence, approvals = read(MODEL_EVIDENCE), read(MODEL_APPROVAL)
+    approvals = read(MODEL_APPROVAL)
+    evidence = tried(MODEL_EVIDENCE, lambda: (evidence_cache or EvidenceCache()).read(client, namespace, retention))
     revisions = read(REVISION, SERVICE_LABEL) if knative else None
     return Snapshot(
-        _by_key(services), _pods(pods), _by_key(routes), gateways, classes, _by_namespace(evidence),
-        _by_namespace(approvals), _by_namespace(revisions), errors, frozenset(missing),
+        _by_key(services), _pods(pods), _by_key(routes), gateways, classes, evidence, _by_namespace(approvals),
+        _by_namespace(revisions), errors, frozenset(missing),
     )
 
 

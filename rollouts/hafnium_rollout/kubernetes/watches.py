@@ -44,7 +44,7 @@ class Watches:
         while not self._stop.is_set():
             try:
                 if not version:
-                    version = self._client.list(kind, self._namespace).resource_version
+                    version = self._client.version_of(kind, self._namespace)
                 for event in self._client.watch(kind, self._namespace, version, _WATCH_S):
                     meta = meta_of(event.object)
                     version = meta.resource_version or version
@@ -62,7 +62,9 @@ class Watches:
 
     @staticmethod
     def _news(kind: Kind, meta: Meta, what: str, generations: dict[Key, tuple[int, bool]]) -> bool:
-        """A change of a ModelRollout's status is our own: only its spec, its deletion and its end are news."""
+        """A change of a ModelRollout's status is our own: only its spec, its deletion and its end are news. Nor is the end of evidence."""
+        if kind is MODEL_EVIDENCE and what == "DELETED":
+            return False  # by ourselves, mostly (evidence_keeper.py), and never urgent
         if kind is not MODEL_ROLLOUT:
             return True
         key, now = (meta.namespace, meta.name), (meta.generation, meta.deleting)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import random
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from hafnium_rollout.notifications.delivery import Answer, post, wait_s
+from hafnium_rollout.notifications.courier_thread import CourierThread, Log
+from hafnium_rollout.notifications.delivery import Answer, post
 from hafnium_rollout.notifications.notices import Alert, Subject, alerts
 from hafnium_rollout.notifications.settings import Alertmanager
-from hafnium_rollout.notifications.webhook import Log, read_secret
+from hafnium_rollout.notifications.webhook import read_secret
 from hafnium_rollout.status import RolloutStatus
 
 PATH = "/api/v2/alerts"
@@ -66,34 +66,35 @@ class AlertmanagerCourier:
 
     def __init__(
         self, settings: Alertmanager, log: Log, *, now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] = random.random, leads: Callable[[], bool] = lambda: True,
     ) -> None:
         self._settings = settings
         self._log = log
+        self._leads = leads
         self._now = now
         self._draw = draw
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._wake = threading.Event()
         self._statuses: dict[Subject, RolloutStatus] = {}
         self._heads: dict[Subject, tuple[str, str, int]] = {}
         self._active: dict[_Key, Alert] = {}
         self._over: dict[_Key, Over] = {}
-        self._thread = threading.Thread(target=self._run, name=f"alertmanager-{settings.name}", daemon=True)
+        self._thread = CourierThread("alertmanager", settings, self._tell, log, now)
 
     def start(self) -> None:
         self._thread.start()
 
     def lead(self) -> None:
-        """What a former term left behind is no longer known to be so."""
+        """What a former term left behind is no longer known to be so. Nor is it over: the leader in between may know."""
         with self._lock:
-            self._statuses, self._heads = {}, {}
+            self._statuses, self._heads, self._active, self._over = {}, {}, {}, {}
+
+    def rest(self) -> None:
+        """Repeats nothing until it leads again. What still is so, the next leader says; what nobody repeats ends by itself."""
+        self.lead()
 
     def stop(self) -> None:
         """Ends after the request under way."""
-        self._stop.set()
-        self._wake.set()
-        self._thread.join(self._settings.attempt_timeout.total_seconds() + 1.0)
+        self._thread.stop()
 
     def offer(self, subject: Subject, status: RolloutStatus) -> None:
         """The status as it was written. A change of phase or a new alert is told at once."""
@@ -103,53 +104,46 @@ class AlertmanagerCourier:
             changed = self._heads.get(subject) != head
             self._heads[subject] = head
         if changed:
-            self._wake.set()
+            self._thread.wake.set()
 
     def gone(self, subject: Subject) -> None:
         """The rollout was deleted: its alerts are over."""
         with self._lock:
             self._statuses.pop(subject, None)
             self._heads.pop(subject, None)
-        self._wake.set()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._tell()
-            except Exception as e:  # noqa: BLE001 - a thread that ends unseen would be a receiver that hears nothing more
-                self._log({"time": self._now(), "level": "error", "event": "CourierFailed", "receiver": self._settings.name,
-                           "message": str(e), "trace": traceback.format_exc()})
-                self._stop.wait(self._settings.backoff_max.total_seconds())
+        self._thread.wake.set()
 
     def _tell(self) -> None:
         failures = 0
-        while not self._stop.is_set():
-            self._wake.clear()
+        while not self._thread.stopping.is_set():
+            self._thread.wake.clear()
             answer = self._round()
-            s = self._settings
             if answer is not None and answer.result != "Delivered":
                 failures += 1
                 if failures == 1:
                     self._say("warning", "AlertsNotDelivered", f"{answer.message}; trying again")
-                self._stop.wait(wait_s(failures, s.backoff_first.total_seconds(), s.backoff_max.total_seconds(), self._draw(),
-                                       answer.retry_after_s))
+                self._thread.rest(failures, self._draw(), answer.retry_after_s)
                 continue
             if failures:
                 self._say("info", "AlertsDelivered", f"again, after {failures} attempts")
             failures = 0
-            self._wake.wait(s.resend.total_seconds())
+            self._thread.wake.wait(self._settings.resend.total_seconds())
 
     def _round(self) -> Answer | None:
         """Tells everything once. None: there is nothing to tell."""
         now = self._now()
+        if not self._leads():
+            return None
         with self._lock:
-            statuses = list(self._statuses.items())
-        found = [a for subject, status in statuses for a in alerts(subject, status, now)]
-        self._active, self._over = after_round(found, self._active, self._over, now)
+            found = [a for subject, status in self._statuses.items() for a in alerts(subject, status, now)]
+            self._active, self._over = after_round(found, self._active, self._over, now)
+            active, over = list(self._active.values()), list(self._over.values())
         ends_at = now + ENDS_AFTER * self._settings.resend
-        told = [wire(a, self._settings.labels, ends_at) for a in self._active.values()]
-        told += [wire(o.alert, self._settings.labels, o.at) for o in self._over.values()]
+        told = [wire(a, self._settings.labels, ends_at) for a in active]
+        told += [wire(o.alert, self._settings.labels, o.at) for o in over]
         for i in range(0, len(told), BATCH_MAX):
+            if not self._leads():
+                return None
             answer = self._send(told[i:i + BATCH_MAX])
             if answer.result != "Delivered":
                 return answer

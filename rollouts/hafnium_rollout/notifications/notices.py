@@ -124,10 +124,17 @@ def alerts(subject: Subject, status: RolloutStatus, now: datetime) -> list[Alert
 
     if status.rollback is not None and status.rollback.reject:
         add("HafniumRolloutRollingBack", "critical", status.rollback.requested_at, status.rollback.message)
+    if status.rollback is not None and status.rollback.overdue:
+        add("HafniumRolloutRollbackUnconfirmed", "critical", status.rollback.requested_at,
+            f"{status.rollback.message}; {status.rollback.doubt}")
     if status.phase == "Paused" and status.reason != "PausedBySpec":
         add("HafniumRolloutPaused", "warning", since.get("Paused"), status.message)
     if status.phase == "RolledBack" and status.candidate is not None and status.candidate.digest in status.rejected_digests:
         add("HafniumRolloutRolledBack", "warning", since.get("RolledBack"), status.message)
+    if status.phase == "Pending" and status.reason == "ModelUnknown":
+        called = [p.time for p in status.history if p.event == "ModelUnknown" and (not status.started_at or p.time >= status.started_at)]
+        if called:  # before that it may just be its turn to be asked
+            add("HafniumRolloutModelUnknown", "warning", called[-1], status.message)
     if status.sample_ratio_message:
         started = [p.time for p in status.history if p.event == "SampleRatioMismatch"]
         add("HafniumRolloutSampleRatioMismatch", "warning", started[-1] if started else None, status.sample_ratio_message)

@@ -12,23 +12,23 @@ import json
 import random
 import threading
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from hafnium_contract.errors import HafniumError
+from hafnium_rollout.notifications.courier_thread import CourierThread, Log
 from hafnium_rollout.notifications.cursors import Cursor, Cursors, new_cursor, with_sent
-from hafnium_rollout.notifications.delivery import Answer, post, wait_s
+from hafnium_rollout.notifications.delivery import Answer, post
 from hafnium_rollout.notifications.notices import Notice, Subject, notices
 from hafnium_rollout.notifications.settings import Webhook
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
-Log = Callable[[dict[str, Any]], None]
 SECRET_BYTES_MAX = 4096
+_RESTING_S = 0.5
+"""A process that was told nothing yet looks so often whether it leads again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,15 @@ class WebhookCourier:
 
     def __init__(
         self, settings: Webhook, cursors: Cursors, log: Log, *, now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] = random.random, leads: Callable[[], bool] = lambda: True,
     ) -> None:
         self._settings = settings
         self._cursors = cursors
         self._log = log
+        self._leads = leads
         self._now = now
         self._draw = draw
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._wake = threading.Event()
         self._queue: OrderedDict[str, _Waiting] = OrderedDict()
         self._events: dict[Subject, tuple[HistoryPoint, ...]] = {}
         self._present: dict[str, dict[str, None]] = {}
@@ -68,29 +67,27 @@ class WebhookCourier:
             cursor = new_cursor(now())
             cursors.save(settings.name, cursor)
         self._cursor: Cursor = cursor
-        self._thread = threading.Thread(target=self._run, name=f"webhook-{settings.name}", daemon=True)
+        self._new_term = threading.Event()
+        """What was sent must be read anew before anything else is."""
+        self._thread = CourierThread("webhook", settings, self._deliver, log, now)
 
     def start(self) -> None:
         self._thread.start()
 
     def lead(self) -> None:
-        """A new term: the leader before may have sent since this process last looked. What can't be read now is sent again at worst."""
-        try:
-            found = self._cursors.load(self._settings.name)
-        except HafniumError as e:
-            self._log({"time": self._now(), "level": "error", "event": "CursorNotRead", "receiver": self._settings.name, "message": str(e)})
-            return
+        """A new term: the leader before may have sent since this process last looked. The courier's thread finds out, before it sends
+        anything: the file is on a volume, and one that hangs must hold up no rollout."""
         with self._lock:
-            self._cursor = found or self._cursor
-            done = {i for ids in self._cursor.sent.values() for i in ids}
-            self._queue = OrderedDict((k, w) for k, w in self._queue.items() if k not in done)
             self._events = {}
+        self._new_term.set()
+        self._thread.wake.set()
+
+    def rest(self) -> None:
+        """Nothing is sent until it leads again; then `lead` finds out what of the queue another leader has sent."""
 
     def stop(self) -> None:
         """Ends after the attempt under way. What is not sent is sent after the next start."""
-        self._stop.set()
-        self._wake.set()
-        self._thread.join(self._settings.attempt_timeout.total_seconds() + 1.0)
+        self._thread.stop()
 
     @property
     def waiting(self) -> int:
@@ -115,30 +112,37 @@ class WebhookCourier:
                 self._queue[notice.id] = _Waiting(notice, time.monotonic())
             else:
                 self._events[subject] = events
-        self._wake.set()
+        self._thread.wake.set()
 
     def gone(self, subject: Subject) -> None:
         """The rollout was deleted. What is queued is still sent."""
         with self._lock:
             self._events.pop(subject, None)
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._deliver()
-            except Exception as e:  # noqa: BLE001 - a thread that ends unseen would be a receiver that hears nothing more
-                self._log({"time": self._now(), "level": "error", "event": "CourierFailed", "receiver": self._settings.name,
-                           "message": str(e), "trace": traceback.format_exc()})
-                self._stop.wait(self._settings.backoff_max.total_seconds())
+    def _read_anew(self) -> None:
+        """What can't be read now is sent again at worst."""
+        try:
+            found = self._cursors.load(self._settings.name)
+        except HafniumError as e:
+            self._log({"time": self._now(), "level": "error", "event": "CursorNotRead", "receiver": self._settings.name, "message": str(e)})
+            return
+        with self._lock:
+            self._cursor = found or self._cursor
+            done = {i for ids in self._cursor.sent.values() for i in ids}
+            self._queue = OrderedDict((k, w) for k, w in self._queue.items() if k not in done)
 
     def _deliver(self) -> None:
         attempt = 0
-        while not self._stop.is_set():
+        while not self._thread.stopping.is_set():
+            if self._new_term.is_set():
+                self._new_term.clear()
+                self._read_anew()
             with self._lock:
                 waiting = next(iter(self._queue.values()), None)
-            if waiting is None:
-                self._wake.wait()
-                self._wake.clear()
+            if waiting is None or not self._leads():
+                self._thread.wake.wait(_RESTING_S if waiting is not None else None)
+                self._thread.wake.clear()
+                attempt = 0
                 continue
             attempt += 1
             answer = self._send(waiting.notice)
@@ -155,9 +159,7 @@ class WebhookCourier:
                 if attempt == 1:
                     self._say("warning", "NotificationLate", waiting.notice, f"{answer.message}; trying again until "
                               f"{self._settings.deadline.total_seconds():g} s have passed")
-                s = self._settings
-                self._stop.wait(wait_s(attempt, s.backoff_first.total_seconds(), s.backoff_max.total_seconds(), self._draw(),
-                                       answer.retry_after_s))
+                self._thread.rest(attempt, self._draw(), answer.retry_after_s)
 
     def _send(self, notice: Notice) -> Answer:
         body = json.dumps(notice.body(), ensure_ascii=False, separators=(",", ":")).encode()
@@ -177,6 +179,8 @@ class WebhookCourier:
             self._queue.pop(notice.id, None)
             self._cursor = with_sent(self._cursor, key, notice.id, self._present.get(key, {}))
             cursor = self._cursor
+        if not self._leads():
+            return  # the file is another's by now; what was sent here last comes once more
         try:
             self._cursors.save(self._settings.name, cursor)
         except (OSError, HafniumError) as e:

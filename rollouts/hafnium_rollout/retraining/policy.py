@@ -7,6 +7,8 @@ answer already.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +23,7 @@ from hafnium_rollout.gates import CLOCK_SKEW_MAX
 from hafnium_rollout.status import RolloutStatus
 
 Kind = Literal["drift", "performance"]
+_NAME_CHARACTERS_MAX = 24
 HISTORY_MAX = 200
 """Attempts remembered per rollout, the newest. At one a day more than half a year."""
 
@@ -39,6 +42,8 @@ class RetrainingPolicy(Strict):
     """Between two attempts for a rollout, whatever model. A training and its rollout should have ended by then."""
     attempts_max: int = Field(default=3, ge=1, le=100)
     """For one stable model: if three trainings didn't replace it, a fourth won't, and a person has to look."""
+    start_within: Duration = timedelta(hours=24)
+    """A training that couldn't be started for so long never is: what it was to learn from is of yesterday. New findings bring a new one."""
 
     @model_validator(mode="after")
     def _times(self) -> Self:
@@ -46,6 +51,8 @@ class RetrainingPolicy(Strict):
             raise ValueError("coolDown must be at least 1m")
         if self.max_age <= timedelta(0):
             raise ValueError("maxAge must be longer than 0s")
+        if self.start_within <= timedelta(0):
+            raise ValueError("startWithin must be longer than 0s")
         return self
 
 
@@ -61,8 +68,9 @@ class Attempt(Strict):
     findings: tuple[str, ...]
     """Names of the evidence that it rests on."""
     message: str
-    state: Literal["Proposed", "Intended", "Started", "Succeeded", "Failed", "Unknown"]
-    """Intended: to be started, not known to have been."""
+    state: Literal["Proposed", "Intended", "Starting", "Started", "Succeeded", "Failed", "Unknown"]
+    """Intended: to be started, and it wasn't. Starting: written right before it is asked for, so who finds it was cut off there.
+    Unknown: it may have been started, and nothing is left of it to tell."""
     detail: str = ""
     """What was started, or why it wasn't."""
 
@@ -73,6 +81,17 @@ class RetrainingDecision:
 
     reason: str
     attempt: Attempt | None = None
+
+
+def attempt_id(name: str, digest8: str, number: int) -> str:
+    """Of one attempt for ever. At most 47 characters and a DNS label that begins with a letter, as KubeRay wants a RayJob's name.
+
+    A name that can't stand in it as it is gets a part of its hash, so that rollouts whose names begin alike never share a training.
+    """
+    if len(name) > _NAME_CHARACTERS_MAX or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        readable = re.sub(r"[^a-z0-9]+", "-", f"r-{name}" if not name[:1].isalpha() else name)
+        name = f"{readable[:_NAME_CHARACTERS_MAX - 7].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return f"{name}-retrain-{digest8}-{number}"
 
 
 def decide_retraining(
@@ -108,7 +127,7 @@ def decide_retraining(
     text = (f"{kind} of the stable model {stable.version or digest8} failed in {len(found)} windows in a row, since "
             f"{found[-1].window_start:%Y-%m-%d %H:%M} UTC: {found[0].message}")
     attempt = Attempt(
-        id=f"{name[:24].rstrip('-.')}-retrain-{digest8}-{len(tried) + 1}", time=now, digest=stable.digest, kind=kind,
+        id=attempt_id(name, digest8, len(tried) + 1), time=now, digest=stable.digest, kind=kind,
         findings=tuple(evidence_name(e) for e in found), message=text, state="Intended" if policy.policy == "start" else "Proposed",
     )
     return RetrainingDecision(text, attempt)

@@ -1,5 +1,9 @@
-"""The shell around decide_retraining: attempts as files, and what starts them. The intent is written first, so a crash costs none and
-doubles none."""
+"""The shell around decide_retraining: attempts as files, and what starts them.
+
+The intent is written first, so a crash costs none; and that it is being started is written right before it is, so none is started twice:
+who finds an attempt there was cut off in between, looks for the training, and starts it at no price again. One that ran and was
+cleaned up meanwhile (a RayJob has a TTL) can't be told from one that never was; it is Unknown, and a person hears of it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ from typing import Annotated, Any, Protocol, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from hafnium_contract.durations import Duration
+from hafnium_contract.durations import Duration, format_duration
 from hafnium_contract.errors import HafniumError
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_contract.whole_files import write_atomically
-from hafnium_rollout.errors import StateError
+from hafnium_rollout.errors import NotLeading, StateError
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.retraining.policy import HISTORY_MAX, Attempt, RetrainingPolicy, decide_retraining
 from hafnium_rollout.status import HistoryPoint, ModelSeen, RolloutStatus
@@ -53,6 +57,10 @@ class Starter(Protocol):
 
     def start(self, attempt: Attempt, rollout: ModelRollout, stable: ModelSeen, proposal: str) -> Attempt:
         """The attempt as Started, Failed or Unknown. Raises OSError or HafniumError when it should be tried again."""
+        ...
+
+    def find(self, attempt: Attempt, rollout: ModelRollout) -> Attempt:
+        """Of an attempt whose start was cut off: Started when there is such a training, else Unknown. Starts none. Raises as `start`."""
         ...
 
     def look(self, attempt: Attempt) -> Attempt:
@@ -105,8 +113,7 @@ class CommandStarter:
         try:
             marker.touch(exist_ok=False)
         except FileExistsError:
-            text = f"it was being started when the controller ended; see {attempt.id}.log"
-            return attempt.model_copy(update={"state": "Unknown", "detail": text})
+            return self.find(attempt, rollout)
         environment = os.environ | {
             "HAFNIUM_RETRAINING_ID": attempt.id, "HAFNIUM_RETRAINING_ROLLOUT": rollout.name,
             "HAFNIUM_RETRAINING_MODEL": rollout.spec.model.name, "HAFNIUM_RETRAINING_STABLE_DIGEST": stable.digest,
@@ -121,6 +128,11 @@ class CommandStarter:
             return attempt.model_copy(update={"state": "Failed", "detail": f"{self._command[0]}: {e.strerror or e}"})
         self._running[attempt.id] = (process, time.monotonic())
         return attempt.model_copy(update={"state": "Started", "detail": f"process {process.pid}: {self._command[0]}"})
+
+    def find(self, attempt: Attempt, rollout: ModelRollout) -> Attempt:
+        del rollout
+        text = f"it was being started when the controller ended; see {attempt.id}.log"
+        return attempt.model_copy(update={"state": "Unknown", "detail": text})
 
     def look(self, attempt: Attempt) -> Attempt:
         found = self._running.get(attempt.id)
@@ -151,43 +163,63 @@ class RetrainingTrigger:
     def turn(
         self, rollout: ModelRollout, status: RolloutStatus, evidence: Sequence[EvidenceSpec], now: datetime,
     ) -> tuple[HistoryPoint, ...]:
-        """Does what is due. Returns all attempts as events, for notifications. Raises StateError, OSError or HafniumError."""
+        """Does what is due. Returns all attempts as events, for notifications. Raises StateError, OSError or HafniumError; NotLeading
+        when another process does the same by now."""
         if self.settings.policy == "never":
             return ()
         key = f"{rollout.metadata.namespace}/{rollout.name}"
         history = self.attempts.load(key)
-        known = history
         decision = decide_retraining(self.settings, rollout.name, status, evidence, history, now)
         if decision.attempt is not None:
             history = (*history, decision.attempt)
             self.attempts.save(key, history)  # the intent first: after a crash it is found here, and no second one is made
-            known = history
             self.log({"time": now, "level": "warning", "rollout": rollout.name, "event": _event(decision.attempt),
                       "message": decision.attempt.message, "id": decision.attempt.id, "alert": True})
-        after = tuple(self._carried_on(a, rollout, status, now) for a in history)
-        if after != known:
-            self.attempts.save(key, after)
+        for number, attempt in enumerate(history):
+            after = self._carried_on(key, history, number, rollout, status, now)
+            if after != attempt:
+                history = (*history[:number], after, *history[number + 1:])
+                self.attempts.save(key, history)
+                level = "error" if after.state in ("Failed", "Unknown") else "info"
+                self.log({"time": now, "level": level, "rollout": rollout.name, "event": f"Retraining{after.state}", "id": after.id,
+                          "message": after.detail})
         return tuple(
-            HistoryPoint(time=a.time, event=_event(a), weight=0, reason=a.kind, message=f"{a.message} ({a.id})", alert=True) for a in after)
+            HistoryPoint(time=a.time, event=_event(a), weight=0, reason=a.kind, message=f"{a.message} ({a.id})", alert=True)
+            for a in history)
 
-    def _carried_on(self, attempt: Attempt, rollout: ModelRollout, status: RolloutStatus, now: datetime) -> Attempt:
-        if self.starter is None or attempt.state not in ("Intended", "Started"):
+    def _carried_on(
+        self, key: str, history: Sequence[Attempt], number: int, rollout: ModelRollout, status: RolloutStatus, now: datetime,
+    ) -> Attempt:
+        """One attempt as it is after this turn. Raises NotLeading."""
+        attempt, stable, within = history[number], status.stable, self.settings.start_within
+        if attempt.state == "Intended":
+            if stable is None or stable.digest != attempt.digest:
+                return attempt.model_copy(update={"state": "Failed", "detail": "another model is stable by now"})
+            if now - attempt.time > within:
+                why = attempt.detail or "nothing here starts trainings"
+                text = f"it couldn't be started within {format_duration(within)} ({why}); new findings bring a new attempt"
+                return attempt.model_copy(update={"state": "Failed", "detail": text})
+        if self.starter is None:
             return attempt
-        stable = status.stable
-        if attempt.state == "Started":
-            after = self.starter.look(attempt)
-        elif stable is None or stable.digest != attempt.digest:
-            after = attempt.model_copy(update={"state": "Failed", "detail": "another model is stable by now"})
-        else:
-            try:
-                after = self.starter.start(attempt, rollout, stable, proposal(attempt, rollout, stable))
-            except (OSError, HafniumError) as e:
-                after = attempt.model_copy(update={"detail": f"can't be started yet: {e}"})
-        if after != attempt:
-            level = "error" if after.state == "Failed" else "info"
-            self.log({"time": now, "level": level, "rollout": rollout.name, "event": f"Retraining{after.state}", "id": after.id,
-                      "message": after.detail})
-        return after
+        try:
+            if attempt.state == "Started":
+                return self.starter.look(attempt)
+            if attempt.state == "Starting":
+                return self.starter.find(attempt, rollout)
+            if attempt.state == "Intended" and stable is not None:
+                starting = attempt.model_copy(update={"state": "Starting"})
+                self.attempts.save(key, (*history[:number], starting, *history[number + 1:]))
+                return self.starter.start(attempt, rollout, stable, proposal(attempt, rollout, stable))
+        except NotLeading:
+            raise
+        except (OSError, HafniumError) as e:
+            if attempt.state != "Intended":
+                raise
+            after = attempt.model_copy(update={"detail": f"can't be started yet: {e}"[:500]})
+            if after == attempt:
+                self.attempts.save(key, history)  # it isn't being started: that was refused
+            return after
+        return attempt
 
 
 def _event(attempt: Attempt) -> str:

@@ -2,10 +2,10 @@
 
 For one tilt the log e-value moves per candidate request with mean μ and variance σ²; the time at which such a walk first
 reaches a level L is about inverse Gaussian with mean L/μ and shape L²/σ² (Schrödinger 1915; Wald 1947). The best tilt decides.
-The level is ln(1/alpha) plus the price of the mean over the grid. That is less than ln of its size, since neighbouring tilts help each
-other, the more so the more even the split is: ln 10(1 − w) for Fail at the candidate's share w, ln 5 for Pass (calibrated against
-simulation: within 20 % at base rates of .05 to 3 % and shares of 5 to 50 %, tests/rollouts/test_plan.py and `make bench-rollouts`).
-Restarts hold half of the money, which is ln 2 more.
+The level is ln(1/alpha) plus the price of betting on a whole grid. That is less than −ln of the tilt's share, since neighbouring tilts
+help each other, the more so the more even the split is: by ln 1.4/(1 − w) for Fail at the candidate's share w; for Pass ln 5 of ln 12 is
+left (calibrated against simulation: within 20 % up to a risk ratio of 3 and 27 % above, at base rates of .05 to 3 % and shares of 5 to
+50 %, tests/rollouts/test_plan.py and `make bench-rollouts`). Restarts hold a quarter of the money, which is ln 4/3 more.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from hafnium_rollout.statistics import tilt
 PRICE_PASS = math.log(5.0)
 
 
-def _level_fail(alpha: float, weight: float, restarts: bool) -> float:
-    return math.log(1.0 / alpha) + math.log(10.0 * (1.0 - weight)) + (math.log(2.0) if restarts else 0.0)
+_HELP_FAIL = 1.4
+
+
+def _level_fail(price: float, alpha: float, weight: float, restarts: bool) -> float:
+    help_of_others = math.log(_HELP_FAIL / (1.0 - weight))
+    return math.log(1.0 / alpha) + max(price - help_of_others, 0.0) - (math.log(tilt.PLAIN_SHARE) if restarts else 0.0)
 
 
 def requests_to_fail(
@@ -26,10 +30,9 @@ def requests_to_fail(
     restarts: bool = False,
 ) -> float | None:
     """Candidate requests until Fail, at true shares of bad requests `candidate` and `stable`. None: it doesn't come."""
-    level = _level_fail(alpha, weight, restarts)
     times = [
-        _quantile(level * phi, mu, var * phi, quantile)
-        for mu, var in (_fail_step(r, candidate, stable, weight, harmless) for r in tilt.FAIL_RATIOS) if mu > 0
+        _quantile(_level_fail(price, alpha, weight, restarts) * phi, mu, var * phi, quantile)
+        for price, (mu, var) in _fail_steps(candidate, stable, weight, harmless) if mu > 0
     ]
     return min(times, default=None)
 
@@ -51,9 +54,17 @@ def chance_of_fail(
     restarts: bool = False,
 ) -> float:
     """About the chance that Fail has come within so many candidate requests."""
-    level = _level_fail(alpha, weight, restarts) * phi
-    steps = (_fail_step(r, candidate, stable, weight, harmless) for r in tilt.FAIL_RATIOS)
-    return max((_reached(level, mu, var * phi, requests) for mu, var in steps if mu > 0), default=0.0)
+    return max((
+        _reached(_level_fail(price, alpha, weight, restarts) * phi, mu, var * phi, requests)
+        for price, (mu, var) in _fail_steps(candidate, stable, weight, harmless) if mu > 0
+    ), default=0.0)
+
+
+def _fail_steps(candidate: float, stable: float, weight: float, harmless: float) -> list[tuple[float, tuple[float, float]]]:
+    """Per tilt: its price, and (μ, σ²) per candidate request."""
+    return [
+        (price, _fail_step(r, candidate, stable, weight, harmless)) for r, price in zip(tilt.FAIL_RATIOS, tilt.FAIL_PRICES, strict=True)
+    ]
 
 
 def _fail_step(ratio: float, candidate: float, stable: float, weight: float, harmless: float) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hafnium_rollout.decide import decide
 from hafnium_rollout.kubernetes import canary_traffic
 from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
+from hafnium_rollout.kubernetes.capabilities import findings
 from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict
 from hafnium_rollout.kubernetes.objects_seen import Meta, PodSeen, meta_of
@@ -27,9 +28,11 @@ from hafnium_rollout.kubernetes.observer import Observer
 from hafnium_rollout.kubernetes.paired_backend import NotYet
 from hafnium_rollout.kubernetes.prometheus_queries import PrometheusLooks
 from hafnium_rollout.kubernetes.score_log import ScoreLog
+from hafnium_rollout.kubernetes.served_models import ServedModels
+from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Snapshot
 from hafnium_rollout.objects import ModelRollout
-from hafnium_rollout.status import RolloutStatus, stored
+from hafnium_rollout.status import ModelSeen, RolloutStatus, stored
 
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 DIGESTS = {n: "sha256:" + n * 64 for n in "abcd"}
@@ -122,7 +125,9 @@ class Kserve:
             {"metadata": {"name": n, "namespace": "ns", "labels": {"serving.kserve.io/inferenceservice": "risk"},
                           "annotations": {"hafnium.dev/model-digest": d}}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}
             for n, d in self.revisions)
-        pods = tuple(PodSeen(f"p-{n}", "risk", "predictor", True, 0, revision=n) for n, _ in self.revisions)
+        # Knative keeps pods of revisions that get requests or are about to; those of others end.
+        kept = {*self.traffic, self.latest_ready, self.revisions[-1][0] if self.revisions else ""}
+        pods = tuple(PodSeen(f"p-{n}", "risk", "predictor", True, 0, revision=n) for n, _ in self.revisions if n in kept)
         return Snapshot(services=services, pods={("ns", "risk"): pods}, revisions={"ns": found}, evidence={}, approvals={})
 
     def share(self, digest: str) -> int:
@@ -152,7 +157,7 @@ class Cluster:
         self.now += timedelta(seconds=15)
         self.kserve.tick()
         looks = PrometheusLooks(None, scrape_interval_s=15.0, clock_skew_s_max=5.0)
-        backend = CanaryBackend(cast("KubernetesClient", self.kserve), Observer(looks, ScoreLog("")))
+        backend = CanaryBackend(cast("KubernetesClient", self.kserve), Observer(looks, ScoreLog(""), ServedModels(None, 15.0)))
         snapshot = self.kserve.snapshot()
         meta: Meta = meta_of({"metadata": {"namespace": "ns", "name": "risk"}})
         seen = backend.observe(self.spec, meta, self.status, snapshot, self.now, look=True)
@@ -312,3 +317,41 @@ def test_a_strangers_percent_is_put_back(mine: int, theirs: int) -> None:
     found.turn()
     assert canary_traffic.percent_of(found.kserve.item) == mine
     assert any(p.event == "ExternalChange" for p in found.status.history)
+
+
+# --- taking over a service that is there already --------------------------------------------------------------------------------
+
+
+def _taken_over(item: dict[str, Any], status: RolloutStatus = RolloutStatus()) -> list[str]:
+    seen = Snapshot(services={("ns", "risk"): item}, revisions={}, pods={}, evidence={}, approvals={})
+    spec = rollout(routing={"backend": "CanaryTrafficPercent"}, strategy={"steps": [{"weight": 20}, {"weight": 100}]})
+    return [f.reason for f in findings(spec, "ns", seen, Settings(prometheus_url="http://prometheus"), status=status) if f.refuses]
+
+
+def _item(*, percent: int | None = None, created: str = "r2", ready: str = "r2", traffic: dict[str, int] | None = None) -> dict[str, Any]:
+    predictor: dict[str, Any] = {"model": {}} | ({"canaryTrafficPercent": percent} if percent is not None else {})
+    shares = [{"revisionName": n, "percent": p} for n, p in (traffic if traffic is not None else {"r2": 100}).items()]
+    return {"metadata": {"name": "risk", "namespace": "ns"}, "spec": {"predictor": predictor}, "status": {
+        "deploymentMode": "Knative", "components": {"predictor": {
+            "latestCreatedRevision": created, "latestReadyRevision": ready, "traffic": shares}}}}
+
+
+def test_a_service_at_rest_is_taken_over() -> None:
+    assert _taken_over(_item()) == []
+    assert _taken_over(_item(traffic={"r2": 100, "r1": 0})) == [], "an old revision without requests is at rest"
+
+
+@pytest.mark.parametrize("item", [
+    _item(percent=20, traffic={"r1": 80, "r2": 20}), _item(percent=0, traffic={"r1": 100}), _item(percent=100),
+    _item(created="r3"), _item(created="", ready=""), _item(traffic={"r1": 80, "r2": 20}), _item(traffic={"r1": 100}), _item(traffic={}),
+], ids=["a canary", "taken back but still armed", "all of it, by a percent", "a revision that comes up", "no revision yet",
+        "two answer", "an older one answers", "nobody answers"])
+def test_a_service_in_the_middle_of_another_change_is_not_taken_over(item: dict[str, Any]) -> None:
+    assert _taken_over(item) == ["NotAtRest"]
+
+
+def test_what_this_rollout_does_itself_is_no_other_change() -> None:
+    """Also when it is the first: its own service comes up, or was taken over and is at 0 %."""
+    item = _item(percent=0, traffic={"r1": 100})
+    assert _taken_over(item, RolloutStatus(run_id="aaaaaaaa-1")) == []
+    assert _taken_over(item, RolloutStatus(stable=ModelSeen(service="risk"))) == []

@@ -104,6 +104,14 @@ def test_an_answer_that_repeating_would_not_change_is_given_at_once(status: int,
     assert len(api.asked) == 1
 
 
+def test_a_crd_that_is_older_than_the_operator_is_named_and_not_asked_again() -> None:
+    """The API server answers 500 to a field that the CRD doesn't declare."""
+    told = "failed to create typed patch object (n/x; hafnium.dev/v1alpha1): .status.step.new: field not declared in schema"
+    with scripted_api(says(500, told)) as api, pytest.raises(Invalid, match=r"older than this operator.*manifests/crds.yaml"):
+        api.client().apply_status(MODEL_ROLLOUT, "n", "x", {"step": {"new": 1}}, resource_version="1")
+    assert len(api.asked) == 1
+
+
 def test_the_fence_is_asked_before_each_attempt_of_a_write() -> None:
     """The lease is lost while a retry waits: the second attempt must not leave the process."""
     waits, asked = Waits(), []

@@ -11,7 +11,7 @@ import pytest
 from hafnium_scripted_api import Answer, Asked, ScriptedApi, data, says, scripted_api
 
 from hafnium_rollout.kubernetes.errors import LeaseLost
-from hafnium_rollout.kubernetes.leader import Leader, LeaseTimes, Record, next_record
+from hafnium_rollout.kubernetes.leader import Leader, LeaseTimes, Record, in_term, next_record
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TIMES = LeaseTimes()
@@ -61,6 +61,7 @@ class LeaseServer:
     def __init__(self) -> None:
         self.lease: dict[str, Any] | None = None
         self.fault: Answer | None = None
+        self.uid = "u"
 
     def __call__(self, asked: Asked) -> Answer:
         if self.fault is not None:
@@ -72,7 +73,7 @@ class LeaseServer:
         if (asked.method == "POST") != (self.lease is None) or (
                 asked.method == "PUT" and body["metadata"]["resourceVersion"] != str(version)):
             return says(409, "the object has been modified")
-        body["metadata"] |= {"resourceVersion": str(version + 1), "uid": "u"}
+        body["metadata"] |= {"resourceVersion": str(version + 1), "uid": self.uid}
         self.lease = body
         return data(body)
 
@@ -125,6 +126,52 @@ def test_a_leader_that_slept_knows_it_at_its_next_write() -> None:
             leader.check()
 
 
+def test_what_was_decided_before_another_led_is_not_written_though_one_leads_again() -> None:
+    """A turn of the first was held up. The second has led, moved things and gone; the first has the lease again, and its turn goes on."""
+    clock = Clock()
+    with scripted_api(LeaseServer()) as api:
+        first, second = _leader(api, "first", clock), _leader(api, "second", clock)
+        assert first.step()
+        began = first.term
+        assert not second.step()
+        clock.seconds += 16
+        assert second.step()
+        second.release()
+        assert first.step()
+        first.check()
+        with in_term(began), pytest.raises(LeaseLost, match="another process had it since this was decided"):
+            first.check()
+        with in_term(first.term):
+            first.check()
+        first.check()
+
+
+def test_a_lease_that_ran_out_and_that_nobody_took_goes_on_in_the_same_term() -> None:
+    clock = Clock()
+    with scripted_api(LeaseServer()) as api:
+        leader = _leader(api, "first", clock)
+        leader.step()
+        began = leader.term
+        clock.seconds += 60
+        with in_term(began), pytest.raises(LeaseLost, match="not renewed in time"):
+            leader.check()
+        assert leader.step()
+        with in_term(began):
+            leader.check()
+
+
+def test_a_lease_that_was_deleted_and_made_anew_is_another_term() -> None:
+    clock, server = Clock(), LeaseServer()
+    with scripted_api(server) as api:
+        leader = _leader(api, "first", clock)
+        leader.step()
+        began = leader.term
+        server.lease, server.uid = None, "another"
+        clock.seconds += 60
+        assert leader.step()
+        assert leader.term != began
+
+
 def test_a_lease_given_up_is_free_at_once() -> None:
     clock = Clock()
     with scripted_api(LeaseServer()) as api:
@@ -165,3 +212,40 @@ def test_run_tells_of_the_beginning_and_gives_the_lease_up_at_the_end() -> None:
     assert told == [True]
     assert server.lease is not None
     assert server.lease["spec"]["holderIdentity"] == ""
+
+
+def test_a_listener_that_fails_ends_no_election_and_is_told_again() -> None:
+    server, stop, told = LeaseServer(), threading.Event(), []
+
+    def changed(leads: bool) -> None:
+        told.append(leads)
+        if len(told) == 1:
+            raise BrokenPipeError("nobody reads the log")
+        stop.set()
+
+    with scripted_api(server) as api:
+        leader = Leader(api.client(), "ops", "hafnium-rollout", "me", LeaseTimes(retry_s=0.01))
+        leader.run(stop, changed)
+    assert told == [True, True]
+
+
+def test_run_tells_of_another_term_though_each_step_leads() -> None:
+    """The process was stopped between two steps; meanwhile another had the lease, and gave it up."""
+    server, stop, told, clock = LeaseServer(), threading.Event(), [], Clock()
+
+    def changed(leads: bool) -> None:
+        told.append(leads)
+        if len(told) == 1:
+            clock.seconds += 16
+            with scripted_api(server) as other:
+                second = _leader(other, "second", clock)
+                second.step()
+                clock.seconds += 16
+                assert second.step()
+                second.release()
+        if len(told) == 3:
+            stop.set()
+
+    with scripted_api(server) as api:
+        Leader(api.client(), "ops", "hafnium-rollout", "me", LeaseTimes(retry_s=0.01), clock=clock).run(stop, changed)
+    assert told == [True, False, True]

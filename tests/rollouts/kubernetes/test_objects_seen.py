@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,64 @@ def test_a_crashing_service_says_why_and_how_often() -> None:
     assert "Deployment does not have minimum availability" in service_seen(fixture("inferenceservice_crashing"), []).message
 
 
+def _restarts(*containers: tuple[str, int], init: int = 0) -> int:
+    pod = fixture("pod_ready")
+    pod["status"]["containerStatuses"] = [{"name": n, "restartCount": c} for n, c in containers]
+    pod["status"]["initContainerStatuses"] = [{"name": "storage-initializer", "restartCount": init}]
+    return pod_seen(pod).restarts
+
+
+def test_only_the_models_own_container_counts_as_restarted() -> None:
+    assert _restarts(("kserve-container", 1), ("queue-proxy", 40), ("istio-proxy", 9), init=7) == 1
+    assert _restarts(("kserve-container", 1), ("transformer-container", 3), ("istio-proxy", 9)) == 3, "both parts in one pod"
+    assert _restarts(("something", 1), ("else", 4), init=7) == 4
+
+
+def test_a_services_restarts_are_those_of_its_worst_pod() -> None:
+    pods = [replace(pod_seen(fixture("pod_ready")), name=f"p{i}", restarts=i) for i in range(4)]
+    seen = service_seen(fixture("inferenceservice_ready"), pods)
+    assert (seen.restarts, dict(seen.pod_restarts)) == (3, {"p1": 1, "p2": 2, "p3": 3})
+
+
+def _unschedulable() -> dict[str, Any]:
+    pod = fixture("pod_ready")
+    pod["status"] = {"phase": "Pending", "conditions": [{
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient cpu."}]}
+    return pod
+
+
+def test_a_service_without_room_says_what_the_scheduler_says() -> None:
+    pods = [pod_seen(_unschedulable())]
+    assert service_seen(fixture("inferenceservice_crashing"), pods).no_room == "0/1 nodes are available: 1 Insufficient cpu."
+    one = replace(pod_seen(fixture("pod_ready")), name="another")
+    assert service_seen(fixture("inferenceservice_crashing"), [one, *pods]).no_room, "one of two has room"
+    assert service_seen(fixture("inferenceservice_ready"), [one, *pods]).no_room == "", "it is ready with one"
+
+
+def test_a_pod_of_a_lost_node_vetoes_no_want_of_room() -> None:
+    """It stays Terminating, or Failed, for as long as its node is away; the one that stands for it is what has no room."""
+    gone = replace(pod_seen(_unschedulable()), name="gone", no_room="", over=True)
+    assert service_seen(fixture("inferenceservice_crashing"), [gone, pod_seen(_unschedulable())]).no_room
+    failed = _unschedulable()
+    failed["status"] = {"phase": "Failed", "reason": "NodeShutdown"}
+    assert pod_seen(failed).over
+    assert service_seen(fixture("inferenceservice_crashing"), [gone]).no_room == "", "nobody waits for room"
+
+
+def test_a_crash_beside_want_of_room_is_a_crash() -> None:
+    crashing = replace(pod_seen(fixture("pod_crashing")), name="another")
+    assert service_seen(fixture("inferenceservice_crashing"), [crashing, pod_seen(_unschedulable())]).no_room == ""
+    assert service_seen(fixture("inferenceservice_crashing"), []).no_room == "", "no pod at all is not known to be want of room"
+
+
+def test_a_pod_that_its_node_sent_away_for_want_of_room_has_none() -> None:
+    pod = fixture("pod_ready")
+    pod["status"] = {"phase": "Failed", "reason": "OutOfcpu", "message": "Node didn't have enough resource: cpu"}
+    assert pod_seen(pod).no_room == "OutOfcpu: Node didn't have enough resource: cpu"
+    pod["status"]["reason"] = "Evicted"
+    assert pod_seen(pod).no_room == "", "an evicted pod may have taken more than it asked for"
+
+
 def test_a_pod_that_is_being_deleted_is_not_ready() -> None:
     pod = fixture("pod_ready")
     pod["metadata"]["deletionTimestamp"] = "2026-11-21T21:00:00Z"
@@ -212,9 +271,13 @@ def test_evidence_that_cannot_be_read_is_said_and_the_rest_counts() -> None:
     good = {"apiVersion": "hafnium.dev/v1alpha1", "metadata": {"name": "drift-1", "namespace": "n"}, "spec": {
         "modelDigest": "sha256:" + "a" * 64, "kind": "drift", "windowStart": "2026-03-01T11:00:00Z", "windowEnd": "2026-03-01T12:00:00Z",
         "verdict": "Pass", "samples": 1000, "message": "no drift", "createdAt": "2026-03-01T12:00:01Z"}}
-    found, error = evidence_seen([{"metadata": {"name": "bad", "namespace": "n"}, "spec": {"verdict": "Perhaps"}}, good])
+    bad = {"metadata": {"name": "bad", "namespace": "n", "creationTimestamp": "2026-03-01T12:00:02Z"}, "spec": {"verdict": "Perhaps"}}
+    newer = {**bad, "spec": {**good["spec"], "verdict": "Perhaps"}}
+    found, unread = evidence_seen([bad, good, newer])
     assert [e.verdict for e in found] == ["Pass"]
-    assert "ModelEvidence n/bad" in error
+    assert all("ModelEvidence n/bad" in u.error and "delete it" in u.error for u in unread)
+    when = datetime(2026, 3, 1, 12, 0, 2, tzinfo=UTC)
+    assert [(u.model_digest, u.kind, u.created_at) for u in unread] == [(None, None, when), ("sha256:" + "a" * 64, "drift", when)]
 
 
 def test_an_approval_that_is_being_deleted_approves_nothing() -> None:

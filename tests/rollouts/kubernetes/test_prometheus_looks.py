@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs
@@ -15,7 +15,8 @@ from hafnium_rollout_world import rollout
 from hafnium_scripted_api import Answer, Asked, scripted_api
 
 from hafnium_rollout.kubernetes.objects_seen import PodSeen
-from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
+from hafnium_rollout.kubernetes.pod_counters import Pods, by_pod, increase
+from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError, Sample
 from hafnium_rollout.kubernetes.prometheus_queries import LookMade, PrometheusLooks, query_problems
 from hafnium_rollout.observation import Counts, Look
 from hafnium_rollout.statistics import sample_ratio
@@ -45,6 +46,8 @@ class World:
     """Answers of further queries by their text: values."""
     fault: Answer | None = None
     skew_s: float = 0.0
+    twice: str = ""
+    """A pod that two jobs scrape, under different names."""
     asked: list[str] = field(default_factory=list[str])
     status: RolloutStatus = field(default_factory=lambda: RolloutStatus(
         stable=ModelSeen(service="stable"), candidate=ModelSeen(service="candidate"), run_id="r"))
@@ -71,8 +74,10 @@ class World:
         match = re.search(r'pod=~"([^"]*)"', query)
         assert match is not None, query
         found = {n: p for n, p in self.pods.items() if re.fullmatch(match[1].replace("\\\\", "\\"), n)}
+        jobs = {n: ("a", "b") if n == self.twice else ("a",) for n in found}
         if query.startswith("timestamp("):
-            return _ok("vector", [{"metric": {"pod": n}, "value": [at, str(p.scraped)]} for n, p in found.items()])
+            return _ok("vector", [{"metric": {"pod": n, "instance": job}, "value": [at, str(p.scraped)]}
+                                  for n, p in found.items() for job in jobs[n]])
         rows: list[tuple[dict[str, str], float]] = []
         for name, p in found.items():
             rows.append(({"__name__": "inference_requests_total", "pod": name}, p.requests))
@@ -81,7 +86,8 @@ class World:
             rows.append(({"__name__": "inference_duration_seconds_count", "pod": name}, p.requests))
             for le, n in (("0.05", p.requests - p.slow), ("0.1", p.requests - p.slow), ("+Inf", p.requests)):
                 rows.append(({"__name__": "inference_duration_seconds_bucket", "pod": name, "le": le}, n))
-        return _ok("vector", [{"metric": labels, "value": [at, str(v)]} for labels, v in rows])
+        return _ok("vector", [{"metric": {**labels, "instance": job}, "value": [at, str(v)]}
+                              for labels, v in rows for job in jobs[labels["pod"]]])
 
     def look(self, *, keep: bool = True) -> LookMade:
         looks = PrometheusLooks(Prometheus(self.url), scrape_interval_s=SCRAPE_S, clock_skew_s_max=5.0)
@@ -212,6 +218,21 @@ def test_a_ready_pod_that_is_not_scraped_is_an_error_and_no_silence(world: World
     assert "has no inference_requests_total of candidate (pods c-1)" in gate.error
 
 
+def test_a_pod_that_is_never_scraped_hides_behind_no_other(world: World) -> None:
+    """One healthy pod that is counted says nothing of three that aren't."""
+    world.ready = {"c-2": True}
+    world.look()
+    for n in range(1, 5):
+        world.scrape(s_1=Pod(requests=100.0 * n, errors=0), c_1=Pod(requests=10.0 * n, errors=0))
+        assert _made(world.look()).gates["errors"].error == "", "a new pod has its time"
+    world.scrape(s_1=Pod(requests=500, errors=0), c_1=Pod(requests=50, errors=0))
+    error = _made(world.look()).gates["errors"].error
+    assert "pods c-2" in error
+    assert "are they scraped" in error
+    world.scrape(c_2=Pod(requests=1))
+    assert _made(world.look()).gates["errors"].error == ""
+
+
 def test_a_candidate_without_pods_has_no_requests_and_that_is_known(world: World) -> None:
     del world.pods["c-1"]
     world.scrape()
@@ -231,6 +252,132 @@ def test_a_rollback_is_not_over_while_the_candidate_cannot_be_counted(world: Wor
     made = world.look()
     assert made.look is None
     assert "isn't known whether requests still reach the candidate" in made.problems[0]
+
+
+# --- how many requests reached the candidate ------------------------------------------------------------------------------------
+
+
+def test_the_candidates_requests_are_in_every_look_whatever_the_gates_ask(world: World) -> None:
+    world.spec = {"gates": [{"name": "own", "role": "Safety", "prometheus": {"bad": "b", "total": "t"}}]}
+    world.queries = {"b": [], "t": []}
+    world.scrape(c_1=Pod(requests=10))
+    world.look()
+    world.scrape(c_1=Pod(requests=17))
+    look = _made(world.look())
+    assert look.gates["own"].error, "the gate sees nothing"
+    assert look.candidate_requests == 7
+    world.scrape()
+    assert _made(world.look()).candidate_requests == 0
+
+
+def test_without_a_count_of_every_pod_it_is_not_known(world: World) -> None:
+    world.scrape()
+    world.look()
+    world.scrape(s_1=Pod(requests=90), c_2=Pod(requests=5000))
+    assert _made(world.look()).candidate_requests is None, "a new pod is a baseline"
+    world.scrape(s_1=Pod(requests=180))
+    assert _made(world.look()).candidate_requests == 0
+    world.ready["c-3"] = True
+    world.scrape(s_1=Pod(requests=270))
+    assert _made(world.look()).candidate_requests is None, "a ready pod that isn't scraped"
+    world.ready["c-3"] = False
+    world.scrape(s_1=Pod(requests=360))
+    assert _made(world.look()).candidate_requests == 0, "a pod that isn't ready gets no requests"
+    del world.pods["c-2"]
+    world.scrape(s_1=Pod(requests=450))
+    assert _made(world.look()).candidate_requests is None, "a pod that is gone took its last requests along"
+
+
+def test_a_stable_arm_that_cannot_be_counted_leaves_the_candidates_count_known(world: World) -> None:
+    del world.pods["s-1"]
+    world.ready["s-1"] = True
+    world.scrape()
+    world.look()
+    world.scrape(c_1=Pod(requests=4))
+    look = _made(world.look())
+    assert "of stable" in look.gates["errors"].error
+    assert look.candidate_requests == 4
+
+
+def test_without_prometheus_it_is_not_known(world: World) -> None:
+    looks = PrometheusLooks(None, scrape_interval_s=SCRAPE_S, clock_skew_s_max=5.0)
+    status = world.status.model_copy(update={"cursor": looks.look(rollout(), "ns", world.status, {}, T0).cursor})
+    assert _made(looks.look(rollout(), "ns", status, {}, T0 + timedelta(seconds=30))).candidate_requests is None
+
+
+# --- a pod with two scrape jobs -------------------------------------------------------------------------------------------------
+
+
+def _sample(family: str, value: float, **labels: str) -> Sample:
+    return Sample({"__name__": family, "pod": "c-1", "component": "transformer", "model_name": "m", "model_version": "1", **labels}, value)
+
+
+def _scraped(*targets: dict[str, str], requests: float = 10.0) -> Pods:
+    values = [_sample("inference_requests_total", requests, **t) for t in targets]
+    values += [_sample("inference_errors_total", 2.0, type=kind, **t) for t in targets for kind in ("timeout", "internal")]
+    return by_pod(values, [_sample("", 100.0 + i, **t) for i, t in enumerate(targets)])
+
+
+def test_one_process_under_two_jobs_counts_once() -> None:
+    two = ({"job": "pods", "instance": "10.0.0.1:8080"}, {"job": "pod-monitor", "endpoint": "http", "instance": "10.0.0.1:8080"})
+    found = _scraped(*two)
+    assert found.doubled == {}
+    assert (found.counters["c-1"].requests, found.counters["c-1"].errors) == (10.0, 4.0)
+    again = _scraped(*reversed(two))
+    assert again.counters["c-1"].target == found.counters["c-1"].target, "the same one whatever the order"
+
+
+def test_labels_of_the_metric_itself_make_no_second_target() -> None:
+    labels = {"job": "pods", "instance": "10.0.0.1:8080"}
+    values = [_sample("inference_requests_total", 1.0, **labels, model_version=v, exported_component=c) for v in "12" for c in "ab"]
+    found = by_pod(values, [_sample("", 5.0, **labels, model_version=v) for v in "12"])
+    assert (found.doubled, found.counters["c-1"].requests) == ({}, 4.0)
+
+
+@pytest.mark.parametrize(("targets", "differ"), [
+    (({"job": "a", "instance": "10.0.0.1:8080"}, {"job": "b", "instance": "c-1"}), "instance, job"),
+    (({"job": "a", "instance": "c-1", "container": "x"}, {"job": "a", "instance": "c-1", "container": "y"}), "container"),
+    (({"job": "a"}, {"job": "b"}), "job"),
+    (({"job": "a", "instance": "i", "dc": "1"}, {"job": "a", "instance": "i", "dc": "2"}), "dc"),
+], ids=["two instances", "two containers", "no instance", "an unknown label"])
+def test_what_may_be_two_processes_is_no_count_and_says_in_which_labels(targets: tuple[dict[str, str], ...], differ: str) -> None:
+    found = _scraped(*targets)
+    assert found.counters == {}
+    assert f"pod c-1 is scraped as 2 targets that differ in {differ}: " in found.doubled["c-1"]
+
+
+@pytest.mark.parametrize("label", ["component", "exported_component"], ids=["its own label", "beside the pod's label"])
+def test_of_transformer_and_predictor_in_one_pod_the_one_counts_that_requests_come_in_at(label: str) -> None:
+    both = [{"job": "models", "container": f"c-{port}", "instance": f"10.0.0.1:{port}", "component": "predictor", label: component}
+            for component, port in (("transformer", "8080"), ("predictor", "8085"))]
+    values = [_sample("inference_requests_total", n, **t) for t, n in zip(both, (10.0, 70.0), strict=True)]
+    times = [_sample("", at, **t) for t, at in zip(both, (100.0, 90.0), strict=True)]
+    found = by_pod(values, times)
+    assert found.doubled == {}
+    assert (found.counters["c-1"].requests, found.counters["c-1"].scraped_at) == (10.0, 100.0)
+    alone = by_pod(values[1:], times[1:])
+    assert alone.counters["c-1"].requests == 70.0
+    assert alone.counters["c-1"].target != found.counters["c-1"].target, "never subtracted from the other's"
+    twice = by_pod([*values, _sample("inference_requests_total", 1.0, **{**both[0], "instance": "c-1"})],
+                   [*times, _sample("", 95.0, **{**both[0], "instance": "c-1"})])
+    assert "scraped as 2 targets that differ in instance" in twice.doubled["c-1"]
+
+
+def test_a_pod_that_is_counted_twice_is_an_error_of_its_arm_and_no_number(world: World) -> None:
+    world.scrape()
+    world.look()
+    world.twice = "c-1"
+    world.scrape(s_1=Pod(requests=90), c_1=Pod(requests=10))
+    look = _made(world.look())
+    assert look.gates["errors"].series == ()
+    assert "requests would be counted twice: let one scrape job have it" in look.gates["errors"].error
+    assert look.candidate_requests is None
+
+
+def test_another_target_of_the_same_pod_is_a_new_baseline() -> None:
+    one, two = (_scraped({"job": j, "instance": j}, requests=n).counters for j, n in (("a", 10.0), ("b", 5000.0)))
+    found = increase(one, {"c-1": replace(two["c-1"], scraped_at=200.0)}, ["c-1"])
+    assert (found.requests, found.whole) == (0.0, False)
 
 
 def test_latency_is_the_share_above_a_bucket(world: World) -> None:

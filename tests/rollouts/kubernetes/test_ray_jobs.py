@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import yaml
 from hafnium_rollout_world import STABLE, START, rollout
+from hafnium_scripted_api import ScriptedApi, says
+from hafnium_small_api import small_api
 
 from hafnium_contract.errors import InputError
+from hafnium_rollout.errors import StateError
 from hafnium_rollout.kubernetes.companions import companions_of
-from hafnium_rollout.kubernetes.ray_jobs import ANNOTATION, ray_job, read_template
+from hafnium_rollout.kubernetes.leader import Leader
+from hafnium_rollout.kubernetes.ray_jobs import ANNOTATION, RAY_JOB, RayJobStarter, ray_job, read_template
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.retraining.policy import Attempt
+from hafnium_rollout.retraining.trigger import proposal
+from hafnium_rollout.status import ModelSeen
 
 TEMPLATE: dict[str, Any] = {
     "apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "ignored", "labels": {"team": "risk"}},
@@ -22,6 +28,10 @@ TEMPLATE: dict[str, Any] = {
                  {"name": "head", "env": [{"name": "ID", "value": "$HAFNIUM_RETRAINING_ID"}]}]}}}}},
 }
 ATTEMPT = Attempt(id="risk-retrain-bbbbbbbb-1", time=START, digest=STABLE, kind="drift", findings=("a",), message="m", state="Intended")
+
+CLIENT = ScriptedApi(says(500)).client()
+SEEN = ModelSeen(service="risk", digest=STABLE)
+LEADER = Leader(CLIENT, "ops", "hafnium", "me")
 
 
 def test_names_and_digests_are_filled_in_and_nothing_else_is_touched() -> None:
@@ -62,12 +72,31 @@ def test_operator_settings_that_cannot_work_are_refused_at_the_start(
     path.write_text(yaml.safe_dump(given))
     settings = Settings(settings_file=path, data_folder=tmp_path / "data" if folder else None)
     with pytest.raises(InputError, match=words):
-        companions_of(settings, None, print)  # type: ignore[arg-type]
+        companions_of(settings, CLIENT, print, LEADER)
 
 
 def test_alertmanager_alone_needs_no_volume(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({"notifications": {"alertmanagers": [{"name": "a", "url": "http://a/"}]}}))
-    found = companions_of(Settings(settings_file=path), None, print)  # type: ignore[arg-type]
+    found = companions_of(Settings(settings_file=path), CLIENT, print, LEADER)
     assert found.notifier is not None
     assert found.record_folder is None
+
+
+def test_a_ray_job_of_the_same_name_that_is_not_the_attempts_is_no_start_of_it() -> None:
+    with small_api() as (api, door):
+        starter = RayJobStarter(door.client(), TEMPLATE)
+        api.put(RAY_JOB, {"metadata": {"name": ATTEMPT.id, "namespace": "default"}, "spec": {}})
+        with pytest.raises(StateError, match="is not this attempt's"):
+            starter.start(ATTEMPT, rollout(), SEEN, proposal(ATTEMPT, rollout(), SEEN))
+        assert starter.find(ATTEMPT, rollout()).state == "Unknown"
+
+
+def test_a_start_that_was_cut_off_is_found_by_its_proposal() -> None:
+    with small_api() as (api, door):
+        assert RayJobStarter(door.client(), TEMPLATE).find(ATTEMPT, rollout()).state == "Unknown"
+        RayJobStarter(door.client(), TEMPLATE).start(ATTEMPT, rollout(), SEEN, proposal(ATTEMPT, rollout(), SEEN))
+        assert RayJobStarter(door.client(), TEMPLATE).find(ATTEMPT, rollout()).state == "Started"
+        again = RayJobStarter(door.client(), TEMPLATE).start(ATTEMPT, rollout(), SEEN, proposal(ATTEMPT, rollout(), SEEN))
+        assert again.state == "Started"
+        assert api.writes == ["POST rayjobs"]
