@@ -18,8 +18,10 @@ import typer
 
 from hafnium_contract.contract_file import load_contract
 from hafnium_contract.documentation import contract_markdown
+from hafnium_contract.errors import HafniumError
 from hafnium_contract.metric_names import ALL
 from hafnium_contract.model_contract import ModelContract
+from hafnium_local import rendered_manifests
 from hafnium_rollout import crds
 from hafnium_rollout.crd_schema import AsWritten
 from hafnium_rollout.object_page import object_page
@@ -163,6 +165,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 and the differences if stale")
     arguments = parser.parse_args()
     stale = run(Path.cwd(), arguments.check)
+    try:
+        stale += rendered_manifests.run(Path.cwd(), arguments.check)  # after the CRDs, which they hold
+    except HafniumError as e:
+        sys.stderr.write(f"{e}\n")
+        sys.exit(e.exit_status)
     if stale and arguments.check:
         sys.stderr.write(f"{stale} generated file(s) out of date; run: make generate\n")
         sys.exit(1)

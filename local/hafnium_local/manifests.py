@@ -37,7 +37,7 @@ IGNORED = frozenset({
     "Namespace", "ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "HTTPRoute", "Gateway",
     "GatewayClass", "NetworkPolicy", "PodDisruptionBudget", "HorizontalPodAutoscaler", "PriorityClass", "ResourceQuota",
     "LimitRange", "ServiceMonitor", "PodMonitor", "PrometheusRule", "CustomResourceDefinition", "ServingRuntime",
-    "ClusterServingRuntime", "PersistentVolume", "PersistentVolumeClaim", "Ingress", "ValidatingAdmissionPolicy",
+    "ClusterServingRuntime", "ClusterStorageContainer", "PersistentVolume", "PersistentVolumeClaim", "Ingress", "ValidatingAdmissionPolicy",
     "ValidatingAdmissionPolicyBinding", "Service",
 })
 """Kinds that only say how a cluster isolates, scales, exposes or watches what runs: one machine has no use for them."""

@@ -1,5 +1,6 @@
 """`python -m hafnium_monitoring drift|performance …`. Exit status: 0 evidence written (Pass, Inconclusive, NoData), 1 it says
-Fail or Error, 2 wrong usage or input.
+Fail or Error, 2 wrong usage or input. With `--rollouts` (a CronJob) 0 whatever the findings say: they are written, and a Job that is
+called failed would be run again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,8 +21,12 @@ from types import FrameType
 from hafnium_contract.bundle import open_bundle
 from hafnium_contract.durations import parse_duration
 from hafnium_contract.errors import HafniumError, InputError
-from hafnium_contract.evidence import EvidenceSpec, write_evidence
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_monitoring import cluster_job
+from hafnium_monitoring.api_server import this_pod
+from hafnium_monitoring.bundle_places import bundle_places
 from hafnium_monitoring.drift import DriftOptions, run_drift
+from hafnium_monitoring.evidence_places import CLUSTER, EvidencePlace, alone, evidence_place
 from hafnium_monitoring.lock import evidence_lock
 from hafnium_monitoring.loop import DriftLoop, FixedTargets, StateFolder, Target, TargetSource, run_loop
 from hafnium_monitoring.performance import PerformanceOptions, run_performance
@@ -79,8 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     rules = DriftRules()
     for command in (drift, performance):
         command.add_argument("--bundle", type=Path, help="the model under test")
-        command.add_argument("--log", type=Path, nargs="+", action="extend", default=[], help="folders of the inference log")
-        command.add_argument("--evidence", type=Path, help="folder that evidence is written to")
+        command.add_argument("--log", nargs="+", action="extend", default=[], metavar="PLACE",
+                             help="the inference log: folders or s3://BUCKET/PREFIX; --rollouts fills in {namespace}, {rollout}, {service}")
+        command.add_argument("--evidence", metavar="PLACE",
+                             help="a folder, or `kubernetes`: ModelEvidence objects in this pod's namespace")
+        command.add_argument("--rollouts", action="store_true",
+                             help="in a pod: look at the models of every ModelRollout of the namespace, instead of --bundle")
+        command.add_argument("--volumes", type=Path, default=Path("/volumes"),
+                             help="with --rollouts: pvc://CLAIM/PATH is CLAIM/PATH in this folder (default: %(default)s)")
+        command.add_argument("--lag", type=_duration,
+                             help="with --rollouts: the window ends at least so long ago (drift 30s, performance 30d)")
         command.add_argument("--end", type=_time, help="end of the window (default: now)")
         command.add_argument("--min-rows", type=_count, default=rules.min_rows, help="fewer rows are NoData (default: %(default)s)")
     drift.add_argument("--window", type=_duration, default=timedelta(hours=1), help="length of the window (default: 1h)")
@@ -118,35 +132,60 @@ def _report(arguments: argparse.Namespace, evidence: Path, default: ReportSettin
 def _drift(arguments: argparse.Namespace) -> int:
     if arguments.state is not None:
         raise InputError("--state follows the routes over time: give --every as well")
-    _needed(arguments, "bundle", "log", "evidence")
     now = datetime.now(UTC)
+    if arguments.rollouts:
+        # A pod's disk is gone with it: reports only where a folder was given
+        report = replace(ReportSettings(), folder=arguments.report_dir, when=arguments.report or "always", keep=arguments.keep_reports)
+        with _cluster(arguments, timedelta(seconds=30)) as run:
+            return _told(cluster_job.drift(run, now, _rules(arguments), None if arguments.report_dir is None else report))
+    _needed(arguments, "bundle", "log", "evidence")
+    evidence = evidence_place(arguments.evidence)
     end: datetime = arguments.end or now
     options = DriftOptions(
         bundle=arguments.bundle, logs=tuple(arguments.log), start=end - arguments.window, end=end,
         stable_bundle=arguments.stable_bundle, rules=_rules(arguments),
-        report=_report(arguments, arguments.evidence, ReportSettings()),
+        report=_report(arguments, Path(arguments.evidence), ReportSettings()),
     )
-    with evidence_lock(arguments.evidence):
-        return _publish(run_drift(options, now).evidence, arguments.evidence)
+    with alone(evidence):
+        return _publish(run_drift(options, now).evidence, evidence)
 
 
-def _publish(evidence: EvidenceSpec, folder: Path) -> int:
-    try:
-        path = write_evidence(folder, evidence)
-    except FileExistsError as e:
-        raise InputError(f"{e.filename2 or folder}: evidence for this model and window exists; evidence is never changed") from e
-    sys.stdout.write(f"{evidence.verdict}: {evidence.message}\n{path}\n")
+def _publish(evidence: EvidenceSpec, place: EvidencePlace) -> int:
+    where = place.write(evidence)
+    sys.stdout.write(f"{evidence.verdict}: {evidence.message}\n{where}\n")
     return 1 if evidence.verdict in ("Fail", "Error") else 0
+
+
+@contextmanager
+def _cluster(arguments: argparse.Namespace, lag: timedelta) -> Generator[cluster_job.ClusterRun]:
+    """What a run over all rollouts needs. Raises InputError for arguments that don't go with it."""
+    for name in ("bundle", "end", "stable_bundle", "every"):
+        if getattr(arguments, name, None) is not None:
+            raise InputError(f"--{name.replace('_', '-')} and --rollouts: the ModelRollouts say which models and windows; leave one out")
+    _needed(arguments, "log")
+    evidence = evidence_place(arguments.evidence or CLUSTER)
+    with bundle_places(arguments.volumes) as bundles:
+        yield cluster_job.ClusterRun(
+            server=this_pod(), evidence=evidence, bundles=bundles, logs=tuple(arguments.log), length=arguments.window,
+            lag=arguments.lag or lag,
+        )
+
+
+def _told(counted: cluster_job.Counted) -> int:
+    """Exit status of a run over all rollouts. Fail and Error are findings, which were written: the job did what it is for."""
+    verdicts = ", ".join(f"{f.verdict} {f.model_digest[:15]}" for f in counted.findings) or "none"
+    sys.stdout.write(f"written: {verdicts}; there already: {counted.there_already}; not written: {counted.problems}\n")
+    return 2 if counted.problems else 0
 
 
 def _drift_loop(arguments: argparse.Namespace) -> int:
     source: TargetSource
     if arguments.state is not None:
         source = StateFolder(arguments.state)
-        evidence = arguments.evidence or arguments.state / "evidence"
+        evidence = Path(arguments.evidence or arguments.state / "evidence")
     else:
         _needed(arguments, "bundle", "log", "evidence")
-        evidence = arguments.evidence
+        evidence = Path(arguments.evidence)
         digest = open_bundle(arguments.bundle).manifest.digest  # known from now on, also when the bundle gets lost
         source = FixedTargets((Target(
             "model", arguments.bundle, digest, tuple(arguments.log), arguments.stable_bundle, signature="fixed",
@@ -169,14 +208,17 @@ def _drift_loop(arguments: argparse.Namespace) -> int:
 
 
 def _performance(arguments: argparse.Namespace) -> int:
-    _needed(arguments, "bundle", "log", "evidence")
     now = datetime.now(UTC)
+    if arguments.rollouts:
+        with _cluster(arguments, timedelta(days=30)) as run:
+            return _told(cluster_job.performance(run, now, arguments.labels, arguments.min_rows))
+    _needed(arguments, "bundle", "log", "evidence")
     end: datetime = arguments.end or now
     options = PerformanceOptions(
         bundle=arguments.bundle, logs=tuple(arguments.log), labels=arguments.labels, start=end - arguments.window, end=end,
         min_rows=arguments.min_rows,
     )
-    return _publish(run_performance(options, now), arguments.evidence)
+    return _publish(run_performance(options, now), evidence_place(arguments.evidence))
 
 
 if __name__ == "__main__":

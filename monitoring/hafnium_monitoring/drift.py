@@ -33,7 +33,8 @@ class DriftOptions:
     """What to look at. `start` ≤ time < `end`."""
 
     bundle: Path
-    logs: tuple[Path, ...]
+    logs: tuple[Path | str, ...]
+    """Folders, or s3:// URIs."""
     start: datetime
     end: datetime
     stable_bundle: Path | None = None

@@ -6,7 +6,12 @@ HafniumError
     ├── ReferenceSampleError a bundle's reference.parquet does not hold what its contract promises
     ├── LabelError           the label file is missing, or lacks a column
     ├── StateError           the state folder of the local runtime can't be understood
-    └── BusyError            another run holds the evidence folder
+    ├── BusyError            another run holds the evidence folder
+    ├── WrittenError         evidence of this model, kind and window is there already
+    ├── PlaceError           a storageUri names a place that this job doesn't have
+    └── ApiServerError       Kubernetes' API server refuses, or doesn't answer
+        ├── ForbiddenError   the job's account may not do this
+        └── ExistsError      there is an object of this name already
 
 Inside a run the first three become evidence with the verdict Error: a job that can't see must say so, and never "no drift".
 """
@@ -34,3 +39,23 @@ class StateError(InputError):
 
 class BusyError(InputError):
     """Another drift run holds the lock of this evidence folder; two would judge the same rows twice."""
+
+
+class WrittenError(InputError):
+    """Evidence is never changed: whoever runs the same window again finds it written."""
+
+
+class PlaceError(InputError):
+    """A bundle's storageUri can't be reached from here: no such volume, another scheme."""
+
+
+class ApiServerError(InputError):
+    """The API server refuses, or gave no answer after several tries."""
+
+
+class ForbiddenError(ApiServerError):
+    """401 or 403: the account, its role, or an admission policy."""
+
+
+class ExistsError(ApiServerError):
+    """409: the name is taken. Evidence is written once, so the finding is there already."""

@@ -46,7 +46,7 @@ class Target:
     bundle: Path
     digest: str | None
     """The digest that is said to be live; None: whatever the bundle has."""
-    logs: tuple[Path, ...]
+    logs: tuple[Path | str, ...]
     stable_bundle: Path | None
     signature: str
     """Changes whenever traffic does: the open window is then dropped."""

@@ -43,11 +43,14 @@ class PerformanceOptions:
     """What to look at. `start` ≤ time < `end`."""
 
     bundle: Path
-    logs: tuple[Path, ...]
+    logs: tuple[Path | str, ...]
+    """Folders, or s3:// URIs."""
     labels: Path
     """Parquet or CSV with the contract's request id, label and (when it has one) label time columns."""
     start: datetime
     end: datetime
+    expect_digest: str | None = None
+    """The bundle must have this digest."""
     min_rows: int = 1_000
     positives_min: int = 30
     """Fewer frauds leave the interval of PR-AUC wider than any drop worth finding."""
@@ -73,7 +76,7 @@ def run_performance(options: PerformanceOptions, now: datetime) -> EvidenceSpec:
     """Judges one window by the labels known at `now`. Whatever can't be read gives the verdict Error, as in `run_drift`."""
     if options.start >= options.end or options.start.tzinfo is None or options.end.tzinfo is None:
         raise InputError(f"window {options.start} to {options.end}: expected two times with zone, the first earlier")
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, expect_digest=options.expect_digest)
     try:
         return _run(options, bundle, now)
     except Exception as e:  # noqa: BLE001 - as in drift.py: strange data must leave a record that nothing is known

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from hafnium_contract.inference_log import FEATURE_PREFIX, partition
+from hafnium_contract.inference_log import FEATURE_PREFIX
 from hafnium_monitoring.errors import LogReadError
+from hafnium_monitoring.log_places import LogFile, log_place
 
 CANDIDATE_ARMS = frozenset({"candidate", "shadow"})
 STABLE_ARMS = frozenset({"stable"})
@@ -69,11 +70,11 @@ class LogRows:
 
 
 class InferenceLog:
-    """One or more log folders (one per InferenceService), read as one log."""
+    """One or more logs (one per InferenceService), each a folder or an s3:// URI, read as one."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = tuple(folders)
-        self._times: dict[Path, tuple[datetime, datetime] | None] = {}
+    def __init__(self, logs: Sequence[Path | str]) -> None:
+        self._places = tuple(log_place(log) for log in logs)
+        self._times: dict[LogFile, tuple[datetime, datetime] | None] = {}
 
     def count(self, wanted: Selection) -> int:
         """Rows of the selection. Raises LogReadError as `read` does."""
@@ -116,29 +117,29 @@ class InferenceLog:
 
     def _tables(self, wanted: Selection, columns: list[str]) -> Iterator[pa.Table]:
         """Matching rows, batch by batch, `columns` only."""
-        for path in self._files(wanted):
+        for found in self._files(wanted):
             try:
-                yield from self._file_tables(path, wanted, columns)
+                yield from self._file_tables(found, wanted, columns)
             except FileNotFoundError:
                 # Retention removed it between listing and opening: its rows are gone, which is not a damaged log.
-                self._times.pop(path, None)
+                self._times.pop(found, None)
             except (pa.ArrowException, OSError) as e:
-                if _written_before(path, wanted.start - _CLOCK_SLACK):
+                if _written_before(found, wanted.start - _CLOCK_SLACK):
                     continue  # a torn file of an earlier window: it was reported then, and must not blind this one
                 raise LogReadError(
-                    f"{path}: not a readable file of the inference log ({_line(e)}); move it away, or find out who wrote it"
+                    f"{found.name}: not a readable file of the inference log ({_line(e)}); move it away, or find out who wrote it"
                 ) from e
 
-    def _file_tables(self, path: Path, wanted: Selection, columns: list[str]) -> Iterator[pa.Table]:
+    def _file_tables(self, found: LogFile, wanted: Selection, columns: list[str]) -> Iterator[pa.Table]:
         # No file stays open between batches of different files, and none is mapped: it may be deleted at any time.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(found.place.source(found)) as file:
             names = set(file.schema_arrow.names)
             lacking = [c for c in (*_KEYS, "request_id", "score", "degraded") if c not in names]
             if lacking:
-                raise LogReadError(f"{path}: not a file of the inference log: column {lacking[0]!r} is missing")
-            if path not in self._times:
-                self._times[path] = _time_range(file)
-            if not _overlaps(self._times[path], wanted):
+                raise LogReadError(f"{found.name}: not a file of the inference log: column {lacking[0]!r} is missing")
+            if found not in self._times:
+                self._times[found] = _time_range(file)
+            if not _overlaps(self._times[found], wanted):
                 return
             present = [c for c in columns if c in names]
             for batch in file.iter_batches(BATCH_ROWS, columns=[*_KEYS, *(c for c in present if c not in _KEYS)]):
@@ -148,30 +149,28 @@ class InferenceLog:
                     continue
                 for column in columns:
                     if column not in names:
-                        raise LogReadError(f"{path}: rows of model {wanted.digest[:15]}… lack the column {column!r}")
+                        raise LogReadError(f"{found.name}: rows of model {wanted.digest[:15]}… lack the column {column!r}")
                 yield table.select(columns) if columns else table.select(["arm"])
 
-    def _files(self, wanted: Selection) -> list[Path]:
+    def _files(self, wanted: Selection) -> list[LogFile]:
         """Files that may hold rows of the selection, oldest first."""
-        found: list[Path] = []
+        found: list[LogFile] = []
         day = (wanted.start.astimezone(UTC) - _PARTITION_SLACK).date()
         last = (wanted.end.astimezone(UTC) + _PARTITION_SLACK).date()
         while day <= last:
             when = datetime(day.year, day.month, day.day, tzinfo=UTC)
-            for folder in self._folders:
-                found += partition(folder, when, wanted.version).glob("part-*.parquet")
+            for place in self._places:
+                found += place.files(when, wanted.version)
             day += timedelta(days=1)
         listed = set(found)
         self._times = {p: t for p, t in self._times.items() if p in listed}  # bounded by what the disk holds
-        return sorted((p for p in found if p not in self._times or _overlaps(self._times[p], wanted)), key=lambda p: p.name)
+        return sorted((p for p in found if p not in self._times or _overlaps(self._times[p], wanted)), key=lambda p: p.order)
 
 
-def _written_before(path: Path, when: datetime) -> bool:
+def _written_before(file: LogFile, when: datetime) -> bool:
     """Whether the file was last changed before `when`, so that it can't hold rows of later times."""
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC) < when
-    except FileNotFoundError:
-        return True
+    changed = file.place.changed(file)
+    return changed is None or changed < when
 
 
 def _mask(table: pa.Table, wanted: Selection) -> pa.ChunkedArray:

@@ -140,6 +140,14 @@ def test_every_request_stays_once_and_in_order_whatever_is_known_of_it(tmp_path:
     ]
 
 
+def test_the_folder_holds_the_contract_that_it_was_made_from(small: Path, tmp_path: Path) -> None:
+    write_repo(contract(), small, tmp_path / "repo")
+    found = load_contract(tmp_path / "repo" / "contract.yaml")
+    assert found.digest == contract().digest
+    report = materialise(found, tmp_path / "repo", until=T0 + DAY)
+    assert [v.entities for v in report.views] == [1, 1], "the folder is all that the job on a cluster has"
+
+
 def test_the_report_says_how_much_is_missing(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", [request(1, T0), request(2, T0, "x")], [("007", T0, 1, True, "smith")], [("b", T0, 1.0)])
     repo = write_repo(contract(), data, tmp_path / "repo")
@@ -556,6 +564,19 @@ def test_redis_is_named_in_the_configuration_and_is_not_copied(small: Path, tmp_
     (folder / "feature_store.yaml").write_text(feature_store_yaml(contract(), redis="cache:6379"))
     with pytest.raises(InputError, match="its values are in Redis"):
         fresh_copy(folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("password", "said"), [
+    ("s3cret,0ther", "splits at commas"), ("s3cret,n4me=v4lue", "splits at commas"), ("s3cret: x", "mapping values"),
+])
+def test_a_password_that_feast_would_take_apart_is_refused_before_it_is_shown(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str, said: str,
+) -> None:
+    repo = write_repo(contract(), small, tmp_path / "repo", redis="${HAFNIUM_REDIS}")
+    monkeypatch.setenv("HAFNIUM_REDIS", f"127.0.0.1:1,password={password}")
+    with pytest.raises(InputError, match=said) as e:
+        materialise(contract(), repo, until=T0)
+    assert not any(part in str(e.value) for part in ("s3cret", "0ther", "n4me", "v4lue"))
 
 
 def test_a_step_back_in_time_on_redis_is_refused_since_redis_keeps_the_newer_values(small: Path, tmp_path: Path) -> None:

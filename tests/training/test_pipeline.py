@@ -245,8 +245,18 @@ def test_wrong_options_are_refused_before_any_work(folder: Path) -> None:
 
 
 def test_a_bundle_is_never_replaced_by_another(folder: Path, trained: TrainResult) -> None:
+    stages: list[str] = []
+
+    class Told(Silent):
+        def stage(self, name: str, total: int) -> None:
+            del total
+            stages.append(name)
+
+    with pytest.raises(InputError, match=r"holds another bundle already .*other version, seed.*a bundle never changes"):
+        train(options(folder, seed=9, until=days(55), trials=2), Told())
+    assert stages == ["load"], "refused before the search, not after it"
     with pytest.raises(HafniumError, match="a bundle never changes"):
-        train(options(folder, seed=9, until=days(55)), Silent())
+        train(options(folder, epochs=1, until=days(55)), Silent())  # its manifest is the same up to the end
     assert open_bundle(trained.bundle.path).manifest.digest == trained.bundle.manifest.digest
 
 

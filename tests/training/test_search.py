@@ -23,7 +23,7 @@ from hafnium_training.dataset import dataset_of, split_by_time
 from hafnium_training.fit import Prepare, fit, prepare
 from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparameters, read_hyperparameters
-from hafnium_training.search import Searched, Trial, search, search_key, searching
+from hafnium_training.search import Searched, Trial, search, search_key, searching, trial_storage
 
 TRIALS, EPOCHS = 2, 6
 
@@ -32,9 +32,10 @@ def prepared() -> Prepare:
     return prepare(split_by_time(dataset_of(lender_table(rows=1500), lender())), 0)
 
 
-def run_search(folder: Path, key: str = "k", trials: int = TRIALS) -> Searched:
-    with searching() as ray:
-        return search(ray, prepared(), trials=trials, epochs=EPOCHS, seed=3, folder=folder, key=key, progress=Silent())
+def run_search(folder: Path, key: str = "k", trials: int = TRIALS, at_once: int = 1) -> Searched:
+    with searching(at_once) as ray:
+        return search(
+            ray, prepared(), trials=trials, epochs=EPOCHS, seed=3, place=folder, key=key, progress=Silent(), at_once=at_once)
 
 
 VICTIMS: dict[str, Callable[[str], bool]] = {
@@ -132,7 +133,7 @@ def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: P
             events.append(text)
     with searching() as ray:
         found = search(
-            ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, folder=tmp_path, key="k", progress=Heard(),
+            ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=Heard(),
         )
     assert "going on with a search that was interrupted" in events
     assert found == undisturbed
@@ -159,19 +160,43 @@ class Losing(HelperProcess):
 def test_a_search_that_lost_trials_is_run_anew_and_whole(tmp_path: Path, times: int, kept: int, restarts: int, trials: int) -> None:
     helper = Losing(times, kept)
     (tmp_path / "k").mkdir()
-    found = search(helper, prepared(), trials=2, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
+    found = search(helper, prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Silent())
     assert (helper.restarts, len(found.trials)) == (restarts, trials)
     assert (tmp_path / "k").exists() == (restarts == 0)
 
 
 def test_a_search_whose_trials_all_fail_says_why(tmp_path: Path) -> None:
     with pytest.raises(HafniumError, match="all 2 trials ended with an error: the node died"):
-        search(Losing(9, 0), prepared(), trials=2, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
+        search(Losing(9, 0), prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Silent())
 
 
 def test_a_number_of_trials_out_of_bounds_is_refused(tmp_path: Path) -> None:
     with HelperProcess("hafnium_training.hyperparameters") as helper, pytest.raises(InputError, match="--trials 0"):
-        search(helper, prepared(), trials=0, epochs=1, seed=0, folder=tmp_path, key="k", progress=Silent())
+        search(helper, prepared(), trials=0, epochs=1, seed=0, place=tmp_path, key="k", progress=Silent())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two searches; on a machine at forty times its load one took 220 s
+def test_trials_side_by_side_give_one_answer_whoever_is_quicker(tmp_path: Path) -> None:
+    found = [run_search(tmp_path / name, trials=3, at_once=2) for name in ("one", "two")]
+    assert found[0] == found[1]
+    assert [t.number for t in found[0].trials] == [0, 1, 2]
+    assert found[0].trials[0].hyperparameters == Hyperparameters()
+    assert all(t.epochs == EPOCHS and t.node for t in found[0].trials), "none is ended early"
+
+
+def test_more_trials_at_once_than_there_are_is_refused(tmp_path: Path) -> None:
+    with HelperProcess("hafnium_training.hyperparameters") as helper, pytest.raises(InputError, match="--at-once 3: expected 1 to"):
+        search(helper, prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Silent(), at_once=3)
+
+
+def test_places_of_trials_are_told_apart(tmp_path: Path) -> None:
+    assert trial_storage(tmp_path / "t").open() == (str(tmp_path / "t"), None)
+    assert trial_storage("s3://bucket/prefix?scheme=http").place.startswith("s3://")
+    for place in ("s3://bucket", "s3://key:secret@bucket/p", "gs://bucket/p", "http://h/p?token=secret"):
+        with pytest.raises(InputError, match="--trial-storage") as e:
+            trial_storage(place)
+        assert "token" not in str(e.value)
 
 
 def test_other_data_is_another_search() -> None:

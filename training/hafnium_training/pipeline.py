@@ -45,7 +45,7 @@ from hafnium_training.latency import Latency, measure_latency
 from hafnium_training.model_card import markdown
 from hafnium_training.onnx_graph import OPSET
 from hafnium_training.robustness import measure_robustness
-from hafnium_training.search import Searched, Trial, search, search_key, searching
+from hafnium_training.search import Searched, Trial, search, search_key, searching, trial_storage
 from hafnium_training.tables import read_table
 from hafnium_training.tracking import DIGEST_TAG, RunRecord, TrialRecord
 
@@ -76,14 +76,16 @@ class TrainOptions:
     """Train as if it were then: only labels known by this moment."""
     params: Hyperparameters | dict[str, Any] | None = None
     """Hyperparameters to use; then there is no search whatever `trials` says."""
-    tracking: Path | None = None
-    """Folder of the MLflow database; None: no tracking."""
+    tracking: Path | str | None = None
+    """Folder of the MLflow database, or http(s):// of an MLflow server; None: no tracking."""
     production: Path | None = None
     """Bundle to be no worse and no slower than."""
     epochs: int = EPOCHS
     search_epochs: int = SEARCH_EPOCHS
-    work: Path | None = None
-    """Where an unfinished search is kept; by default beside `out`."""
+    work: Path | str | None = None
+    """Where an unfinished search is kept, a folder or s3://BUCKET/PREFIX; by default beside `out`."""
+    at_once: int = 1
+    """Trials side by side, see search.py."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,12 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
     given = parse_hyperparameters(options.params, "--params") if isinstance(options.params, dict) else options.params
     if options.epochs < 1:
         raise InputError(f"--epochs {options.epochs}: expected at least 1")
+    there = open_bundle(options.out) if options.out.exists() else None
     needs_search = given is None and options.trials > 1
     watch = _Watch(progress)
     with ExitStack() as stack:
         # the slow starters first, on the second core
-        ray = stack.enter_context(searching()) if needs_search else None
+        ray = stack.enter_context(searching(options.at_once)) if needs_search else None
         production = None if options.production is None else open_bundle(options.production)
         tracker = None
         if options.tracking is not None:
@@ -152,18 +155,20 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             data = dataset_of(frame, contract, until=options.until, source=str(options.data))
             split = split_by_time(data)
             digest = data.digest()
+            if there is not None:
+                _same_training(there, options, contract, digest)
             prepared = prepare(split, options.seed)
             rivals = None if production is None else _rival_rows(frame, production, options, split)
             progress.event(f"{data.rows} rows, {data.positives} positive: " + ", ".join(f"{n} {p.rows}" for n, p in split.parts()))
 
-        searched = Searched(given or Hyperparameters(), ())
+        searched, key = Searched(given or Hyperparameters(), ()), ""
         folder = options.work or options.out.parent / f".{options.out.name}.search"
         if ray is not None:
             with watch.stage("search", options.trials):
-                key = search_key(digest, contract.digest, options.trials, options.search_epochs, options.seed)
+                key = search_key(digest, contract.digest, options.trials, options.search_epochs, options.seed, options.at_once)
                 searched = search(
-                    ray, prepared, trials=options.trials, epochs=options.search_epochs, seed=options.seed, folder=folder, key=key,
-                    progress=progress,
+                    ray, prepared, trials=options.trials, epochs=options.search_epochs, seed=options.seed, place=folder, key=key,
+                    progress=progress, at_once=options.at_once,
                 )
 
         with watch.stage("train", options.epochs):
@@ -200,10 +205,37 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             raise error
         if bundle is None:
             raise AssertionError("gates passed, so a bundle was written")
-        shutil.rmtree(folder, ignore_errors=True)
+        # the last: until here a killed training goes on with it
+        if options.work is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif key:
+            trial_storage(folder).forget(key)
         return TrainResult(
             bundle, {k: m.value for k, m in findings.quality.metrics.items()}, searched.best, searched.trials, gates, latency,
             watch.seconds, run_id, registered,
+        )
+
+
+def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract, digest: str) -> None:
+    """Raises InputError when `out` holds what this training can't have made: before the search, and not an hour later.
+
+    A bundle of the same training is fine, so that one that was killed at its very end may run again. What a manifest doesn't say (trials,
+    epochs, hyperparameters) is noticed when the bundle is written.
+    """
+    found = there.manifest
+    ours = {
+        "model": contract.name, "version": options.version or _short_version(digest, contract, options.seed), "contract": contract.digest,
+        "data": digest, "seed": options.seed, "commit": git_commit(Path.cwd()),
+    }
+    theirs = {
+        "model": found.model_name, "version": found.model_version, "contract": found.contract_digest, "data": found.data_digest,
+        "seed": found.seed, "commit": found.git_commit,
+    }
+    others = [name for name, value in ours.items() if theirs[name] != value]
+    if others:
+        raise InputError(
+            f"--out {options.out}: holds another bundle already ({found.model_name} {found.model_version}, {found.digest}; other "
+            f"{', '.join(others)}); a bundle never changes: choose another --out"
         )
 
 
@@ -330,7 +362,9 @@ def _run_record(
         parameters={**facts.hyperparameters.model_dump(), "seed": facts.seed, "trials": len(searched.trials) or 1},
         metrics=metrics, tags=tags,
         trials=tuple(
-            TrialRecord(f"trial-{t.number}", t.hyperparameters.model_dump(), {"validation_pr_auc": t.validation_pr_auc, "epochs": t.epochs})
+            TrialRecord(
+                f"trial-{t.number}", t.hyperparameters.model_dump(), {"validation_pr_auc": t.validation_pr_auc, "epochs": t.epochs}, t.node,
+            )
             for t in searched.trials
         ),
         files={} if bundle is None else {

@@ -2,9 +2,10 @@
 
 The same data, seed and number of trials give the same result. That rules out trials side by side: ASHA compares a trial with
 those that *have* reported, and Optuna learns from those that *have* finished, so with two at a time the winner would depend on
-which worker was quicker. Trials therefore follow each other in one worker, which also imports torch only once. Ray is kept for
-what it does well: a killed worker's trial is run again, a killed search goes on where it was, and the same code runs on a
-KubeRay cluster.
+which worker was quicker. On one machine trials therefore follow each other in one worker, which also imports torch only once. On a
+Ray cluster (`at_once` above 1) they run in batches: Optuna proposes a whole batch and learns when all of it has finished, in the order of
+its proposals, and no trial is ended early. That too depends on nobody's speed, and costs the epochs that ASHA would have saved.
+Ray does the rest: a killed worker's trial is run again, and a killed search goes on where it was.
 
 Ray's driver is a process of its own (helper_process.py): Ray ends its driver when one of its daemons dies, and a training must not
 end with it. `searching` and `search` are for the trainer's side, `warm_up` and `run_search` run in that process.
@@ -21,7 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Trial:
     hyperparameters: Hyperparameters
     validation_pr_auc: float
     epochs: int
+    node: str = field(default="", compare=False)
+    """Host that ran it: a pod's name on a cluster."""
 
 
 @dataclass(frozen=True)
@@ -83,31 +86,35 @@ def search_key(*facts: object) -> str:
 
 
 @contextlib.contextmanager
-def searching() -> Generator[HelperProcess]:
+def searching(at_once: int = 1) -> Generator[HelperProcess]:
     """A process with Ray on this machine, or on the cluster that RAY_ADDRESS names, from `with` to its end.
 
-    It begins to start at once: eight seconds that loading the data can share.
+    It begins to start at once: eight seconds that loading the data can share. `at_once`: CPUs for trials, on this machine.
     """
     folder = _ray_folder()
     try:
-        with HelperProcess("hafnium_training.search", str(folder)) as helper:
+        with HelperProcess("hafnium_training.search", str(folder), at_once) as helper:
             yield helper
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def search(
-    helper: HelperProcess, prepared: Prepare, *, trials: int, epochs: int, seed: int, folder: Path, key: str, progress: Progress,
+    helper: HelperProcess, prepared: Prepare, *, trials: int, epochs: int, seed: int, place: Path | str, key: str, progress: Progress,
+    at_once: int = 1,
 ) -> Searched:
     """Runs `trials` trials (the first one has the defaults) and returns the best by validation PR-AUC.
 
-    `folder`: where Ray keeps the state; a search of the same `key` that was killed there goes on. A trial whose worker died is
+    `place`: where Ray keeps the state, a folder (that every node of a cluster has) or s3://BUCKET/PREFIX; a search of the same `key` that
+    was killed there goes on. A trial whose worker died is
     run again up to WORKER_FAILURES_MAX times, a search whose trials are not all there ATTEMPTS times; what fails even then is left
     out and told. Raises HafniumError when every trial failed.
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
-    place = folder.resolve()
+    if not 1 <= at_once <= trials:
+        raise InputError(f"--at-once {at_once}: expected 1 to the number of trials, {trials}")
+    where = trial_storage(place)
     attempt = 0
     while True:
         attempt += 1
@@ -116,19 +123,56 @@ def search(
         except HelperTimeoutError as e:
             raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
         found: Searched = helper.call(
-            "run_search", prepared, trials, epochs, seed, place, key, timeout_s=TRIAL_S_MAX * trials, progress=progress,
+            "run_search", prepared, trials, epochs, seed, where, key, at_once, timeout_s=TRIAL_S_MAX * trials, progress=progress,
         )
         if len(found.trials) == trials or attempt == ATTEMPTS:
             break
         # A dying raylet can take trials with it, and a search without them would have another result. It is run anew, and whole.
         progress.event(f"{trials - len(found.trials)} of {trials} trials failed; searching anew ({attempt} of {ATTEMPTS - 1})")
         helper.restart()
-        shutil.rmtree(place / key, ignore_errors=True)
+        where.forget(key)
     if found.error:
         progress.event(f"{trials - len(found.trials)} of {trials} trials failed {ATTEMPTS} times and are left out: {found.error}")
     if not found.trials:
         raise HafniumError(f"the search failed: all {trials} trials ended with an error: {found.error or 'no trial reported'}")
     return found
+
+
+@dataclass(frozen=True)
+class TrialStorage:
+    """Where Ray Tune keeps its state."""
+
+    place: str
+    """An absolute path, or an s3:// URI."""
+
+    def open(self) -> tuple[str, Any]:
+        """What Ray takes: (path, pyarrow filesystem or None for this machine's)."""
+        if not self.place.startswith("s3://"):
+            return self.place, None
+        from pyarrow.fs import FileSystem
+
+        filesystem, path = FileSystem.from_uri(self.place)
+        return path.rstrip("/"), filesystem
+
+    def forget(self, key: str) -> None:
+        """Removes a search's state, if there is any."""
+        path, filesystem = self.open()
+        if filesystem is None:
+            shutil.rmtree(Path(path) / key, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.delete_dir(f"{path}/{key}")
+
+
+def trial_storage(given: Path | str) -> TrialStorage:
+    """A folder, or s3://BUCKET/PREFIX (AWS's usual variables; `?endpoint_override=HOST:PORT&scheme=http`). Raises InputError."""
+    text = str(given)
+    if "://" not in text:
+        return TrialStorage(str(Path(text).resolve()))
+    bucket = text.removeprefix("s3://").partition("?")[0]
+    if not text.startswith("s3://") or not bucket.partition("/")[2].strip("/") or "@" in bucket:
+        raise InputError(f"--trial-storage {text.partition('?')[0]}: expected a folder or s3://BUCKET/PREFIX, without credentials")
+    return TrialStorage(text)
 
 
 def run_trial(config: dict[str, Any], prepared: Prepare, epochs: int, seed: int) -> None:
@@ -144,11 +188,14 @@ def run_trial(config: dict[str, Any], prepared: Prepare, epochs: int, seed: int)
     fit(prepared, Hyperparameters(**config), epochs=epochs, seed=seed, on_epoch=report)
 
 
-def run_search(prepared: Prepare, trials: int, epochs: int, seed: int, folder: Path, key: str, *, progress: Progress) -> Searched:
-    """The search itself, in the process with Ray. `folder` is absolute. See `search`."""
+def run_search(
+    prepared: Prepare, trials: int, epochs: int, seed: int, where: TrialStorage, key: str, at_once: int = 1, *, progress: Progress,
+) -> Searched:
+    """The search itself, in the process with Ray. See `search`."""
     import optuna
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+    from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -158,6 +205,15 @@ def run_search(prepared: Prepare, trials: int, epochs: int, seed: int, folder: P
 
         It is not a Tune callback, because one of those makes Tune import MLflow, to see whether it is its own.
         """
+
+        search_key = key
+
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            super().on_trial_complete(tune_controller, trial, result)
+            _LISTENERS.get(self.search_key, Silent()).advance()
+
+    class WatchedBatches(FIFOScheduler):
+        """The same for trials side by side: none is ended early."""
 
         search_key = key
 
@@ -182,22 +238,27 @@ def run_search(prepared: Prepare, trials: int, epochs: int, seed: int, folder: P
         "positive_power": tune.uniform(0.0, 0.5),
         "smoothness": tune.loguniform(1e-2, 2e-1),
     }
-    path = folder / key
-    if tune.Tuner.can_restore(str(path)):
+    path, filesystem = where.open()
+    if tune.Tuner.can_restore(f"{path}/{key}", storage_filesystem=filesystem):
         progress.event("going on with a search that was interrupted")
-        tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, resume_errored=True)
+        tuner = tune.Tuner.restore(
+            f"{path}/{key}", trainable=trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=filesystem)
     else:
+        early: dict[str, Any] = {
+            "time_attr": "epoch", "max_t": max(epochs, GRACE_EPOCHS), "grace_period": min(GRACE_EPOCHS, epochs), "reduction_factor": 3,
+        }
         tuner = tune.Tuner(
             trainable, param_space=space,
             tune_config=tune.TuneConfig(
-                metric=METRIC, mode="max", num_samples=trials, max_concurrent_trials=1, reuse_actors=True,
-                search_alg=OptunaSearch(seed=seed, points_to_evaluate=[{n: getattr(defaults, n) for n in names}]),
-                scheduler=Watched(
-                    time_attr="epoch", max_t=max(epochs, GRACE_EPOCHS), grace_period=min(GRACE_EPOCHS, epochs), reduction_factor=3,
+                metric=METRIC, mode="max", num_samples=trials, reuse_actors=True,
+                search_alg=ConcurrencyLimiter(
+                    OptunaSearch(seed=seed, points_to_evaluate=[{n: getattr(defaults, n) for n in names}]),
+                    max_concurrent=at_once, batch=at_once > 1,
                 ),
+                scheduler=Watched(**early) if at_once == 1 else WatchedBatches(),
             ),
             run_config=tune.RunConfig(
-                name=key, storage_path=str(folder), verbose=0,
+                name=key, storage_path=path, storage_filesystem=filesystem, verbose=0,
                 failure_config=tune.FailureConfig(max_failures=WORKER_FAILURES_MAX),
             ),
         )
@@ -211,14 +272,19 @@ def run_search(prepared: Prepare, trials: int, epochs: int, seed: int, folder: P
         result = results[number]
         if result.error is None and result.metrics and METRIC in result.metrics and result.config:
             hyper = Hyperparameters(**{n: result.config[n] for n in names})
-            done.append(Trial(number, hyper, float(result.metrics[METRIC]), int(result.metrics["epoch"])))
+            done.append(Trial(
+                number, hyper, float(result.metrics[METRIC]), int(result.metrics["epoch"]), str(result.metrics.get("hostname", "")),
+            ))
     error = next((str(e).strip().splitlines()[-1] for i in range(len(results)) if (e := results[i].error) is not None), "")
     best = max(done, key=lambda t: (t.validation_pr_auc, -t.number), default=None)
     return Searched(defaults if best is None else best.hyperparameters, tuple(done), error if len(done) < trials else "")
 
 
-def warm_up(folder: str) -> None:
-    """Starts Ray in this process, with its files in `folder`. Raises HafniumError when it doesn't start."""
+def warm_up(folder: str, at_once: int = 1) -> None:
+    """Starts Ray in this process, with its files in `folder` and `at_once` CPUs, or joins the cluster of RAY_ADDRESS.
+
+    Raises HafniumError when it doesn't start.
+    """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -228,7 +294,7 @@ def warm_up(folder: str) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
-            _start_here(ray, {"_temp_dir": folder, **quiet})
+            _start_here(ray, {"_temp_dir": folder, "num_cpus": at_once, **quiet})
     except Exception as e:  # Ray raises RuntimeError, ValueError, ConnectionError and its own for the same thing
         raise HafniumError(f"Ray did not start: {e}; with --trials 1 training needs no Ray") from e
     # No warm worker: Tune's actors have an environment of their own and never take over a worker that ran a task.
@@ -257,7 +323,7 @@ def _start_here(ray: Any, options: dict[str, Any]) -> None:
     """Starts Ray on this machine, a second time when the first fails: it picks free ports, and another process may be quicker."""
     for last in (False, True):
         try:
-            ray.init(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options)
+            ray.init(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options)
             return
         except Exception:  # Ray raises RuntimeError, ValueError, ConnectionError and its own for the same thing
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""Runs, trials and model versions in MLflow: one SQLite file and a folder of artifacts beside it.
+"""Runs, trials and model versions in MLflow: a server, or one SQLite file and a folder of artifacts beside it.
 
 Runs in a helper process, because importing MLflow and creating its database takes as long as training the model. The tracking
 store is a record, not a part of the product: what is served is the bundle, and its digest is how the two are tied together.
@@ -14,12 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from hafnium_contract.errors import HafniumError
+from hafnium_contract.errors import HafniumError, InputError
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "artifacts"
 ALIAS = "candidate"
+NODE_TAG = "hafnium.node"
+REQUEST_TIMEOUT_S, REQUEST_TRIES_MAX = "30", "5"
+"""Of a server, with MLflow's own growing pauses between tries: a restart is waited for, two minutes at most."""
 DIGEST_TAG = "hafnium.bundle_digest"
 
 
@@ -30,6 +34,8 @@ class TrialRecord:
     name: str
     parameters: Mapping[str, float]
     metrics: Mapping[str, float]
+    node: str = ""
+    """Host that it ran on."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +67,37 @@ class Tracked:
     already_registered: bool = False
 
 
-def warm_up(folder: Path) -> None:
-    """Imports MLflow and creates (or migrates) the database in `folder`."""
-    _client(folder)
+def warm_up(place: Path | str) -> None:
+    """Imports MLflow and creates (or migrates) the database in a folder, or asks the server whether it is there."""
+    _client(place)
 
 
-def _client(folder: Path) -> Any:
+def is_server(place: Path | str) -> bool:
+    """Whether runs go to a server. Raises InputError for what is neither http(s):// nor a folder."""
+    text = str(place)
+    if isinstance(place, Path) or "://" not in text:
+        return False
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"--tracking {text!r}: expected a folder or http(s)://HOST:PORT of an MLflow server")
+    if parts.username or parts.password:
+        raise InputError("--tracking: user and password belong into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not the address")
+    return True
+
+
+def _client(place: Path | str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", REQUEST_TRIES_MAX)
+    server = is_server(place)
+    if not server:
+        Path(place).mkdir(parents=True, exist_ok=True)
     import mlflow
     for name in ("mlflow", "alembic", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    uri = f"sqlite:///{(folder / DATABASE).resolve()}"
+    uri = str(place) if server else f"sqlite:///{(Path(place) / DATABASE).resolve()}"
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = mlflow.MlflowClient(uri, uri)
@@ -82,7 +105,7 @@ def _client(folder: Path) -> Any:
     return client
 
 
-def record(folder: Path, run: RunRecord) -> Tracked:
+def record(place: Path | str, run: RunRecord) -> Tracked:
     """Writes the run, its trials and its model. A bundle that is registered already is found by its digest and not added again.
 
     Raises HafniumError when MLflow can't write.
@@ -91,10 +114,11 @@ def record(folder: Path, run: RunRecord) -> Tracked:
     from mlflow.exceptions import MlflowException
 
     try:
-        client = _client(folder)
+        client = _client(place)
         experiment = client.get_experiment_by_name(run.experiment)
-        place = (folder / ARTIFACTS).resolve().as_uri()
-        identity = experiment.experiment_id if experiment else client.create_experiment(run.experiment, artifact_location=place)
+        # A server has a place for artifacts of its own
+        artifacts = None if is_server(place) else (Path(place) / ARTIFACTS).resolve().as_uri()
+        identity = experiment.experiment_id if experiment else client.create_experiment(run.experiment, artifact_location=artifacts)
         known = None if run.onnx is None else _registered(client, run.experiment, run.tags[DIGEST_TAG])
         if known is not None:
             client.set_registered_model_alias(run.experiment, ALIAS, known.version)
@@ -103,7 +127,7 @@ def record(folder: Path, run: RunRecord) -> Tracked:
             run_id = active.info.run_id
             _log(client, run_id, run.parameters, run.metrics)
             for trial in run.trials:
-                nested = client.create_run(identity, run_name=trial.name, tags={"mlflow.parentRunId": run_id})
+                nested = client.create_run(identity, run_name=trial.name, tags={"mlflow.parentRunId": run_id, NODE_TAG: trial.node})
                 _log(client, nested.info.run_id, trial.parameters, trial.metrics)
                 client.set_terminated(nested.info.run_id)
             for name, text in run.files.items():
@@ -111,7 +135,7 @@ def record(folder: Path, run: RunRecord) -> Tracked:
             version = None if run.onnx is None else _register(client, run, run.onnx)
         return Tracked(run_id, version)
     except (MlflowException, OSError) as e:
-        raise HafniumError(f"{folder / DATABASE}: MLflow could not record the run: {e}") from e
+        raise HafniumError(f"{place}: MLflow could not record the run: {e}") from e
 
 
 def _log(client: Any, run_id: str, parameters: Mapping[str, object], metrics: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +81,9 @@ def join(contract: Contract, data: Data, repo: Repo, out: Table, as_json: Json =
 
 
 @features.command()
-def materialise(contract: Contract, repo: Repo, until: Until, since: Annotated[
+def materialise(contract: Contract, repo: Repo, until: Annotated[
+    datetime | None, typer.Option(parser=parse_time, metavar="TIME", show_default=False,
+                                  help="The online store holds what was known at this time; now without it.")] = None, since: Annotated[
     datetime | None, typer.Option(parser=parse_time, metavar="TIME", show_default=False,
                                   help="Go on from an earlier --until: only newer values are written.")] = None,
     as_json: Json = False,
@@ -93,7 +95,7 @@ def materialise(contract: Contract, repo: Repo, until: Until, since: Annotated[
     from hafnium_training.feature_store import materialise as run
 
     with Bars() as bars:
-        report = run(load_contract(contract), repo, until=until, since=since, progress=bars)
+        report = run(load_contract(contract), repo, until=until or datetime.now(UTC), since=since, progress=bars)
     if as_json:
         print_json(asdict(report))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -49,4 +50,20 @@ def store_from(state: Path | None, namespace: str | None, context: str | None, k
     from hafnium_rollout.kubernetes.client import connect, current_namespace
     from hafnium_rollout.kubernetes.store import KubernetesStore
 
-    return KubernetesStore(connect(kubeconfig=kubeconfig, context=context), namespace or current_namespace(kubeconfig, context))
+    kubectl = shlex.join(["kubectl", *_options(context=context, kubeconfig=kubeconfig)])
+    return KubernetesStore(
+        connect(kubeconfig=kubeconfig, context=context), namespace or current_namespace(kubeconfig, context), kubectl=kubectl)
+
+
+def command_line(
+    *words: str, state: Path | None, namespace: str | None, context: str | None, kubeconfig: Path | None,
+) -> str:
+    """The command as a person types it again, at the same place: for errors that say what to do."""
+    d = DEFAULTS
+    program = ["kubectl", "hafnium"] if d.cluster else ["hafnium", "rollout"]
+    place = _options(state=state, namespace=namespace or d.namespace, context=context or d.context, kubeconfig=kubeconfig or d.kubeconfig)
+    return shlex.join([*program, *words, *place])
+
+
+def _options(**given: str | Path | None) -> list[str]:
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from hafnium_contract.errors import HafniumError
 from hafnium_contract.whole_files import write_atomically
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
-from hafnium_local.commands.places import Context, Kubeconfig, Namespace, StateHere, store_from
+from hafnium_local.commands.places import Context, Kubeconfig, Namespace, StateHere, command_line, store_from
 from hafnium_local.console import fail, print_json
 from hafnium_rollout import commands
 from hafnium_rollout.errors import RolloutFileError
@@ -162,7 +163,11 @@ def abort(
     Example: hafnium rollout abort unified-risk --reason "wrong training data"
     """
     store = store_from(state, namespace, context, kubeconfig)
-    typer.echo(commands.abort(store, name, reason, by=store.whoami()))
+    try:
+        by = store.whoami()
+    except (HafniumError, KeyError, OSError, ImportError):  # an API server without SelfSubjectReview, a user without a name
+        by = ""  # on a cluster the audit log knows it; an abort must not fail for that
+    typer.echo(commands.abort(store, name, reason, by=by))
 
 
 @app.command()
@@ -182,16 +187,23 @@ def retry(
 def approve(
     name: Name,
     stage: Annotated[str, typer.Option(help="Which of the required approvals: validation, security, …", show_default=False)],
+    digest: Annotated[str | None, typer.Option(
+        metavar="HEX", show_default=False, help="Of the model that you reviewed: its first 12 hex digits or more. Required on a cluster.",
+    )] = None,
     state: StateHere = None, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Approves the rollout's model for a stage, in the name of who is logged in.
+    """Approves the model that you reviewed for a stage, in the name of who is logged in.
 
-    On one machine this is a note: whoever can write the state folder can write an approval. On a cluster it is authenticated.
+    A ModelRollout may be given another model while you read, so --digest says which one it is; without it on a cluster nothing is
+    approved, and the digest, version and trainer are shown. On one machine an approval is a note: whoever can write the state folder
+    can write one. On a cluster it is authenticated.
 
-    Example: hafnium rollout approve unified-risk --stage validation
+    Example: hafnium rollout approve unified-risk --stage validation --digest 3f9a0c21b7de
     """
     store = store_from(state, namespace, context, kubeconfig)
-    typer.echo(commands.approve(store, name, stage, store.whoami()))
+    again = command_line(
+        "approve", name, "--stage", stage, state=state, namespace=namespace, context=context, kubeconfig=kubeconfig)
+    typer.echo(commands.approve(store, name, stage, store.whoami(), digest, again=again))
 
 
 @app.command()

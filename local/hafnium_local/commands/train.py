@@ -28,7 +28,14 @@ def train(
         Path | None, typer.Option(help="Hyperparameters: a JSON file, or a bundle that was trained with them.", show_default=False)] = None,
     production: Annotated[
         Path | None, typer.Option(help="Bundle in production: the new model must not be worse.", show_default=False)] = None,
-    tracking: Annotated[Path | None, typer.Option(help="MLflow folder: runs and the registry.", show_default=False)] = None,
+    tracking: Annotated[
+        str | None, typer.Option(help="MLflow: a folder, or http(s):// of a server; runs and the registry.", show_default=False)] = None,
+    at_once: Annotated[int, typer.Option(
+        min=1, max=1000, help="Trials side by side, in batches, none ended early; on the Ray cluster of RAY_ADDRESS, or here.",
+    )] = 1,
+    trial_storage: Annotated[
+        str | None, typer.Option(help="Where an unfinished search is kept: a folder that all nodes have, or s3://BUCKET/PREFIX.",
+                                 show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Data → search → monotone network → gates → bundle. The same data, config and seed give the same bundle digest.
@@ -46,6 +53,7 @@ def train(
     options = TrainOptions(
         contract=contract, data=data, out=out, version=model_version, trials=trials, seed=seed, until=until,
         params=read_hyperparameters(params) if params is not None else None, tracking=tracking, production=production,
+        at_once=at_once, work=trial_storage,
     )
     with Bars() as bars:
         result = run(options, bars)

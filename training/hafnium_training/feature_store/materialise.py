@@ -20,9 +20,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.feast_config import check_redis, read_feast_config
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.progress import Progress, Silent
-from hafnium_training.feature_store.definitions import EVENT_TIMESTAMP, ONLINE, SOURCES, ViewSpec, view_specs
+from hafnium_training.feature_store.definitions import CONFIG, EVENT_TIMESTAMP, ONLINE, SOURCES, ViewSpec, view_specs
 from hafnium_training.feature_store.repository import MATERIALISED, FeatureRepo, open_repo, open_store
 
 BATCH_ENTITIES = 2_000
@@ -67,6 +68,7 @@ def materialise(
         listener.event(f"contract {contract.name} has no views: nothing to materialise")
         return MaterialiseReport(until, (), False, time.perf_counter() - began)
     found = open_repo(contract, repo)
+    check_redis(read_feast_config(found.path / CONFIG))
     emptied = _go_back(found, until)
     if emptied and since is not None:
         since = None  # nothing is left to go on from

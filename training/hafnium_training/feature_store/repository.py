@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from hafnium_contract.errors import InputError
+from hafnium_contract.feast_config import read_feast_config
 from hafnium_contract.lean_imports import without
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.progress import Progress, Silent
@@ -35,6 +36,8 @@ from hafnium_training.feature_store.definitions import (
 )
 from hafnium_training.feature_store.sources import view_table, write_source
 
+CONTRACT = "contract.yaml"
+"""The contract that the folder was made from: on a cluster the materialising job has the folder and nothing else."""
 MATERIALISED = "materialised.json"
 """Up to which moment the online store was filled: going back in time has to empty it first."""
 
@@ -78,6 +81,8 @@ def write_repo(
     for name, table in tables.items():
         write_source(repo / SOURCES / f"{name}.parquet", table)
     (repo / DEFINITIONS).write_text(definitions_text(contract), encoding="utf-8")
+    said = yaml.safe_dump(contract.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    (repo / CONTRACT).write_text(said, encoding="utf-8")
     found = apply(contract, repo)
     listener.advance()
     if not specs:
@@ -147,6 +152,7 @@ def _store(repo: Path) -> Any:
     with without("torch"):
         from feast import FeatureStore
 
+    read_feast_config(repo / CONFIG)  # what Feast says about a file that is no YAML quotes it, and a password may be in it
     # Feast logs each step of what it does at INFO and deprecations of its own at WARNING.
     logging.getLogger("feast").setLevel(logging.ERROR)
     return FeatureStore(repo_path=str(repo.resolve()))

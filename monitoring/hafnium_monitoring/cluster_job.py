@@ -1,0 +1,128 @@
+"""One run of a CronJob: a look at every ModelRollout of the namespace, one finding each.
+
+What can't be read is a finding too (verdict Error), and the other rollouts are looked at all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from hafnium_contract.errors import HafniumError, InputError
+from hafnium_contract.evidence import EvidenceSpec
+from hafnium_monitoring.api_server import ApiServer
+from hafnium_monitoring.bundle_places import BundlePlaces
+from hafnium_monitoring.drift import JOB as DRIFT_JOB
+from hafnium_monitoring.drift import DriftOptions, run_drift
+from hafnium_monitoring.errors import WrittenError
+from hafnium_monitoring.evidence_places import GROUP, VERSION, EvidencePlace
+from hafnium_monitoring.performance import JOB as PERFORMANCE_JOB
+from hafnium_monitoring.performance import PerformanceOptions, run_performance
+from hafnium_monitoring.rollouts_seen import ModelPlace, Watched, filled, watched, window
+from hafnium_monitoring.settings import DriftRules, ReportSettings
+
+_LOG = logging.getLogger("hafnium.monitoring")
+
+
+@dataclass(frozen=True)
+class ClusterRun:
+    """What a run looks at, beside what the rollouts say."""
+
+    server: ApiServer
+    evidence: EvidencePlace
+    bundles: BundlePlaces
+    logs: tuple[str, ...]
+    """With {namespace}, {rollout} and {service}."""
+    length: timedelta
+    lag: timedelta
+    """How long before now a window ends at least: for drift what the transformer keeps in memory, for performance until labels are in."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What became of a run."""
+
+    findings: tuple[EvidenceSpec, ...]
+    there_already: int
+    problems: int
+    """Rollouts about which nothing could be written."""
+
+
+def drift(run: ClusterRun, now: datetime, rules: DriftRules, report: ReportSettings | None) -> Counted:
+    """Drift of every rollout's model."""
+
+    def look(seen: Watched, start: datetime, end: datetime) -> EvidenceSpec:
+        places = (seen.model, *(() if seen.stable is None else (seen.stable,)))
+        stable = None if seen.stable is None else run.bundles.folder(seen.stable.storage_uri)
+        options = DriftOptions(
+            bundle=run.bundles.folder(seen.model.storage_uri), logs=_logs(run, seen, places), start=start, end=end,
+            stable_bundle=stable, expect_digest=seen.model.digest, rules=rules, report=report,
+        )
+        return run_drift(options, now).evidence
+
+    return _each(run, now, look, "drift", DRIFT_JOB)
+
+
+def performance(run: ClusterRun, now: datetime, labels: Path, min_rows: int) -> Counted:
+    """Performance of every rollout's stable model, by the labels that are known: a candidate has none yet."""
+
+    def look(seen: Watched, start: datetime, end: datetime) -> EvidenceSpec:
+        return run_performance(PerformanceOptions(
+            bundle=run.bundles.folder(seen.model.storage_uri), logs=_logs(run, seen, (seen.model,)), labels=labels, start=start, end=end,
+            min_rows=min_rows, expect_digest=seen.model.digest,
+        ), now)
+
+    def stable(seen: Watched) -> Watched:
+        return seen if seen.stable is None else Watched(seen.rollout, seen.stable, None, None)
+
+    return _each(run, now, look, "performance", PERFORMANCE_JOB, stable)
+
+
+def _logs(run: ClusterRun, seen: Watched, models: tuple[ModelPlace, ...]) -> tuple[str, ...]:
+    """Each place once: without {service} in it, both arms share one."""
+    found = (filled(log, run.server.namespace, seen.rollout, m.service) for log in run.logs for m in models)
+    return tuple(dict.fromkeys(found))
+
+
+def _each(
+    run: ClusterRun, now: datetime, look: Callable[[Watched, datetime, datetime], EvidenceSpec], kind: str, job: str,
+    whom: Callable[[Watched], Watched] = lambda seen: seen,
+) -> Counted:
+    findings: list[EvidenceSpec] = []
+    there = problems = 0
+    for item in run.server.list(GROUP, VERSION, "modelrollouts"):
+        name = str((item.get("metadata") or {}).get("name"))
+        try:
+            found_here = watched(item)
+            seen = None if found_here is None else whom(found_here)
+            times = None if seen is None else window(now, run.length, run.lag, seen.since)
+            if seen is None or times is None:
+                _LOG.info("%s: nothing to look at: no model of it served during the whole of the last window", name)
+                continue
+            try:
+                found = look(seen, *times)
+            except HafniumError as e:
+                found = _error(seen, times, now, kind, job, e)
+            written = run.evidence.write(found)
+            findings.append(found)
+            _LOG.info("%s: %s: %s: %s", written, found.verdict, name, found.message)
+        except WrittenError as e:
+            there += 1
+            _LOG.info("%s: %s", name, e)
+        except InputError as e:
+            problems += 1
+            _LOG.error("%s: %s", name, e)
+    return Counted(tuple(findings), there, problems)
+
+
+def _error(seen: Watched, times: tuple[datetime, datetime], now: datetime, kind: str, job: str, e: HafniumError) -> EvidenceSpec:
+    message = f"the {kind} run failed, so nothing is known: {e}"[:2_000]
+    blank = EvidenceSpec(
+        model_digest=seen.model.digest, kind="drift", window_start=times[0], window_end=times[1], verdict="Error", samples=0,
+        message=message, job=job, created_at=now,
+    )
+    return blank if kind == "drift" else blank.model_copy(update={"kind": kind})
+
