@@ -1,0 +1,184 @@
+"""Rules and dashboards speak of metrics that exist, with labels that those have; each alert has its page; promtool agrees, where it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hafnium_manifests import ROOT, Json, load
+
+from hafnium_contract.metric_names import ALL
+
+RULES = ROOT / "kustomize/components/monitoring/rules.yaml"
+DASHBOARDS = sorted((ROOT / "kustomize/components/monitoring/dashboards").glob("*.json"))
+RUNBOOKS = ROOT / "docs/runbooks.md"
+SCRAPED = {"namespace", "pod", "le", "serving_kserve_io_inferenceservice"}
+"""Labels that Prometheus adds: its own, and the pod's label that the PodMonitor names."""
+SERIES = {n: {*m.labels, *SCRAPED} for m in ALL
+          for n in ((m.name,) if m.kind != "histogram" else (f"{m.name}_bucket", f"{m.name}_sum", f"{m.name}_count"))}
+WORDS = {
+    "sum", "max", "min", "avg", "count", "rate", "increase", "histogram_quantile", "by", "on", "ignoring", "without", "group_left",
+    "group_right", "absent", "min_over_time", "last_over_time", "and", "or", "unless", "bool", "vector", "offset",
+}
+
+
+def groups() -> list[Json]:
+    return yaml.safe_load(RULES.read_text(encoding="utf-8"))["spec"]["groups"]
+
+
+def rules() -> list[Json]:
+    return [r for g in groups() for r in g["rules"]]
+
+
+def expressions() -> list[tuple[str, str]]:
+    found = [(r.get("alert") or r["record"], r["expr"]) for r in rules()]
+    for path in DASHBOARDS:
+        board = json.loads(path.read_text(encoding="utf-8"))
+        found += [(f"{board['uid']}: {p['title']}", t["expr"]) for p in board["panels"] for t in p.get("targets", [])]
+        found += [(f"{board['uid']}: ${v['name']}", v["query"]) for v in board["templating"]["list"] if v["type"] == "query"]
+    for o in load("prod.yaml"):
+        if o["kind"] == "ModelRollout":
+            found += [(f"{c} scales by", m["external"]["metric"]["query"]) for c, s in o["spec"]["service"].items()
+                      for m in s["autoScaling"]["metrics"] if m["type"] == "External"]
+    return found
+
+
+def metrics_of(expression: str) -> set[str]:
+    """Names that stand where a metric does: not in braces, not in a list of labels, no function."""
+    text = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", re.sub(r'"[^"]*"', '""', expression))
+    text = re.sub(r"\b(by|on|ignoring|without|group_left|group_right)\s*\([^)]*\)", r"\1 ", text)
+    text = re.sub(r"label_values\(([^,]*),[^)]*\)", r"\1", text)
+    return set(re.findall(r"(?<![\w.:$])[a-z_][a-z0-9_:]*", text)) - WORDS
+
+
+@pytest.mark.parametrize(("where", "expression"), expressions())
+def test_metrics_and_their_labels_exist(where: str, expression: str) -> None:
+    recorded = {r["record"] for r in rules() if "record" in r}
+    names = metrics_of(expression)
+    assert names, f"{where}: no metric in {expression}"
+    assert names <= set(SERIES) | recorded, f"{where}: unknown {names - set(SERIES) - recorded}"
+    known = set().union(*(SERIES.get(n, {x for m in ALL for x in m.labels} | SCRAPED) for n in names))
+    for selector in re.findall(r"\{([^}]*)\}", re.sub(r'"[^"]*"', '""', expression)):
+        labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
+        assert labels <= known, f"{where}: {labels - known} are no labels of {names}"
+    for grouped in re.findall(r"(?:by|on|group_left|ignoring) \(([^)]*)\)", expression):
+        labels = {x.strip() for x in grouped.split(",") if x.strip()}
+        assert labels <= known, f"{where}: {labels - known} are no labels of {names}"
+
+
+def test_a_wrong_metric_or_label_is_found() -> None:
+    for wrong in ("sum(rate(inference_request_total[5m]))", 'sum by (version) (rate(inference_requests_total[5m]))',
+                  'inference_requests_total{model="a"}', "absent(modelrollout_leaders)"):
+        with pytest.raises(AssertionError):
+            test_metrics_and_their_labels_exist("wrong", wrong)
+
+
+def test_each_alert_has_its_page_and_each_page_its_alert() -> None:
+    alerts = [r for r in rules() if "alert" in r]
+    text = RUNBOOKS.read_text(encoding="utf-8")
+    pages = re.findall(r"^## (\w+)$", text, re.MULTILINE)
+    assert pages == [a["alert"] for a in alerts]
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        for heading in ("**Meaning.**", "**Impact.**", "**Diagnosis.**", "**Mitigation.**"):
+            assert heading in section, section.split("\n")[0]
+    for a in alerts:
+        assert a["labels"]["severity"] in ("critical", "warning"), a["alert"]
+        assert a["annotations"]["summary"], a["alert"]
+        assert a["annotations"]["runbook"] == f"docs/runbooks.md#{a['alert'].lower()}"
+
+
+def promtool() -> str:
+    path = shutil.which("promtool")
+    if path is None:
+        pytest.skip("no promtool on the PATH (Debian: apt-get install prometheus)")
+    return path
+
+
+def test_promtool_takes_the_rules_and_every_expression_of_the_dashboards(tmp_path: Path) -> None:
+    program = promtool()
+    panels = [{"record": f"panel:{i}", "expr": e.replace("$__rate_interval", "5m")} for i, (_, e) in enumerate(expressions())
+              if "label_values(" not in e]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [*groups(), {"name": "panels", "rules": panels}]}), encoding="utf-8")
+    done = subprocess.run([program, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+M = 'component="transformer",model_name="risk",model_version="1",namespace="risk",pod="a"'
+L = 'model_name="risk",namespace="risk",pod="a"'
+R = 'namespace="risk",rollout="risk"'
+S = 'serving_kserve_io_inferenceservice="risk-abc"'
+CASES = {
+    # alert: (series with values a minute, minute at which it is silent, minute at which it fires)
+    "HafniumErrorsHigh": (
+        {f"inference_requests_total{{{M}}}": "0+6000x60", f'inference_errors_total{{{M},type="unavailable"}}': "0+120x60"}, 9, 12),
+    # The store is gone from minute 10 on: two lookups a minute try, the others are not asked
+    "HafniumFeatureStoreFailing": (
+        {f"feature_lookup_seconds_count{{{L}}}": "0+600x10 6002+2x50",
+         f'feature_lookup_failures_total{{{L},type="unavailable"}}': "0x10 2+2x50",
+         f'feature_lookup_failures_total{{{L},type="not_asked"}}': "0x10 600+600x50"}, 15, 18),
+    # The predictor's pod goes at minute 10, and with it its series, five minutes later at most; the transformer's stays
+    "HafniumPredictorsGone": (
+        {f"inference_requests_total{{{M},{S}}}": "0+600x10 6000x400", f"inference_log_rows_total{{{L},{S}}}": "0x400",
+         f"model_info{{{L},{S}}}": "1x10 stale"}, 13, 14),
+    "HafniumOperatorDown": ({"modelrollout_leader{pod=\"a\"}": "0x60", "modelrollout_leader{pod=\"b\"}": "0x60"}, 1, 2),
+    "HafniumRolloutGateBlind": ({f'modelrollout_blind_seconds{{{R},gate="errors"}}': "0+60x60"}, 15, 16),
+    "HafniumRolloutWaitsForPerson": ({f'modelrollout_phase{{{R},phase="Paused"}}': "1x300"}, 239, 240),
+    "HafniumRolloutWeightStuck": (
+        {f'modelrollout_weight{{{R},kind="desired"}}': "25x60", f'modelrollout_weight{{{R},kind="observed"}}': "5x60"}, 14, 15),
+    "HafniumRecordHasGaps": ({f"modelrollout_record_lost_total{{{R}}}": "0x10 3x50"}, 9, 12),
+    # some each hour, that are gone at the next look, are as it should be
+    "HafniumEvidenceNotRemoved": ({'modelrollout_evidence_surplus{namespace="risk"}': "5 0x58 5 0x58 5x450"}, 538, 541),
+}
+NEVER = {
+    # A minute without Redis, and a client that gives its lookups no time
+    "HafniumFeatureStoreFailing": {
+        f"feature_lookup_seconds_count{{{L}}}": "0+600x60", f'feature_lookup_failures_total{{{L},type="unavailable"}}': "0x53 400x7",
+        f'feature_lookup_failures_total{{{L},type="hurry"}}': "0+500x60"},
+    # A candidate whose predictor never came up, a service that somebody took away, and one whose model server is somebody else's
+    "HafniumPredictorsGone": {
+        f"inference_requests_total{{{M},{S}}}": "0x60", f"inference_log_rows_total{{{L},{S}}}": "0x60",
+        f'inference_requests_total{{{M.replace("risk", "old")},{S.replace("risk", "old")}}}': "0+600x30 stale",
+        f'inference_log_rows_total{{{L.replace("risk", "old")},{S.replace("risk", "old")}}}': "0x30 stale",
+        f'model_info{{{L.replace("risk", "old")},{S.replace("risk", "old")}}}': "1x30 stale",
+        f'inference_requests_total{{{M.replace("risk", "other")},{S.replace("risk", "other")}}}': "0+600x60",
+        f'inference_log_rows_total{{{L.replace("risk", "other")},{S.replace("risk", "other")}}}': "0x60"},
+    "HafniumErrorsHigh": {
+        f"inference_requests_total{{{M}}}": "0+6000x60", f'inference_errors_total{{{M},type="invalid_row"}}': "0+1200x60"},
+    "HafniumOperatorDown": {"modelrollout_leader{pod=\"a\"}": "0x60", "modelrollout_leader{pod=\"b\"}": "1x60"},
+    "HafniumRolloutWeightStuck": {
+        f'modelrollout_weight{{{R},kind="desired"}}': "5x60", f'modelrollout_weight{{{R},kind="observed"}}': "5x60"},
+}
+
+
+def test_alerts_fire_at_their_edge_and_not_before(tmp_path: Path) -> None:
+    program = promtool()
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups()}), encoding="utf-8")
+    cases: list[Json] = []
+    for alert, (series, silent, fires) in CASES.items():
+        cases += [case(series, alert, silent, False), case(series, alert, fires, True)]
+    cases += [case(series, alert, 59, False) for alert, series in NEVER.items()]
+    cases.append(case(CASES["HafniumPredictorsGone"][0], "HafniumPredictorsGone", 390, True))  # for as long as the outage lasts
+    cases.append(case({"up": "1x60"}, "HafniumOperatorDown", 5, True))  # no series at all is no leader either
+    for i, c in enumerate(cases):
+        (tmp_path / f"test-{i}.yaml").write_text(
+            yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": [c]}), encoding="utf-8")
+        done = subprocess.run(
+            [program, "test", "rules", f"test-{i}.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        wanted = c["promql_expr_test"][0]
+        assert done.returncode == 0, f"{wanted}: {done.stdout}{done.stderr}"
+
+
+def case(series: Json, alert: str, minute: int, fires: bool) -> Json:
+    """Whether ALERTS says that it fires, by its number: labels and texts aren't spelled out again."""
+    return {
+        "interval": "1m", "input_series": [{"series": k, "values": v} for k, v in series.items()],
+        "promql_expr_test": [{
+            "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)', "eval_time": f"{minute}m",
+            "exp_samples": [{"labels": "{}", "value": 1 if fires else 0}],
+        }],
+    }
