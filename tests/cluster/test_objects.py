@@ -201,6 +201,30 @@ def test_the_next_candidate_may_have_another_trainer(namespaced: Kubectl) -> Non
     namespaced("patch", "mro", "unified-risk", "--type=merge", "--dry-run=server", "-p", json.dumps(patch))
 
 
+@pytest.mark.parametrize(("before", "after", "same"), [
+    ("PairedServices", "CanaryTrafficPercent", False), (None, "CanaryTrafficPercent", False), ("CanaryTrafficPercent", None, False),
+    ("CanaryTrafficPercent", "PairedServices", False), (None, "PairedServices", True), ("PairedServices", None, True),
+])
+def test_the_backend_never_changes_once_a_rollout_has_begun(
+    api: client.CustomObjectsApi, namespaced: Kubectl, before: str | None, after: str | None, same: bool,
+) -> None:
+    """The other backend would not see what this one gave the candidate. Before the first run it may be corrected."""
+    name = f"backend-{str(before)[:6]}-{str(after)[:6]}".lower()
+    data = sample("modelrollout") | {"metadata": {"name": name}}
+    data["spec"]["routing"] = {} if before is None else {"backend": before}
+    namespaced("create", "-f", "-", given=data)
+    change = ("patch", "mro", name, "--type=merge", "--dry-run=server", "-p", json.dumps({"spec": {"routing": {"backend": after}}}))
+    namespaced(*change)
+    _keep(api, namespaced, RolloutStatus(phase="Pending", reason="KindMissing"), name)
+    namespaced(*change)
+    _keep(api, namespaced, RolloutStatus(phase="Progressing", run_id="aaaaaaaa-20260301T120000"), name)
+    if same:
+        namespaced(*change)
+    else:
+        assert "spec.routing.backend never changes once a rollout has begun" in namespaced.refused(*change)
+    namespaced("patch", "mro", name, "--type=merge", "-p", '{"spec": {"paused": true}}')
+
+
 @pytest.mark.parametrize(("kind", "patch"), [
     ("modelevidence", {"spec": {"verdict": "Fail"}}), ("modelevidence", {"spec": {"samples": 1}}),
     ("modelapproval", {"spec": {"stage": "security"}}), ("modelapproval", {"spec": {"comment": "more"}}),
@@ -352,3 +376,14 @@ def test_explain_reads_well(namespaced: Kubectl, path: str, words: str) -> None:
     said = " ".join(namespaced("explain", path).split())
     assert words in said
     assert "<no description>" not in said
+
+
+def test_a_status_of_a_newer_operator_is_refused_in_the_words_that_the_operator_knows(namespaced: Kubectl) -> None:
+    """CRDs go first. When they didn't, the operator says so: it goes by these words of the API server's (client.py)."""
+    item = sample("modelrollout")
+    item["metadata"]["name"] = "newer"
+    namespaced("apply", "-f", "-", given=item)
+    newer = {k: item[k] for k in ("apiVersion", "kind")} | {"metadata": {"name": "newer"}, "status": {"fieldOfTomorrow": 1}}
+    said = namespaced.refused("apply", "--server-side", "--subresource=status", "--validate=false", "-f", "-", given=newer)
+    assert "field not declared in schema" in said
+    assert "fieldOfTomorrow" in said

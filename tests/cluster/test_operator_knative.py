@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from hafnium_kubectl import Kubectl
-from hafnium_operator import Load, OperatorProcess, digest, model_rollout, release, until, versions
+from hafnium_operator import Call, Load, OperatorProcess, digest, faulty_api, model_rollout, release, until, versions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 DOOR = os.environ.get("HAFNIUM_TEST_KNATIVE", "http://127.0.0.1:8020")
@@ -136,5 +137,92 @@ def test_a_shadow_step_and_a_service_in_standard_mode_are_refused(knative: Kubec
 
         until(lambda: reason("mirrored") == "MirrorNotSupported", "the shadow is refused")
         until(lambda: reason("plain") == "NotKnative", "the mode is refused")
+    finally:
+        operator.stop()
+
+
+def test_a_canary_rollback_gets_through_when_kserves_webhook_is_back(knative: Kubectl, tmp_path: Path) -> None:
+    """While it is down no InferenceService can be written. Nothing is called done meanwhile, and the bad model gains nothing."""
+    kubectl, name = knative, "hooked"
+    down = threading.Event()
+
+    def before(call: Call) -> tuple[int, dict[str, str]] | None:
+        if down.is_set() and call.writes and "/inferenceservices/" in call.path:
+            return 500, {}  # as the API server answers when a webhook can't be called
+        return None
+
+    def item(version: int, **more: Any) -> dict[str, Any]:
+        found = model_rollout(name, version, steps=[
+            {"weight": 20, "minDwell": "30m", "deadline": "2h"}, {"weight": 100, "deadline": "2h"}], **more)
+        return {**found, "spec": {**found["spec"], "routing": {"backend": "CanaryTrafficPercent"}}}
+
+    def status() -> dict[str, Any]:
+        return kubectl.read("modelrollout", name).get("status", {})
+
+    def percent_now() -> int | None:
+        return kubectl.read("inferenceservice", name)["spec"]["predictor"].get("canaryTrafficPercent")
+
+    with faulty_api(tmp_path) as api:
+        api.before = before
+        operator = OperatorProcess(tmp_path, kubectl.namespace, "hooked", kubeconfig=api.kubeconfig, watch=False)
+        traffic: Load | None = None
+        try:
+            kubectl("apply", "-f", "-", given=item(1))
+            until(lambda: status().get("phase") == "Promoted", "the first model")
+            traffic = Load(f"{name}-predictor.{kubectl.namespace}.example.com", DOOR)
+            until(lambda: versions(traffic.counts)["1"] > 20, "it answers")
+            kubectl("apply", "-f", "-", given=item(2))
+            until(lambda: (status().get("step") or {}).get("weightEffectiveSince"), "the candidate has its fifth")
+            down.set()
+            action = {"type": "Abort", "id": "a-1", "candidateDigest": digest(2), "reason": "a test"}
+            kubectl("apply", "-f", "-", given=item(2, action=action))
+            until(lambda: status().get("rollback"), "the rollback is wanted")
+            until(lambda: [x for x in operator.lines if x["event"] == "TurnFailed"], "it is refused, and said")
+            calls = len(api.answered)
+            until(lambda: len(api.answered) > calls + 30, "it goes on trying")
+            assert status()["phase"] == "Progressing", "not done before it is seen"
+            assert percent_now() == 20
+            down.clear()
+            until(lambda: status().get("phase") == "RolledBack", "rolled back")
+            until(lambda: percent_now() is None, "no percent is left")
+            assert set(versions(traffic.next(200))) == {"1"}
+        finally:
+            down.clear()
+            if traffic is not None:
+                traffic.stop()
+            operator.stop()
+
+
+def test_a_service_in_the_middle_of_somebodys_canary_is_not_taken_over(knative: Kubectl, tmp_path: Path) -> None:
+    kubectl, name = knative, "busy"
+
+    def service_of(version: int, percent: int | None) -> dict[str, Any]:
+        spec = model_rollout(name, version)["spec"]["service"]
+        spec["predictor"] |= {"canaryTrafficPercent": percent} if percent is not None else {}
+        return {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "spec": spec,
+                "metadata": {"name": name, "annotations": {"serving.kserve.io/deploymentMode": "Knative"}}}
+
+    def accepted() -> tuple[str, str]:
+        found = kubectl.read("modelrollout", name).get("status", {}).get("conditions", [])
+        return next(((c["status"], c["reason"]) for c in found if c["type"] == "Accepted"), ("", ""))
+
+    def revisions() -> int:
+        parts = kubectl.read("inferenceservice", name).get("status", {}).get("components", {}).get("predictor", {})
+        return len([t for t in parts.get("traffic", []) if t.get("percent")])
+
+    operator = OperatorProcess(tmp_path, kubectl.namespace, "busy")
+    try:
+        kubectl("apply", "-f", "-", given=service_of(8, None))
+        until(lambda: revisions() == 1, "somebody's service answers")
+        kubectl("apply", "-f", "-", given=service_of(9, 30))
+        until(lambda: revisions() == 2, "somebody's canary has its share")
+        item = model_rollout(name, 2)
+        item["spec"]["routing"] = {"backend": "CanaryTrafficPercent"}
+        kubectl("apply", "-f", "-", given=item)
+        until(lambda: accepted() == ("False", "NotAtRest"), "it is refused")
+        assert kubectl.read("inferenceservice", name)["spec"]["predictor"]["canaryTrafficPercent"] == 30, "and left as it is"
+        kubectl("patch", "inferenceservice", name, "--type=json", "-p",
+                '[{"op": "remove", "path": "/spec/predictor/canaryTrafficPercent"}]')
+        until(lambda: accepted() == ("True", "Accepted"), "finished by its owner, it is taken over")
     finally:
         operator.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def rollout(namespaced: Kubectl) -> dict[str, Any]:
         world.turn()
     assert world.status.phase == "Progressing"
     namespaced("apply", "-f", "-", given={**rollout_data(spec), "apiVersion": "hafnium.dev/v1alpha1"})
+    connect().merge(MODEL_ROLLOUT, namespaced.namespace, NAME, {"spec": {"action": None}})  # of the test before: nobody acts on it
     connect().merge(MODEL_ROLLOUT, namespaced.namespace, NAME, {"status": stored(world.status)}, subresource="status")
     return data
 
@@ -61,6 +63,28 @@ def test_status_and_report_are_read_from_the_cluster(namespaced: Kubectl, tmp_pa
     assert "is under way at step 0, in shadow" in re.sub("<[^>]*>", "", page.read_text())
 
 
+def acted_on(namespaced: Kubectl) -> None:
+    """The operator has done what was asked last, as far as its status says."""
+    ids = [namespaced.read("modelrollout", NAME)["spec"]["action"]["id"]]
+    connect().merge(MODEL_ROLLOUT, namespaced.namespace, NAME, {"status": {"handledActions": ids}}, subresource="status")
+
+
+@pytest.mark.usefixtures("rollout")
+def test_a_wish_that_waits_is_replaced_by_an_abort_only(namespaced: Kubectl) -> None:
+    place = ("-n", namespaced.namespace, "--reason", "CHG-2")
+    for verb in ("skip", "abort", "abort"):
+        done = hafnium("rollout", verb, NAME, *place)
+        assert done.returncode == 0, done.stderr
+    assert "it takes the place of an earlier wish" in done.stdout
+    before = namespaced.read("modelrollout", NAME)
+    done = hafnium("rollout", "skip", NAME, *place)
+    assert done.returncode == 1
+    assert re.search(r"asked for Abort of sha256:\w+ at [-\dT:]+Z \(CHG-2\), and the operator hasn't acted on it", done.stderr)
+    assert namespaced.read("modelrollout", NAME) == before
+    acted_on(namespaced)
+    assert hafnium("rollout", "skip", NAME, *place).returncode == 0
+
+
 @pytest.mark.usefixtures("rollout")
 @pytest.mark.parametrize(("verb", "kind"), [("promote", "Promote"), ("skip", "SkipStep"), ("abort", "Abort"), ("retry", "Retry")])
 def test_a_wish_is_spec_action_under_a_manager_of_its_own_and_nothing_else(namespaced: Kubectl, verb: str, kind: str) -> None:
@@ -68,6 +92,7 @@ def test_a_wish_is_spec_action_under_a_manager_of_its_own_and_nothing_else(names
     for reason in ("CHG-1", "once more"):
         done = hafnium("rollout", verb, NAME, "-n", namespaced.namespace, "--reason", reason)
         assert done.returncode == 0, done.stderr
+        acted_on(namespaced)
     after = namespaced.read("modelrollout", NAME, "--show-managed-fields")
     action = after["spec"].pop("action")
     before["spec"].pop("action", None)
@@ -80,14 +105,20 @@ def test_a_wish_is_spec_action_under_a_manager_of_its_own_and_nothing_else(names
     assert set(mine["fieldsV1"]["f:spec"]) == {"f:action"}
 
 
-@pytest.mark.usefixtures("rollout")
-def test_an_approval_is_an_object_in_the_callers_own_name(namespaced: Kubectl) -> None:
-    done = hafnium("rollout", "approve", NAME, "--stage", "security", "-n", namespaced.namespace)
+def test_an_approval_is_an_object_in_the_callers_own_name(namespaced: Kubectl, rollout: dict[str, Any]) -> None:
+    model = rollout["spec"]["model"]
+    asked = ("rollout", "approve", NAME, "--stage", "security", "-n", namespaced.namespace)
+    refused = hafnium(*asked)
+    assert refused.returncode == 2, refused.stdout
+    assert f"version {model['version']}, {model['digest']}, trained by {model['trainedBy']}" in refused.stderr
+    assert namespaced.read("modelapprovals")["items"] == []
+    line = next(x for x in refused.stderr.splitlines() if "--digest" in x)
+    done = hafnium(*shlex.split(line)[1:])  # word for word
     assert done.returncode == 0, done.stderr
     found = namespaced.read("modelapprovals")["items"]
     who = json.loads(namespaced("auth", "whoami", "-o", "json"))["status"]["userInfo"]["username"]
-    assert [(a["spec"]["stage"], a["spec"]["approver"]) for a in found] == [("security", who)]
-    again = hafnium("rollout", "approve", NAME, "--stage", "validation", "-n", namespaced.namespace)
+    assert [(a["spec"]["stage"], a["spec"]["approver"], a["spec"]["modelDigest"]) for a in found] == [("security", who, model["digest"])]
+    again = hafnium("rollout", "approve", NAME, "--stage", "validation", "--digest", model["digest"][:19], "-n", namespaced.namespace)
     assert again.returncode == 0, again.stderr
     assert len(namespaced.read("modelapprovals")["items"]) == 2
 

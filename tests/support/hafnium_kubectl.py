@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60
 SEEN_S_MAX = 30.0
 JSON = dict[str, Any]
+CLUSTER_WIDE = frozenset({
+    "ClusterRole", "ClusterRoleBinding", "ClusterStorageContainer", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"})
 
 
 @dataclass(frozen=True)
@@ -81,25 +83,47 @@ def renamed(documents: Sequence[JSON], namespace: str) -> list[JSON]:
 
     A shared cluster's other users thus see nothing of it.
     """
-    text = yaml.safe_dump_all(documents)
-    names = [d["metadata"]["name"] for d in documents if d["kind"] in _CLUSTER_WIDE]
-    out = [d for d in yaml.safe_load_all(text) if d["kind"] != "Namespace"]
+    out = moved([d for d in documents if d["kind"] != "Namespace"], {}, namespace)
     for d in out:
         d["metadata"].pop("namespace", None)
-        if d["kind"] in _CLUSTER_WIDE:
-            d["metadata"]["name"] += f"-{namespace}"
-        if "roleRef" in d and d["roleRef"]["name"] in names:
-            d["roleRef"]["name"] += f"-{namespace}"
         for subject in d.get("subjects", []):
             if subject["kind"] == "ServiceAccount":
                 subject["namespace"] = namespace
-        if d["kind"] == "ValidatingAdmissionPolicyBinding":
-            d["spec"]["policyName"] += f"-{namespace}"
-            d["spec"]["matchResources"] = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
     return out
 
 
-_CLUSTER_WIDE = frozenset({"ClusterRole", "ClusterRoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"})
+def moved(documents: Sequence[JSON], namespaces: Mapping[str, str], suffix: str) -> list[JSON]:
+    """The same objects in other namespaces, cluster-wide ones with a suffix, policies for those namespaces (or the suffix's) only."""
+    out = list(yaml.safe_load_all(yaml.safe_dump_all(documents)))
+    names = [d["metadata"]["name"] for d in out if d["kind"] in CLUSTER_WIDE]
+    for d in out:
+        meta = d["metadata"]
+        if d["kind"] == "Namespace":
+            meta["name"] = namespaces[meta["name"]]
+        if meta.get("namespace") in namespaces:
+            meta["namespace"] = namespaces[meta["namespace"]]
+        if d["kind"] in CLUSTER_WIDE:
+            meta["name"] += f"-{suffix}"
+        for service in (d["spec"].get("service"), d["spec"]) if d["kind"] in ("ModelRollout", "InferenceService") else ():
+            predictor = (service or {}).get("predictor", {})
+            if predictor.get("storageContainerName") in names:
+                predictor["storageContainerName"] += f"-{suffix}"
+        if "roleRef" in d and d["roleRef"]["name"] in names:
+            d["roleRef"]["name"] += f"-{suffix}"
+        for subject in d.get("subjects", []):
+            if subject.get("namespace") in namespaces:
+                subject["namespace"] = namespaces[subject["namespace"]]
+        if d["kind"] == "ValidatingAdmissionPolicyBinding":
+            d["spec"]["policyName"] += f"-{suffix}"
+            values = list(namespaces.values()) or [suffix]
+            d["spec"]["matchResources"] = {"namespaceSelector": {"matchExpressions": [
+                {"key": "kubernetes.io/metadata.name", "operator": "In", "values": values}]}}
+    return out
+
+
+def without_pods(documents: Sequence[JSON]) -> list[JSON]:
+    """Accounts, rights and policies alone: whoever tests those starts programs of their own, or none."""
+    return [d for d in documents if d["kind"] not in ("Deployment", "StatefulSet", "Service", "PodDisruptionBudget")]
 
 
 def role_binding(name: str, role: str, subject: str, kind: str = "User", role_kind: str = "ClusterRole") -> JSON:

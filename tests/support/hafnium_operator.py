@@ -47,20 +47,31 @@ def until(check: Callable[[], Any], what: str, wait_s: float = WAIT_S, every_s: 
         time.sleep(every_s)
 
 
+def environment_of(source: Path | None) -> dict[str, str]:
+    """For a Python that imports the contract and the rollouts of another tree."""
+    env = dict(os.environ)
+    if source is not None:
+        env["PYTHONPATH"] = os.pathsep.join((str(source / "contract"), str(source / "rollouts"), env.get("PYTHONPATH", "")))
+    return env
+
+
 # --- the process --------------------------------------------------------------------------------------------------------------
 
 
 class OperatorProcess:
     """`python -m hafnium_rollout operator` with settings for a test: it looks every second, and a lease is over after four."""
 
-    def __init__(self, folder: Path, namespace: str, name: str, *, kubeconfig: Path | None = None, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, namespace: str, name: str, *, kubeconfig: Path | None = None, source: Path | None = None, **settings: Any,
+    ) -> None:
+        """`source`: a tree of another release, whose operator it is; without one, this checkout's."""
         self.log_file = folder / f"{name}.log"
         given = {
             "namespace": namespace, "lease_namespace": namespace, "identity": name, "look_s": 1, "scrape_interval_s": 5,
             "prometheus_url": PROMETHEUS, "http_host": "127.0.0.1", "http_port": 0, "lease_duration_s": 4, "lease_renew_deadline_s": 3,
             "lease_retry_s": 0.3, "threads": 2, **settings,
         }
-        env = dict(os.environ)
+        env = environment_of(source)
         if kubeconfig is not None:
             env["KUBECONFIG"] = str(kubeconfig)
         flags = [f"--{k}={v}" for k, v in given.items()]
@@ -327,3 +338,98 @@ def service(name: str, version: int) -> str:
 
 def host(name: str, namespace: str) -> str:
     return f"{name}-{namespace}.example.com"
+
+
+# --- a rollout's way ------------------------------------------------------------------------------------------------------------
+
+
+def apply(kubectl: Kubectl, item: dict[str, Any]) -> None:
+    kubectl("apply", "-f", "-", given=item)
+
+
+def status(kubectl: Kubectl, name: str) -> dict[str, Any]:
+    return kubectl.read("modelrollout", name).get("status", {})
+
+
+def phase(kubectl: Kubectl, name: str, *wanted: str) -> dict[str, Any]:
+    """Waits for a phase of the spec as it stands now."""
+    def found() -> dict[str, Any] | None:
+        item = kubectl.read("modelrollout", name)
+        s = item.get("status", {})
+        return s if s.get("phase") in wanted and s.get("observedGeneration") == item["metadata"]["generation"] else None
+    try:
+        return until(found, f"{name} {' or '.join(wanted)}")
+    except AssertionError as e:
+        s = status(kubectl, name)
+        raise AssertionError(f"{e}: it is {s.get('phase')}: {s.get('message')}") from e
+
+
+def weights(kubectl: Kubectl, name: str) -> dict[str, int]:
+    """Service → percent, as the route says; empty while there is none."""
+    done = kubectl.run("get", "httproute", name, "--ignore-not-found", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    refs = json.loads(done.stdout)["spec"]["rules"][0]["backendRefs"] if done.stdout.strip() else []
+    return {r["name"].removesuffix("-predictor"): r.get("weight", 1) for r in refs}
+
+
+def first_model(kubectl: Kubectl, name: str, **more: Any) -> None:
+    """Version 1 is live. There is nothing to compare it with, so no step is waited for."""
+    apply(kubectl, model_rollout(name, 1, **more))
+    phase(kubectl, name, "Promoted")
+    until(lambda: weights(kubectl, name) == {service(name, 1): 100}, "the route of the first model")
+
+
+# --- a Prometheus that can go ---------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """Before a real server: everything passes while `open` is set; else connections are refused an answer."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.open = threading.Event()
+        self.open.set()
+        door = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if not door.open.is_set():
+                    self.close_connection = True
+                    return
+                parts = urlsplit(door._url)
+                connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+                try:
+                    connection.request(self.command, self.path, body, {"Content-Type": self.headers.get("Content-Type", "")})
+                    answer = connection.getresponse()
+                    data = answer.read()
+                    self.send_response(answer.status)
+                    self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    self.close_connection = True
+                finally:
+                    connection.close()
+
+            do_GET = do_POST = _any  # noqa: N815 - names that http.server calls
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -41,7 +41,7 @@ class Redis:
         with self._log.open("ab") as out:
             self._process = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT)
         until = time.monotonic() + 20.0
-        while time.monotonic() < until:
+        while time.monotonic() < until and self._process.poll() is None:
             try:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as s:
                     s.sendall(b"PING\r\n")

@@ -8,10 +8,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hafnium_contract.evidence import EvidenceSpec
-from hafnium_rollout.actions import Action, Decision, EnsureCandidate, Promote, RetireService, Rollback, SetShadow, SetWeight
+from hafnium_rollout.actions import Action, Decision, EnsureCandidate, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.decide import decide
 from hafnium_rollout.objects import ModelRollout, UserAction, parse_rollout
-from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen, Series, ServiceSeen
+from hafnium_rollout.observation import (
+    Counts,
+    EvidenceUnread,
+    GateLook,
+    LiveRoute,
+    Look,
+    Observation,
+    RouteSeen,
+    Series,
+    ServiceSeen,
+)
 from hafnium_rollout.status import RolloutStatus
 
 CANDIDATE = "sha256:" + "a" * 64
@@ -57,20 +67,35 @@ class World:
     live_lag: int = 0
     """Turns until the gateway takes a route over."""
     blind: bool = False
+    unlisted: bool = False
+    """The list of services can't be read."""
+    uncounted: bool = False
+    """Nobody knows how many requests reach the candidate, though the gateway can be asked."""
+    stray: int = 0
+    """Requests per look that reach the candidate past the gateway."""
+    pods: int | None = None
+    """Pods of the candidate; None: as many as it has services."""
     room_for: int = 100
     """The largest weight that the candidate has pods for. A backend waits with a larger one for as long as it takes."""
     ready: bool = True
     restarts: int = 0
+    pod_restarts: dict[str, int] = field(default_factory=dict[str, int])
+    no_room: str = ""
     candidate_digest: str = CANDIDATE
     misrouted: float = 0.0
     """Share of the candidate's requests that goes to stable instead."""
     evidence: tuple[EvidenceSpec, ...] = ()
+    unread: tuple[EvidenceUnread, ...] = ()
     approvals: frozenset[str] = frozenset()
     actions: tuple[UserAction, ...] = ()
     managed: set[str] = field(default_factory=set[str])
+    raised: set[str] = field(default_factory=set[str])
+    """Services that were given pods for a weight, as a backend does before it writes one, and that have them still."""
     random: random.Random = field(default_factory=lambda: random.Random(1))
     routes: list[RouteSeen | None] = field(default_factory=list[RouteSeen | None])
     events: list[str] = field(default_factory=list[str])
+    seen: Observation = field(default_factory=Observation)
+    """The last observation."""
     messages: list[str] = field(default_factory=list[str])
 
     def _bad(self, n: int, p: float) -> int:
@@ -91,11 +116,18 @@ class World:
         live = self.live()
         services = {"risk": ServiceSeen("risk", STABLE, True)}
         for name in self.managed:
-            services[name] = ServiceSeen(name, self.candidate_digest if name == SERVICE else OTHER, self.ready, self.restarts)
+            services[name] = ServiceSeen(
+                name, self.candidate_digest if name == SERVICE else OTHER, self.ready and not self.no_room, self.restarts,
+                pod_restarts=dict(self.pod_restarts), no_room=self.no_room, raised={"predictor": 1} if name in self.raised else {})
         base = Observation(
             services=services, declared=frozenset(self.managed | {"risk"}), managed=frozenset(self.managed), route=self.route,
             route_absent=self.route is None, evidence=self.evidence, approvals=self.approvals, actions=self.actions,
+            evidence_unread=self.unread,
+            candidate_pods=int(SERVICE in self.managed) if self.pods is None else self.pods,
         )
+        if self.unlisted:
+            base = replace(base, services=None, declared=frozenset(), managed=frozenset())
+        self.seen = base
         if self.blind:
             return replace(base, problems=("the gateway can't be asked",))
         requests = int(self.rate * seconds)
@@ -110,8 +142,10 @@ class World:
         gates = {
             g.name: GateLook((series,), differences if g.kind == "scores" else ()) for g in self.spec.spec.gates
         }
-        look = Look(self.now - timedelta(seconds=seconds), self.now, gates, to_stable, to_candidate)
-        return replace(base, live=live, look=look)
+        reached = None if self.uncounted else float(seen + self.stray)
+        look = Look(self.now - timedelta(seconds=seconds), self.now, gates, to_stable, to_candidate, reached)
+        self.seen = replace(base, live=live, look=look)
+        return self.seen
 
     def act(self, action: Action) -> None:
         """Does an action, as a backend would."""
@@ -121,6 +155,7 @@ class World:
             case SetShadow():
                 self.route = RouteSeen(action.stable, action.candidate, 0, True)
             case SetWeight():
+                self.raised.add(action.candidate)
                 if action.weight > self.room_for:
                     return
                 self.route = RouteSeen(action.stable, action.candidate, action.weight, False)
@@ -130,6 +165,11 @@ class World:
                 self.route = RouteSeen(action.stable, None, 0, False)
             case RetireService():
                 self.managed.discard(action.service)
+                self.raised.discard(action.service)
+            case LowerPods():
+                assert self.live() == LiveRoute({action.service: 100}), "pods are taken only from who answers alone"
+                assert self.status.step is None
+                self.raised.discard(action.service)
 
     def turn(self, *, seconds: float = 2.0, keep_status: bool = True, actions_done: int | None = None) -> Decision:
         """One turn. `keep_status` False: a crash before the status was written; `actions_done`: a crash after so many actions."""

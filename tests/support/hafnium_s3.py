@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -23,16 +24,18 @@ class S3:
     def __init__(self, folder: Path) -> None:
         (folder / "data").mkdir(parents=True)
         (folder / "s3.json").write_text(_CONFIG % (KEY, SECRET))
-        self.port = free_port()
+        self.port, self._master = free_port(), free_port()
         self.environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
         ports = {
-            "master.port": free_port(), "master.port.grpc": free_port(), "volume.port": free_port(), "volume.port.grpc": free_port(),
+            "master.port": self._master, "master.port.grpc": free_port(), "volume.port": free_port(), "volume.port.grpc": free_port(),
             "filer.port": free_port(), "filer.port.grpc": free_port(), "s3.port": self.port, "s3.port.grpc": free_port(),
             "s3.port.iceberg": 0, "s3.port.lance": 0,  # else at fixed ports, which others may have
         }
         self._argv = [
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=5", *(f"-{k}={v}" for k, v in ports.items()),
+            # Its own journal takes seven volumes when it can: of a few it could leave the bucket none
+            "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=100",
+            "-master.volumeSizeLimitMB=64", *(f"-{k}={v}" for k, v in ports.items()),
         ]
         self._log = folder / "weed.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -46,14 +49,27 @@ class S3:
             self._process = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT)
         until = time.monotonic() + 60.0
         while time.monotonic() < until and self._process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2).close()
+            if self._speaks() and self._has_room():
                 return self
-            except urllib.error.HTTPError:  # it speaks, and wants credentials
-                return self
-            except OSError:
-                time.sleep(0.1)
+            time.sleep(0.1)
         raise AssertionError(f"SeaweedFS did not start:\n{self._log.read_text()[-2000:]}")
+
+    def _speaks(self) -> bool:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2).close()
+        except urllib.error.HTTPError:  # it wants credentials
+            return True
+        except OSError:
+            return False
+        return True
+
+    def _has_room(self) -> bool:
+        """Its volume server has found its master: before, whatever is written fails."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._master}/dir/assign", timeout=2) as answer:
+                return "fid" in json.load(answer)
+        except OSError:
+            return False
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()

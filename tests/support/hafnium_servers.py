@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +31,11 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def python_of(part: str) -> str:
+    """HAFNIUM_PREDICTOR_PYTHON or HAFNIUM_TRANSFORMER_PYTHON, to test an environment that holds only what the image does."""
+    return os.environ.get(f"HAFNIUM_{part.upper()}_PYTHON", sys.executable)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def predictor(
 ) -> Server:
     """A predictor over the bundle; not started yet."""
     port = port or free_port()
-    argv = [sys.executable, "-m", "hafnium_predictor", "--model_name", name, "--model_dir", str(bundle),
+    argv = [python_of("predictor"), "-m", "hafnium_predictor", "--model_name", name, "--model_dir", str(bundle),
             "--host", "127.0.0.1", "--http_port", str(port), *args]
     if "--grpc_port" not in args:
         argv += ["--enable_grpc", "false"]
@@ -162,7 +167,7 @@ def transformer(
 ) -> Server:
     """A transformer before the predictor; not started yet."""
     port = free_port()
-    argv = [sys.executable, "-m", "hafnium_transformer", "--model_name", name, "--predictor_host",
+    argv = [python_of("transformer"), "-m", "hafnium_transformer", "--model_name", name, "--predictor_host",
             f"127.0.0.1:{predictor_port}", "--host", "127.0.0.1", "--http_port", str(port), *args]
     if repo is not None:
         argv += ["--feature_repo", str(repo)]
@@ -201,12 +206,12 @@ def chain_of(bundle: Bundle, folder: Path, repo: Path | None, args: Sequence[str
 
 def make_feature_repo(
     path: Path, contract: ModelContract, rows: Mapping[str, Sequence[Mapping[str, Any]]], redis: str | None = None,
-    numbered: bool = False,
+    numbered: bool | Collection[str] = False,
 ) -> Any:
     """A real Feast repository with the contract's views, holding `rows` per view. Returns its FeatureStore.
 
     `rows`: as hafnium_testing.synthetic_views gives them. `redis`: Feast's connection string; None is SQLite. `numbered`: entities are
-    whole numbers and not text.
+    whole numbers and not text; or the join keys of those that are.
     """
     hidden = "torch" not in sys.modules
     if hidden:
@@ -231,8 +236,10 @@ def make_feature_repo(
         return {"float": Float64, "int": Int64, "bool": Bool, "category": String}[feature.dtype]
 
     store = feast.FeatureStore(repo_path=str(path))
+    numbers = numbered if not isinstance(numbered, bool) else {e.join_key for e in contract.entities if numbered}
     entities = {
-        e.name: feast.Entity(name=e.name, join_keys=[e.join_key], value_type=feast.ValueType.INT64 if numbered else feast.ValueType.STRING)
+        e.name: feast.Entity(
+            name=e.name, join_keys=[e.join_key], value_type=feast.ValueType.INT64 if e.join_key in numbers else feast.ValueType.STRING)
         for e in contract.entities
     }
     (path / "sources").mkdir()
