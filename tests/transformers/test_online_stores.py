@@ -272,6 +272,47 @@ async def test_a_connection_that_goes_silent_is_given_up_however_little_time_eac
                 writer.close()
 
 
+@pytest.mark.parametrize("silent", [1, 2])
+async def test_a_caller_with_time_left_tries_again_where_nobody_answers_a_new_connection(
+    tmp_path: Path, contract: ModelContract, silent: int,
+) -> None:
+    """As many connections as `silent` are accepted and never answered, as by a node that stalls; then Redis is there."""
+    accepted: list[asyncio.StreamWriter] = []
+    pumps: list[asyncio.Task[None]] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while part := await reader.read(65536):
+            writer.write(part)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(writer)
+        if len(accepted) > silent:
+            there, to_there = await asyncio.open_connection("127.0.0.1", server.port)
+            pumps.extend(asyncio.create_task(pump(a, b)) for a, b in ((reader, to_there), (there, writer)))
+            accepted.append(to_there)
+
+    with Redis(tmp_path) as server:
+        make_feature_repo(tmp_path / "repo", contract, synthetic_views(contract, 1, entities=3), redis=server.address)
+        feast = FeastReader(tmp_path / "repo")
+        plan = make_plan(contract, feast.entity_types(make_plan(contract)))
+        asked = [{key: f"{key}-1" for key in plan.join_keys}]
+        async with await asyncio.start_server(relay, "127.0.0.1", 0) as between:
+            config = tmp_path / "repo" / "feature_store.yaml"
+            config.write_text(config.read_text().replace(server.address, f"127.0.0.1:{between.sockets[0].getsockname()[1]}"))
+            direct = FeastReader(tmp_path / "repo").direct_store(rows_max=9)
+            assert direct is not None
+            if silent == 1:
+                assert await direct.read(plan, asked, 60.0) == feast.read(plan, asked) != [{}]
+            else:
+                with pytest.raises(UnavailableError, match="no answer within 1 s of connecting"):
+                    await direct.read(plan, asked, 60.0)
+            direct.close()
+            for task in pumps:
+                task.cancel()
+            for writer in accepted:
+                writer.close()
+
+
 @pytest.mark.parametrize("given", [
     "redis", "a:1,b:2", "redis:6379,db=x", "redis:6379,skip_full_coverage_check=true,password=s3cret", "",
     "redis:6379,password=s3cret,0ther", "redis:6379,password=0ther,s3cret=1", "redis:6379,password=a,db=s3cret",

@@ -248,16 +248,23 @@ class RedisStore:
         return self._connecting
 
     async def _connect(self) -> _Connection:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                connection = await self._open()
+        except TimeoutError as e:  # ours, not the caller's, who may have time for another attempt
+            raise ConnectionError(f"no answer within {_CONNECT_S:g} s of connecting") from e
+        self._connection = connection
+        return connection
+
+    async def _open(self) -> _Connection:
         a = self._address
         tls = ssl.create_default_context() if a.tls else None
-        async with asyncio.timeout(_CONNECT_S):
-            _, connection = await asyncio.get_running_loop().create_connection(_Connection, a.host, a.port, ssl=tls)
-            try:
-                await self._greet(connection)
-            except BaseException:  # also when its time is over: nobody else would close it
-                connection.abort("Redis did not let us in")
-                raise
-        self._connection = connection
+        _, connection = await asyncio.get_running_loop().create_connection(_Connection, a.host, a.port, ssl=tls)
+        try:
+            await self._greet(connection)
+        except BaseException:  # also when its time is over: nobody else would close it
+            connection.abort("Redis did not let us in")
+            raise
         return connection
 
     async def _greet(self, connection: _Connection) -> None:
