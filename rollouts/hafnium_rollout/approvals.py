@@ -23,17 +23,22 @@ class Counted:
     refused: tuple[str, ...] = ()
 
 
+def refusal(approver: str, trained_by: str) -> str:
+    """Why this approver's word doesn't count, as the end of a sentence; empty when it does. An unknown trainer (`""`) could be anybody."""
+    if not trained_by:
+        return ": it isn't known who trained this model"
+    return ", who trained this model" if approver == trained_by else ""
+
+
 def count(approvals: Iterable[ApprovalSpec], digest: str, trained_by: str) -> Counted:
-    """Approvals of this digest by anyone but who trained it. An unknown trainer (`""`) could be anybody, so then none counts."""
+    """Approvals of this digest by anyone but who trained it."""
     stages: set[str] = set()
     refused: list[str] = []
     for a in approvals:
         if a.model_digest != digest:
             continue
-        if not trained_by:
-            refused.append(f"{a.stage} by {a.approver}: it isn't known who trained this model")
-        elif a.approver == trained_by:
-            refused.append(f"{a.stage} by {a.approver}, who trained this model")
+        if why := refusal(a.approver, trained_by):
+            refused.append(f"{a.stage} by {a.approver}{why}")
         else:
             stages.add(a.stage)
     return Counted(frozenset(stages), tuple(sorted(set(refused)))[:REFUSED_MAX])

@@ -11,6 +11,7 @@ import yaml
 
 from hafnium_contract.durations import format_duration
 from hafnium_contract.evidence import EvidenceSpec
+from hafnium_rollout.approvals import refusal
 from hafnium_rollout.dossier.facts import Facts
 from hafnium_rollout.dossier.plots import VERDICT_COLOURS, GateTrace, bounds_plot, gate_trace, statistic_plot, weights_plot
 from hafnium_rollout.intake import alpha_parts, alphas_of
@@ -247,7 +248,7 @@ def _counts(facts: Facts, approval: Approval) -> str:
     """For this rollout's candidate."""
     if approval.digest != facts.approved_digest:
         return "no, of another model"
-    return "no" if approval.approver == facts.trained_by or not facts.trained_by else "yes"
+    return "no" if refusal(approval.approver, facts.trained_by) else "yes"
 
 
 def _wishes(facts: Facts) -> str:
