@@ -9,8 +9,8 @@ from hafnium_rollout.endings import go_back, promote, promoted
 from hafnium_rollout.gates import new_step
 from hafnium_rollout.intake import blind_since
 from hafnium_rollout.outside import route_action
-from hafnium_rollout.statistics.sample_ratio import RatioState
-from hafnium_rollout.status import RouteWanted
+from hafnium_rollout.statistics.sample_ratio import RatioState, in_doubt
+from hafnium_rollout.status import GateState, GateStatus, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, begin_step, hold, lacking_room, normal, own_time_since, since, want_route, withheld
 
 
@@ -82,6 +82,26 @@ def no_room(turn: Turn) -> Outcome | None:
     text = f"{found.name} is not ready since {since(turn, step.unready_since)}, for want of room: {found.no_room}; no traffic until Retry"
     turn = turn.update(phase="Paused", paused_by_spec=False, force_promote=False, step=withheld(step))
     turn = want_route(turn.say("NoRoom", "NoRoom", text, alert=True), wanted)
+    return Outcome(turn, (route_action(turn),))
+
+
+def doubted(turn: Turn, failed: GateStatus) -> Outcome | None:
+    """A gate failed while the split is in doubt: the traffic goes back at once, and a person says whose fault it was. Not rejected.
+
+    What was counted speaks against nobody then, so gates that rest on it begin anew; or Retry would fail of it, whatever was mended.
+    """
+    status, ratio = turn.status, turn.status.sample_ratio
+    split = {g.name for g in turn.rollout.spec.gates if g.counted or (g.scores is not None and g.scores.unpaired)}
+    if failed.name not in split or status.step is None or status.stable is None or not in_doubt(ratio):
+        return None
+    text = (f"{failed.role} gate {failed.name}: {failed.message}; but the candidate got {ratio.candidate:g} of {ratio.requests:g} requests "
+            f"where about {ratio.expected:.0f} were due, so it may be the fault of who asks it (a sticky client, a cache, a second route): "
+            "not rejected; no live traffic until Retry")
+    anew = tuple(
+        GateStatus(name=g.name, role=g.role, state=GateState(config=g.state.config)) if g.name in split else g for g in status.gates)
+    turn = turn.update(
+        phase="Paused", paused_by_spec=False, force_promote=False, step=withheld(status.step), gates=anew, sample_ratio_message=text)
+    turn = want_route(turn.say("SampleRatioMismatch", "SampleRatioMismatch", text, alert=True), RouteWanted(stable=status.stable.service))
     return Outcome(turn, (route_action(turn),))
 
 

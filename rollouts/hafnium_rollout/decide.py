@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from hafnium_rollout.actions import Decision
-from hafnium_rollout.climbing import advance, blind, enter, missing_service, model_unasked, no_room, overdue, pending
+from hafnium_rollout.climbing import advance, blind, doubted, enter, missing_service, model_unasked, no_room, overdue, pending
 from hafnium_rollout.endings import finished, go_back, promote, rolling_back
 from hafnium_rollout.intake import take_in
 from hafnium_rollout.objects import ModelRollout
@@ -22,7 +22,7 @@ from hafnium_rollout.observation import Observation
 from hafnium_rollout.outside import outside_change, write_again
 from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.reporting import finish
-from hafnium_rollout.status import REJECTED_MAX, RolloutStatus
+from hafnium_rollout.status import REJECTED_MAX, GateStatus, RolloutStatus
 from hafnium_rollout.turn import Outcome, Turn, hold, own_time_since, reached, restarts_in_step, since
 
 
@@ -39,20 +39,22 @@ def decide(rollout: ModelRollout, status: RolloutStatus, seen: Observation, now:
 
 def _unsafe(turn: Turn) -> Outcome | None:
     """Rule 3: Safety Fail or hard limit → back at once. Quality → after its failureLimit. A crash loop is a Safety failure."""
-    fault = _broken_service(turn) or _failed_gate(turn)
-    if fault is None:
+    if broken := _broken_service(turn):
+        return go_back(turn, broken[0], broken[1], reject=True)
+    failed = _failed_gate(turn)
+    if failed is None:
         return None
-    return go_back(turn, fault[0], fault[1], reject=True)
+    return doubted(turn, failed) or go_back(turn, "GateFailed", f"{failed.role} gate {failed.name}: {failed.message}", reject=True)
 
 
-def _failed_gate(turn: Turn) -> tuple[str, str] | None:
+def _failed_gate(turn: Turn) -> GateStatus | None:
     specs = {g.name: g for g in turn.rollout.spec.gates}
     if turn.status.step is None:
         return None
     for status in turn.status.gates:
         gate = specs[status.name]
         if gate.blocking and status.verdict == "Fail" and (gate.role == "Safety" or status.failures >= gate.failure_limit):
-            return "GateFailed", f"{gate.role} gate {gate.name}: {status.message}"
+            return status
     return None
 
 

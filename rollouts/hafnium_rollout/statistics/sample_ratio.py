@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass
 
 ALPHA = 0.001
+ALPHA_DOUBT = 0.01
+"""From here on a difference between the arms may well be one between their populations. One of a hundred true splits comes as far."""
 ODDS = tuple(sign * math.log(r) for r in (1.05, 1.1, 1.2, 1.5, 2.0, 4.0) for sign in (-1.0, 1.0))
 
 
@@ -52,3 +54,8 @@ def log_e(state: RatioState) -> float:
 def mismatch(state: RatioState, alpha: float = ALPHA) -> bool:
     """The split differs from the weights, proven at alpha."""
     return log_e(state) >= math.log(1.0 / alpha)
+
+
+def in_doubt(state: RatioState) -> bool:
+    """Nothing is proven about the split, but a comparison that rests on it proves nothing about a model either."""
+    return mismatch(state, ALPHA_DOUBT)
