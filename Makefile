@@ -62,7 +62,7 @@ check: $(STAMP)          ## lint, types, layers, generated files
 generate: $(STAMP)       ## rewrite what is generated from the code
 	$(BIN)/python -m hafnium_local.generated
 
-kills: $(STAMP)          ## the demo, with each of its processes killed once (six minutes)
+kills: $(STAMP)          ## the demo, with each of its processes killed once (six to eight minutes)
 	$(BIN)/python benchmarks/kills.py $(ARGS)
 
 bench: bench-serving bench-training bench-rollouts  ## all figures, into build/bench

@@ -1,6 +1,6 @@
 """Kills the demo's processes with SIGKILL while it runs, one after another, and sees whether it still ends with the right answer.
 
-    python benchmarks/kills.py                      all in PLAN, in one demo (about eight minutes)
+    python benchmarks/kills.py                      all in PLAN, in one demo (six to eight minutes)
     python benchmarks/kills.py --only envoy,play    some of them
     python benchmarks/kills.py -- --fault crash     with options of the demo's
 

@@ -195,9 +195,17 @@ def overdue(turn: Turn) -> Outcome | None:
         return None
     if turn.now - status.step.entered_at <= spec.deadline:
         return None
-    missing = "; ".join(_unmet(turn)) or "nothing but time"
+    missing = "; ".join([*_unmet(turn), *_unapproved(turn)]) or "nothing but time"
     text = f"step {status.step.index} reached its deadline ({since(turn, status.step.entered_at)}): {missing}"
     return Outcome(turn.update(phase="Paused").say("Paused", "DeadlineExceeded", text, alert=True))
+
+
+def _unapproved(turn: Turn) -> tuple[str, ...]:
+    """Approvals that the next step waits for."""
+    step = turn.status.step
+    if step is None or step.weight_desired == 100 or not turn.missing_approvals:
+        return ()
+    return () if turn.rollout.spec.strategy.steps[turn.step_above(step.weight_desired)].weight is None else (turn.missing_approvals,)
 
 
 def _unmet(turn: Turn) -> list[str]:
@@ -234,7 +242,7 @@ def advance(turn: Turn) -> Outcome | None:
     The next step is the lowest of the spec, as it is now, that gives more than this one: steps may be edited under way, and then an index
     would jump over some of them. Promoted is only who was seen to answer everything.
     """
-    status, steps = turn.status, turn.rollout.spec.strategy.steps
+    status = turn.status
     if status.step is None or status.phase not in ("Progressing", "Paused"):
         return None
     if status.phase == "Paused":
@@ -247,7 +255,7 @@ def advance(turn: Turn) -> Outcome | None:
     if status.step.weight_desired == 100:
         return promote(turn) if status.step.weight_observed == 100 else hold(turn, "Waiting", "weight 100 is not seen at the gateway now")
     following = turn.step_above(status.step.weight_desired)
-    if steps[following].weight is not None and turn.missing_approvals:
+    if _unapproved(turn):
         return hold(turn, "ApprovalMissing", turn.missing_approvals)
     turn = turn.say("Advanced", "Advanced", f"step {status.step.index} passed after {since(turn, status.step.entered_at)}")
     return enter(turn, following)

@@ -130,6 +130,7 @@ CASES = {
     "HafniumRolloutWaitsForPerson": ({f'modelrollout_phase{{{R},phase="Paused"}}': "1x300"}, 239, 240),
     "HafniumRolloutWeightStuck": (
         {f'modelrollout_weight{{{R},kind="desired"}}': "25x60", f'modelrollout_weight{{{R},kind="observed"}}': "5x60"}, 14, 15),
+    "HafniumRolloutRollbackUnconfirmed": ({f"modelrollout_rollback_unconfirmed_seconds{{{R}}}": "0x10 0+60x60"}, 26, 27),
     "HafniumRecordHasGaps": ({f"modelrollout_record_lost_total{{{R}}}": "0x10 3x50"}, 9, 12),
     # some each hour, that are gone at the next look, are as it should be
     "HafniumEvidenceNotRemoved": ({'modelrollout_evidence_surplus{namespace="risk"}': "5 0x58 5 0x58 5x450"}, 538, 541),
@@ -148,7 +149,8 @@ NEVER = {
         f'inference_requests_total{{{M.replace("risk", "other")},{S.replace("risk", "other")}}}': "0+600x60",
         f'inference_log_rows_total{{{L.replace("risk", "other")},{S.replace("risk", "other")}}}': "0x60"},
     "HafniumErrorsHigh": {
-        f"inference_requests_total{{{M}}}": "0+6000x60", f'inference_errors_total{{{M},type="invalid_row"}}': "0+1200x60"},
+        f"inference_requests_total{{{M}}}": "0+6000x60", f'inference_errors_total{{{M},type="invalid_row"}}': "0+1200x60",
+        f'inference_errors_total{{{M},type="too_large"}}': "0+1200x60", f'inference_errors_total{{{M},type="not_found"}}': "0+1200x60"},
     "HafniumOperatorDown": {"modelrollout_leader{pod=\"a\"}": "0x60", "modelrollout_leader{pod=\"b\"}": "1x60"},
     "HafniumRolloutWeightStuck": {
         f'modelrollout_weight{{{R},kind="desired"}}': "5x60", f'modelrollout_weight{{{R},kind="observed"}}': "5x60"},

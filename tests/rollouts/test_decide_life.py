@@ -344,6 +344,19 @@ def test_missing_approvals_hold_before_live_traffic_and_shadow_runs_meanwhile() 
     assert world.until("Promoted") == "Promoted"
 
 
+def test_a_deadline_at_which_only_an_approval_was_missing_says_so_and_skip_goes_on_when_it_is_there() -> None:
+    shadow = {"shadow": True, "deadline": "60s"}
+    world = World(rollout(strategy={"steps": [shadow, {"weight": 100}]}, approvals={"required": ["validation"]}))
+    assert world.until("Paused", turns=60) == "Paused"
+    assert world.status.reason == "DeadlineExceeded"
+    assert world.status.message.endswith("approvals are missing: validation")
+    world.approvals = frozenset({"validation"})
+    world.turn()
+    assert world.status.phase == "Paused", "a pause is ended by a person"
+    world.actions = (UserAction(type="SkipStep", id="s", candidate_digest=CANDIDATE),)
+    assert world.until("Promoted") == "Promoted"
+
+
 @pytest.mark.parametrize("kind", ["SkipStep", "Promote"])
 def test_no_person_can_skip_approvals(kind: str) -> None:
     world = World(rollout(approvals={"required": ["validation"]}))

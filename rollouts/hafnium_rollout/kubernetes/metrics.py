@@ -143,7 +143,8 @@ def _add(families: dict[str, GaugeMetricFamily], key: Key, rollout: ModelRollout
     for phase in PHASES:
         put(names.ROLLOUT_PHASE, float(phase == status.phase), phase)
     step = status.step
-    put(names.ROLLOUT_WEIGHT, float(step.weight_desired if step is not None else 0), "desired")
+    wanted = step.weight_desired if step is not None and status.rollback is None else 0
+    put(names.ROLLOUT_WEIGHT, float(wanted), "desired")
     if step is None or step.weight_observed is not None:  # what isn't seen is absent, not zero
         put(names.ROLLOUT_WEIGHT, float(step.weight_observed or 0) if step is not None else 0.0, "observed")
     asked = status.rollback.requested_at if status.rollback is not None else now

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hafnium_rollout_world import START, World, rollout
+from hafnium_rollout_world import CANDIDATE, START, World, rollout
 from hafnium_scripted_api import data, says, scripted_api
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,6 +24,7 @@ from hafnium_rollout.kubernetes.metrics import Metrics
 from hafnium_rollout.kubernetes.objects_seen import meta_of, status_of
 from hafnium_rollout.kubernetes.settings import parse_settings
 from hafnium_rollout.kubernetes.watches import ALL_OF, Watches, touched
+from hafnium_rollout.objects import UserAction
 from hafnium_rollout.status import RolloutStatus
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -118,6 +119,20 @@ def test_weights_gates_and_phase_as_the_status_has_them() -> None:
     gate = world.status.gates[0]
     assert found["modelrollout_gate_verdict"][("errors", "ns", "Safety", "risk", gate.verdict)] == 1.0
     assert found["modelrollout_gate_samples"][("errors", "ns", "risk")] == gate.samples
+
+
+def test_a_rollback_that_is_not_seen_to_be_done_wants_no_weight_and_says_for_how_long() -> None:
+    """HafniumRolloutWeightStuck and HafniumRolloutRollbackUnconfirmed go by these."""
+    world, metrics = _under_way(), Metrics(lambda: world.now)
+    world.stray = 5
+    world.actions = (UserAction(type="Abort", id="a", candidate_digest=CANDIDATE),)
+    asked = world.now + timedelta(seconds=2)
+    for _ in range(20):
+        world.turn()
+    metrics.turned(("ns", "risk"), world.spec, world.status, "", 0, None)
+    found = _families(metrics)
+    assert found["modelrollout_weight"][("desired", "ns", "risk")] == 0.0
+    assert found["modelrollout_rollback_unconfirmed_seconds"][("ns", "risk")] == (world.now - asked).total_seconds() > 0
 
 
 def test_a_weight_that_is_not_seen_is_absent_and_not_zero() -> None:
