@@ -93,6 +93,21 @@ async def _discard(receive: Receive, bytes_max: int) -> None:
             return
 
 
+def no_such_route(scope: Scope, model_name: str) -> Answer:
+    """What a request that would change or ask something gets where nothing of the kind is."""
+    path, method = str(scope["path"]), str(scope["method"])
+    shown = f"{method} {path}"[:200]
+    if path.startswith(f"/v1/models/{model_name}:") or path.startswith(f"/v2/models/{model_name}/"):
+        return problem_answer(501, "Not implemented", f"{shown}: one version is served, by V1's :predict and V2's /infer")
+    return problem_answer(404, "Not found", f"{shown}: no such route; the model is {model_name!r}")
+
+
+async def refuse_unread(receive: Receive, send: Send, answer: Answer, bytes_max: int) -> None:
+    """Answers a request whose body nobody needs. It is read, so that its sender reads the answer, and dropped."""
+    await _discard(receive, _DISCARD_FACTOR * bytes_max)
+    await send_answer(send, answer)
+
+
 async def send_answer(send: Send, answer: Answer) -> None:
     """Sends an answer, with its content-length."""
     length = (b"content-length", str(len(answer.body)).encode())

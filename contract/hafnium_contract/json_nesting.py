@@ -1,4 +1,7 @@
-"""How deep a caller's JSON may be nested. Parsers and writers give up at depths of their own, one of them with a 500."""
+"""How deep a caller's JSON may be nested, and how much it may hold.
+
+Parsers and writers give up at depths of their own, one of them with a 500; and what is converted before it is counted takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,18 @@ def nested_too_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def holds_more_than(value: Any, most: int) -> bool:
+    """Whether lists and objects hold more than `most` values, their own inner ones included. Looks at no more than that many."""
+    pending, held = [value], 0
+    while pending:
+        inside = pending.pop()
+        held += len(cast(list[Any] | dict[str, Any], inside)) if isinstance(inside, list | dict) else 0
+        if held > most:
+            return True
+        pending.extend(inner for inner in _inside(inside) if isinstance(inner, list | dict))
+    return False
 
 
 def _inside(value: Any) -> Iterable[Any]:

@@ -30,11 +30,13 @@ from hafnium_contract.asgi import (
     call,
     given_twice,
     headers_of,
+    no_such_route,
     problem_answer,
     read_body,
+    refuse_unread,
     send_answer,
 )
-from hafnium_contract.json_nesting import NESTING_MAX, nested_too_deep
+from hafnium_contract.json_nesting import NESTING_MAX, holds_more_than, nested_too_deep
 from hafnium_contract.serving.exposition import metrics_answer
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.serving.workers import others_missing
@@ -62,6 +64,9 @@ _TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 501:
 KINDS = {400: "bad_request", 404: "not_found", 409: "contract_mismatch", 413: "too_large", 501: "not_implemented",
           503: "not_ready", 504: "deadline"}
 
+_VALUES_SPARE = 1000
+"""For names, shapes and parameters of V2."""
+
 Handler = Callable[[Scope, Receive], Awaitable[Answer]]
 
 
@@ -76,7 +81,8 @@ class Gate:
         self._metrics = metrics
         self._tracing = tracing
         self._bytes_max = settings.body_bytes_max
-        name = settings.model_name
+        self._rows_max = settings.rows_max
+        name = self._name = settings.model_name
         self._infer_path = f"/v2/models/{name}/infer"
         self._inference = {self._infer_path, f"/v1/models/{name}:predict"}
         self._operational: dict[tuple[str, str], Callable[[], Answer]] = {
@@ -100,6 +106,9 @@ class Gate:
         elif path.startswith("/v2/repository"):
             # The SDK lets anybody unload the model by a POST. A process serves one bundle for its whole life.
             await send_answer(send, problem_answer(501, "Not implemented", "models are not loaded or unloaded over HTTP"))
+        elif scope["method"] not in ("GET", "HEAD"):
+            # The SDK would read any body whole, for models and routes that aren't here
+            await refuse_unread(receive, send, no_such_route(scope, self._name), self._bytes_max)
         else:
             await self._inner(scope, receive, send)
 
@@ -153,7 +162,7 @@ class Gate:
             if given_twice(scope, _LENGTH):
                 raise RowsError(f"{LENGTH_HEADER}: given twice")
             return self.infer_binary(engine, body, length)
-        return await self._through_sdk(scope, body)
+        return await self._through_sdk(scope, body, engine.rows_max * (engine.columns + 1) + _VALUES_SPARE)
 
     def infer_binary(self, engine: Engine, body: bytes, length: bytes) -> Answer:
         """V2 body with binary tensors → answer. Raises AnswerError."""
@@ -170,7 +179,7 @@ class Gate:
             return Answer(200, (JSON_TYPE, *self._identity()), out)
         return Answer(200, (_OCTETS, (_LENGTH, str(header_length).encode()), *self._identity()), out)
 
-    async def _through_sdk(self, scope: Scope, body: bytes) -> Answer:
+    async def _through_sdk(self, scope: Scope, body: bytes, values_max: int) -> Answer:
         """KServe's own app. It takes any body that is not labelled JSON for bytes and fails on it, so JSON it is called.
 
         Python's parser, which the app uses for V2, takes Infinity and NaN for JSON, and its answer about them then can't be written.
@@ -179,6 +188,8 @@ class Gate:
             parsed: Any = orjson.loads(body)
         except orjson.JSONDecodeError as e:
             raise RowsError(f"the body is not JSON: {e}") from e
+        if holds_more_than(parsed, values_max):  # the app would convert all of them before anybody looks how many there are
+            raise RowsError(f"the body holds more values than the {self._rows_max} rows that are taken at most")
         if nested_too_deep(parsed):  # the app fails somewhere below Python's limit of recursion
             raise RowsError(f"the body is nested deeper than {NESTING_MAX}")
         kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", _LENGTH) and not k.startswith(b"ce-")]

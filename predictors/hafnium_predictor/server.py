@@ -75,6 +75,8 @@ class PredictorServer(ModelServer):
         self._tracing = tracing
         self._model = RiskModel(settings, self._metrics, tracing)
         self._grpc: InferenceServer | None = None
+        self.exit_status = 0
+        """2: it could not listen where it was told to."""
 
     def run(self) -> None:
         """Blocks until the server has stopped."""
@@ -97,6 +99,8 @@ class PredictorServer(ModelServer):
         loop = asyncio.get_running_loop()
         loading = loop.run_in_executor(None, self._load)
         grpc_task = asyncio.create_task(self._serve_grpc(loading)) if self.enable_grpc else None
+        if grpc_task is not None:
+            grpc_task.add_done_callback(lambda task: self._grpc_ended(task, rest))
         if is_worker() and others_missing() == 0:
             await loading  # started again beside others that answer: it must not take what it can't answer yet
         await rest.start()
@@ -127,6 +131,13 @@ class PredictorServer(ModelServer):
         servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
         add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
         await self._grpc.serve()
+
+    def _grpc_ended(self, task: asyncio.Task[None], rest: _GatedRestServer) -> None:
+        """A server that was asked for gRPC and can't give it is not to be ready."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s", error)
+            self.exit_status = 2
+            rest.request_exit()
 
     async def _stop_grpc(self, task: asyncio.Task[None]) -> None:
         if self._grpc is not None:

@@ -11,7 +11,7 @@ from hafnium_contract.serving.workers import is_worker, supervise
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the server. Returns the exit status: 0 after SIGTERM, 2 for bad arguments."""
+    """Runs the server. Returns the exit status: 0 after SIGTERM, 2 for bad arguments or a port that is taken."""
     from hafnium_transformer.settings import parse_settings
 
     try:
@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except HafniumError as e:
         sys.stderr.write(f"hafnium_transformer: {e}\n")
         return 2
-    TransformerServer(settings, tracing).run()
-    return 0
+    server = TransformerServer(settings, tracing)
+    server.run()
+    return server.exit_status
 
 
 if __name__ == "__main__":

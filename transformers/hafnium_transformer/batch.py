@@ -106,7 +106,7 @@ def parse_each(plan: Plan, items: Sequence[Any], *, request_ids: Sequence[str], 
             rows.append(parse_row(plan, item, request_id=request_ids[i], now_s=now_s, path=path_of(i)))
             places.append(i)
         except RowInvalidError as e:
-            errors[i] = e
+            errors[i] = e.with_traceback(None)
     return Parsed(Batch.of(rows), places, errors)
 
 
@@ -119,7 +119,7 @@ def parse_columns(plan: Plan, items: Sequence[Any], *, request_ids: Sequence[str
         try:
             row = parse_row(plan, items[i], request_id=request_ids[i], now_s=now_s, path=path_of(i))
         except RowInvalidError as e:
-            errors[i] = e
+            errors[i] = e.with_traceback(None)
             continue
         batch.request_ids[i], batch.event_times_s[i], batch.entities[i] = row.request_id, row.event_time_s, row.entity
         batch.explained[i] = row.explain

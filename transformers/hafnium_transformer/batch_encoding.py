@@ -55,7 +55,7 @@ def encode_each(plan: Plan, batch: Batch, found: Sequence[Found | None]) -> Enco
         try:
             values, lacks = encode_row(plan, batch.row(plan, i), one)
         except LookedUpError as e:
-            errors[i] = e
+            errors[i] = e.with_traceback(None)
             continue
         places.append(i)
         lines.append(plan.assemble_row(values, batch.event_times_s[i]))
@@ -79,7 +79,7 @@ def encode_columns(plan: Plan, batch: Batch, found: FoundColumns | None) -> Enco
             try:
                 row, lacks = encode_row(plan, batch.row(plan, i), None if found is None else found.row(i))
             except LookedUpError as e:
-                errors[i] = e
+                errors[i] = e.with_traceback(None)
                 lacking.pop(i, None)
                 continue
             if lacks is not NOTHING:

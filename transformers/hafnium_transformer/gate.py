@@ -32,11 +32,13 @@ from hafnium_contract.asgi import (
     call,
     given_twice,
     headers_of,
+    no_such_route,
     problem_answer,
     read_body,
+    refuse_unread,
     send_answer,
 )
-from hafnium_contract.json_nesting import NESTING_MAX, nested_too_deep
+from hafnium_contract.json_nesting import NESTING_MAX, holds_more_than, nested_too_deep
 from hafnium_contract.serving.exposition import metrics_answer
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_contract.serving.workers import others_missing
@@ -49,6 +51,7 @@ from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.request_spans import batch_facts, model_facts, request_facts, span_name
+from hafnium_transformer.rows import KEYS
 from hafnium_transformer.scoring import Context, Scorer
 from hafnium_transformer.settings import Settings
 
@@ -61,6 +64,8 @@ _ARM = ARM_HEADER.encode()
 _LENGTH = LENGTH_HEADER.encode()
 FAILURES = Sampled(log, lines_per_s=10.0)
 """One line for an answer of 5xx, so that an id from a caller's log is found in ours."""
+_VALUES_SPARE = 1000
+"""For names, shapes and parameters of V2."""
 _READY_KEPT_S = 1.0
 """A readiness answer is kept this long, so that probes by many don't become load on the predictor."""
 SHADOW_SUFFIX = "-shadow"
@@ -94,7 +99,7 @@ class Gate:
         self._settings = settings
         self._tracing = tracing
         self.stopping = False
-        name = settings.model_name
+        name = self._name = settings.model_name
         self._v1_path = f"/v1/models/{name}:predict"
         self._sdk_paths = {self._v1_path, f"/v2/models/{name}/infer"}
         self._contract_path = f"/v1/models/{name}/contract"
@@ -124,6 +129,9 @@ class Gate:
         elif path.startswith("/v2/repository"):
             # The SDK lets anybody unload the model by a POST
             await send_answer(send, problem_answer(501, "Not implemented", "models are not loaded or unloaded over HTTP"))
+        elif scope["method"] not in ("GET", "HEAD"):
+            # The SDK would read any body whole, for models and routes that aren't here
+            await refuse_unread(receive, send, no_such_route(scope, self._name), self._settings.body_bytes_max)
         else:
             await self._inner(scope, receive, send)
 
@@ -251,8 +259,8 @@ class Gate:
                     check_layout(body, length)
                 except TensorError as e:
                     raise MalformedError(str(e)) from e
-            elif nested_too_deep(_json(body)):  # Python's parser takes Infinity for JSON, too, and the app's answer can't be written
-                raise MalformedError(f"the body is nested deeper than {NESTING_MAX}")
+            else:
+                self._check_json(_json(body))  # Python's parser takes Infinity for JSON, too, and the app's answer can't be written
             kept = [(k, v) for k, v in scope["headers"] if k != b"content-type" and not k.startswith(b"ce-")]
             label: Header = (b"content-type", b"application/octet-stream") if binary else JSON_TYPE
             answer = await call(self._inner, {**scope, "headers": [*kept, label]}, body)
@@ -269,6 +277,16 @@ class Gate:
         if answer.status == 501:
             raise NotSupportedError(sdk_detail(answer.body))
         raise ScoringError(f"KServe answered {answer.status}: {sdk_detail(answer.body)}")
+
+    def _check_json(self, parsed: Any) -> None:
+        """What the SDK would take a second for, or fail on. Raises MalformedError."""
+        rows = self._settings.batch_rows_max
+        plan = self._scorer.plan if self._scorer.active else None
+        fields = 0 if plan is None else len(plan.fields) + len(plan.declared_keys) + len(KEYS)
+        if plan is not None and holds_more_than(parsed, 2 * rows * fields + _VALUES_SPARE):
+            raise MalformedError(f"the body holds more than {rows} rows of {fields} fields do")
+        if nested_too_deep(parsed):
+            raise MalformedError(f"the body is nested deeper than {NESTING_MAX}")
 
     async def _ready(self) -> Answer:
         if self.stopping:
@@ -350,6 +368,8 @@ def _json(body: bytes) -> Any:
 
 
 def _error_answer(e: ScoringError, echo: Header) -> Answer:
+    # Its traceback leads to a frame that holds it: a cycle, with the request's body in it, which the collector seldom looks for
+    e.__traceback__ = None
     return Answer(e.status, (PROBLEM_TYPE, echo, *retry_after(e)), orjson.dumps(e.document()))
 
 

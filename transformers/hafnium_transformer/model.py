@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any, cast
 
 import numpy as np
@@ -72,7 +73,7 @@ class RiskTransformer(Model):
             items = batch_items(payload, "instances", self._settings.batch_rows_max)
             return {"predictions": await self._all(items, "instances", exchange)}
         except ScoringError as e:
-            exchange.error = e
+            exchange.error = e.with_traceback(None)
             raise InvalidInput(f"{e.status} {e.title}: {e.detail}") from e
 
     async def _all(self, items: list[Any], name: str, exchange: Exchange) -> list[dict[str, Any]]:
@@ -92,6 +93,7 @@ def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[st
     """A V2 request with a tensor per field → the same rows as JSON gives. NaN is missing. Raises MalformedError."""
     rows: list[dict[str, Any]] = []
     inputs: list[InferInput] = list(request.inputs)
+    seen: set[str] = set()
     for k, one in enumerate(inputs):
         shape = [int(s) for s in one.shape]
         if len(shape) not in (1, 2) or shape[1:] not in ([], [1]) or not 1 <= shape[0] <= rows_max:
@@ -103,9 +105,12 @@ def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[st
         _check_data(one, k)
         try:
             values: list[Any] = np.asarray(one.as_numpy()).reshape(-1).tolist()
-        except (InvalidInput, ValueError, TypeError, OverflowError, AttributeError) as e:
+        except (InvalidInput, ValueError, TypeError, OverflowError, AttributeError, struct.error) as e:
             raise MalformedError(f"inputs[{k}].data: expected {shape[0]} values of {one.datatype}: {e}") from e
         name = str(one.name)
+        if name in seen:
+            raise MalformedError(f"inputs[{k}].name: {name[:80]!r} is given twice")
+        seen.add(name)
         for row, value in zip(rows, values, strict=True):
             plain = _plain(value)
             if name in _TOP:

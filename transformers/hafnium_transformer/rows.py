@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,8 @@ from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan
 
 KEYS = frozenset({"request_id", "event_time", "entity", "features", "explain"})
 _YEAR_1_S, _YEAR_10000_S = datetime(1, 1, 1, tzinfo=UTC).timestamp(), datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400.0
+UNKNOWN_SHOWN_MAX = 50
+"""Of one object's unknown keys. A body of 4 MB has 400,000, and an answer that named all of them would be fifteen times as long."""
 TEXT_MAX = 256
 """Characters of a request id or an entity key: they are logged, hashed and sent to the store."""
 
@@ -57,10 +59,8 @@ def parse_row(plan: Plan, data: Any, *, request_id: str, now_s: float, path: str
     body = cast(dict[str, Any], data)
     prefix = path + "." if path else ""
     if not body.keys() <= KEYS:
-        problems.extend(
-            Problem(prefix + str(key)[:80], f"unknown field; expected {', '.join(sorted(KEYS))}")
-            for key in body if key not in KEYS
-        )
+        expected = ", ".join(sorted(KEYS))
+        _unknown([key for key in body if key not in KEYS], path, lambda _: f"unknown field; expected {expected}", problems)
     given_id = body.get("request_id")
     if given_id is not None:
         if isinstance(given_id, str) and 0 < len(given_id) <= TEXT_MAX:
@@ -118,11 +118,12 @@ def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dic
         return {}
     entity = cast(dict[str, Any], given)
     out: dict[str, EntityValue] = {}
+    if not entity.keys() <= plan.declared_keys:
+        known = ", ".join(sorted(plan.declared_keys)) or "none"
+        unknown = [key for key in entity if key not in plan.declared_keys]
+        _unknown(unknown, prefix + "entity", lambda _: f"unknown entity key; the contract's are: {known}", problems)
     for key, value in entity.items():
-        if key not in plan.declared_keys:
-            known = ", ".join(sorted(plan.declared_keys)) or "none"
-            problems.append(Problem(f"{prefix}entity.{str(key)[:80]}", f"unknown entity key; the contract's are: {known}"))
-        elif value is not None:
+        if value is not None and key in plan.declared_keys:
             expected = plan.entity_types.get(key)
             if is_key(value, expected):
                 out[key] = value
@@ -155,9 +156,10 @@ def _features(
             values[feature_name] = value
         else:
             return values, NOTHING
-    problems.extend(
-        Problem(f"{prefix}features.{key[:80]}", _unknown(plan, key)) for key in features if key not in plan.fields
-    )
+    if not features.keys() <= plan.fields:
+        known = ", ".join(sorted(plan.fields))[:400]
+        unknown = [key for key in features if key not in plan.fields]
+        _unknown(unknown, prefix + "features", lambda key: _no_field(plan, key, known), problems)
     degraded: list[str] = []
     missing: list[str] = []
     for name, feature in plan.request_features:
@@ -177,13 +179,20 @@ def _features(
     return values, Lacking(tuple(degraded), tuple(missing)) if missing else NOTHING
 
 
-def _unknown(plan: Plan, key: str) -> str:
+def _unknown(keys: Sequence[str], path: str, why: Callable[[str], str], problems: list[Problem]) -> None:
+    """Names keys of the object at `path` that nobody knows."""
+    problems.extend(Problem(f"{path}.{key[:80]}".lstrip("."), why(key)) for key in keys[:UNKNOWN_SHOWN_MAX])
+    if len(keys) > UNKNOWN_SHOWN_MAX:
+        problems.append(Problem(path, f"{len(keys) - UNKNOWN_SHOWN_MAX} more unknown fields"))
+
+
+def _no_field(plan: Plan, key: str, known: str) -> str:
     if key in plan.protected:
         return "protected attribute: kept for evaluation, never an input"
     feature = plan.contract.by_name.get(key)
     if feature is not None:
         return "not sent by the caller: the contract looks it up or computes it"
-    return f"unknown feature; the contract takes {', '.join(sorted(plan.fields))[:400]}"
+    return f"unknown feature; the contract takes {known}"
 
 
 def expected_form(feature: Feature) -> str:

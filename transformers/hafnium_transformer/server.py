@@ -98,6 +98,8 @@ class TransformerServer(ModelServer):
         self._grpc: InferenceServer | None = None
         self._opening = threading.Event()
         """A thread is importing Feast or opening its store: seconds in which nothing can end it."""
+        self.exit_status = 0
+        """2: it could not listen where it was told to."""
 
     def run(self) -> None:
         """Blocks until the server has stopped."""
@@ -137,7 +139,9 @@ class TransformerServer(ModelServer):
         background = [asyncio.create_task(self._become_ready(scorer))]
         if self.enable_grpc:
             grpc_gate = GrpcGate(scorer, admission, metrics, s, self._tracing)
-            background.append(asyncio.create_task(self._serve_grpc(grpc_gate)))
+            serving_grpc = asyncio.create_task(self._serve_grpc(grpc_gate))
+            serving_grpc.add_done_callback(lambda task: self._grpc_ended(task, rest))
+            background.append(serving_grpc)
         try:
             while is_worker() and others_missing() == 0 and not scorer.active and not rest.told_to_stop:
                 await asyncio.sleep(_WAIT_S)  # started again beside others that answer: it must not take what it can't answer yet
@@ -159,7 +163,7 @@ class TransformerServer(ModelServer):
                 # Nothing was scored yet, and all that there was is written. Python would wait for the thread until its import is over,
                 # on a busy machine longer than Kubernetes waits
                 logging.shutdown()
-                os._exit(0)
+                os._exit(self.exit_status)
 
     async def _become_ready(self, scorer: Scorer) -> None:
         """Opens the feature store, gets the contract, and afterwards keeps the store's registry fresh."""
@@ -220,3 +224,10 @@ class TransformerServer(ModelServer):
         servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
         add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
         await self._grpc.serve()
+
+    def _grpc_ended(self, task: asyncio.Task[None], rest: _GatedRestServer) -> None:
+        """A server that was asked for gRPC and can't give it is not to be ready."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s", error)
+            self.exit_status = 2
+            rest.request_exit()

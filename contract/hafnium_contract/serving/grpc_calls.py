@@ -20,6 +20,7 @@ import grpc
 from grpc import StatusCode, aio
 from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady
 
+from hafnium_contract.errors import HafniumError
 from hafnium_contract.trace_context import without_repeated
 
 log = logging.getLogger("hafnium.serving")
@@ -35,6 +36,10 @@ _READ_S = 1.0
 """For the message of a call that has nothing to say: health, metadata."""
 SEND_BYTES_MAX = 8 * 1024 * 1024
 """KServe's own limit for an answer."""
+
+
+class BindError(HafniumError):
+    """gRPC's port can't be had."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,11 @@ class InferenceServer:
         self.server = aio.server(interceptors=(_Limits(gate),), options=options)
 
     async def serve(self) -> None:
-        """Until `stop`."""
-        self.server.add_insecure_port(self._address)
+        """Until `stop`. Raises BindError."""
+        try:
+            self.server.add_insecure_port(self._address)
+        except RuntimeError as e:
+            raise BindError(f"gRPC can't listen at {self._address}; is the port taken? Give another --grpc_port") from e
         log.info("gRPC at %s", self._address)
         await self.server.start()
         await self.server.wait_for_termination()
