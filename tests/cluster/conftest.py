@@ -62,7 +62,7 @@ def namespaced(types: Kubectl) -> Iterator[Kubectl]:
 
 
 @pytest.fixture(scope="session")
-def surroundings(cluster: Kubectl) -> None:
+def surroundings(model_image: None) -> None:
     """Prometheus, the gateway and the image; what isn't there is said."""
     for what, url in (("Prometheus", f"{PROMETHEUS}/-/ready"), ("the gateway", GATEWAY)):
         try:
@@ -71,6 +71,11 @@ def surroundings(cluster: Kubectl) -> None:
             continue
         except OSError as e:
             pytest.skip(f"{what} does not answer at {url}: {e}")
+
+
+@pytest.fixture(scope="session")
+def model_image(cluster: Kubectl) -> None:
+    """The image of the models that operators of the tests move; it is built where that can be done."""
     names = {n for node in cluster.read("nodes")["items"] for i in node["status"].get("images", []) for n in i.get("names") or []}
     if IMAGE in names:
         return

@@ -23,7 +23,7 @@ NAME = "kn"
 
 
 @pytest.fixture(scope="module")
-def knative(types: Kubectl) -> Iterator[Kubectl]:
+def knative(types: Kubectl, model_image: None) -> Iterator[Kubectl]:
     """A namespace on a cluster that has Knative."""
     if types.run("get", "crd", "revisions.serving.knative.dev").returncode != 0:
         pytest.skip("the cluster has no Knative Serving")

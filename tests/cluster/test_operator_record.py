@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hafnium_kubectl import Kubectl
-from hafnium_operator import IMAGE, OperatorProcess, model_rollout, service, until
+from hafnium_operator import OperatorProcess, model_rollout, service, until
 from hafnium_receiver import receiver
 
 from hafnium_rollout.dossier.facts import from_record
@@ -18,14 +18,11 @@ from hafnium_rollout.record import read_record
 from hafnium_rollout.replaying import ReplayedTurn, replay
 from hafnium_rollout.status import RolloutStatus
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("model_image")]
 NAME = "recorded"
 
 
 def test_the_operators_record_replays_exactly_and_its_events_arrive(namespaced: Kubectl, tmp_path: Path) -> None:
-    names = {n for node in namespaced.read("nodes")["items"] for i in node["status"].get("images", []) for n in i.get("names") or []}
-    if IMAGE not in names:
-        pytest.skip(f"the cluster hasn't got the image {IMAGE}; build it from tests/cluster/image")
     kubectl, data = namespaced, tmp_path / "data"
     file = tmp_path / "settings.yaml"
 
