@@ -112,6 +112,8 @@ class Scorer:
             settings.breaker_failures_max, settings.breaker_pause_first_s, settings.breaker_pause_max_s
         )
         self._fair_s = min(_FAIR_S, settings.lookup_timeout_ms / 1000.0)
+        self._asking_store: asyncio.Task[None] | None = None
+        """One lookup for nobody at a time, with enough time; see `_ask_store_with_time`."""
         self._complained = -_COMPLAINT_PAUSE_S
         self._plan: Plan | None = None
         self._explainers: dict[int, Explainer | None] = {}
@@ -199,6 +201,8 @@ class Scorer:
 
     def close(self) -> None:
         """Lets go of the store."""
+        if self._asking_store is not None:
+            self._asking_store.cancel()
         if self._store is not None:
             self._store.close()
 
@@ -295,7 +299,8 @@ class Scorer:
         if not plan.views:
             return [{}] * len(batch) if len(batch) <= ONE_BY_ONE_MAX else NO_COLUMNS
         start = time.perf_counter()
-        timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s())
+        # Half of what is left stays for the prediction: a store that hangs ends as one without values, also for who gives little time
+        timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s() / 2.0)
         name = plan.contract.name
         if self._store is None or not self._store_breaker.may_ask(time.monotonic()):
             self._metrics.lookup_failed(name, "not_asked")
@@ -307,7 +312,9 @@ class Scorer:
                 found = await self._store.read_columns(plan, batch.entities, timeout_s)
         except (OverloadedError, DeadlineError, UnavailableError) as e:
             hurried = isinstance(e, DeadlineError) and timeout_s < self._fair_s
-            if not hurried and not isinstance(e, OverloadedError):
+            if hurried:
+                self._ask_store_with_time(self._store, plan)
+            elif not isinstance(e, OverloadedError):
                 self._store_breaker.failed(time.monotonic())
             self._metrics.lookup_failed(name, "hurry" if hurried else e.kind)
             if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
@@ -320,6 +327,21 @@ class Scorer:
             return found
         finally:
             self._metrics.looked_up(name, time.perf_counter() - start)
+
+    def _ask_store_with_time(self, store: OnlineStore, plan: Plan) -> None:
+        """Finds out, beside the requests, whether the store hangs or only a caller was in a hurry: all of them may be."""
+        if self._asking_store is None or self._asking_store.done():
+            self._asking_store = asyncio.get_running_loop().create_task(self._try_store(store, plan))
+
+    async def _try_store(self, store: OnlineStore, plan: Plan) -> None:
+        try:
+            await store.read(plan, [_nobody(plan)], self._fair_s)
+        except OverloadedError:  # nothing was asked
+            return
+        except (DeadlineError, UnavailableError):
+            self._store_breaker.failed(time.monotonic())
+        else:
+            self._store_breaker.succeeded()
 
     def _count_ages(self, plan: Plan, event_time_s: float, found: Sequence[Found] | FoundColumns) -> None:
         """Age of the values just read, one row of a batch: what is stale is stale for all."""
