@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,20 +79,27 @@ class Context:
     """Of a request that is recorded: then its own children are what the predictor hears of."""
 
 
-class Asked(NamedTuple):
+class Asked(Protocol):
     """A row and the request it came with."""
 
     row: Row
     context: Context
+    answered: bool
+    """Its time was over before there was an answer: who asked was told so, and no score of it counts."""
+
+
+_ANSWERED = attrgetter("answered")
 
 
 class _Ready(NamedTuple):
-    """Rows that the predictor was asked for. `places`: of the prediction's rows in the batch, and in `contexts`."""
+    """Rows that the predictor was asked for. `places`: of the prediction's rows in the batch, in `contexts` and in `asked`."""
 
     batch: Batch
     places: list[int]
     lacking: dict[int, Lacking]
     contexts: Sequence[Context]
+    asked: Sequence[Asked]
+    """Empty: rows of one request, which waits for all of them."""
 
 
 class Scorer:
@@ -273,10 +281,11 @@ class Scorer:
         Raises ScoringError when no row can be answered; ContractChangedError when the predictor has another contract.
         """
         return await self._score_batch(
-            plan, Batch.of([a.row for a in asked]), [a.context for a in asked], deadline, passed_on, spans)
+            plan, Batch.of([a.row for a in asked]), [a.context for a in asked], deadline, passed_on, spans, asked)
 
     async def _score_batch(
         self, plan: Plan, batch: Batch, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes, spans: HopSpans | None,
+        asked: Sequence[Asked] = (),
     ) -> list[Result]:
         results: list[Result | None] = [None] * len(batch)
         if spans is None or not plan.views:
@@ -291,7 +300,7 @@ class Scorer:
             for feature in error.features:
                 self._metrics.missing(feature)
         if encoded.places:
-            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, results)
+            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
     async def _look_up(self, plan: Plan, batch: Batch, deadline: Deadline) -> Sequence[Found] | FoundColumns | None:
@@ -356,7 +365,7 @@ class Scorer:
 
     async def _predict(
         self, plan: Plan, batch: Batch, encoded: Encoded, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes,
-        spans: HopSpans | None, results: list[Result | None],
+        spans: HopSpans | None, asked: Sequence[Asked], results: list[Result | None],
     ) -> None:
         places, matrix = encoded.places, encoded.matrix
         explainer = self._explainer(matrix.shape[1]) if any(batch.explained) else None
@@ -368,7 +377,7 @@ class Scorer:
             if not kept:
                 return
             places, matrix = [places[k] for k in kept], matrix[kept]
-        ready = _Ready(batch, places, encoded.lacking, contexts)
+        ready = _Ready(batch, places, encoded.lacking, contexts, asked)
         if explainer is None:
             prediction = await self._ask(plan, matrix, deadline, passed_on, spans)
             self._answer(plan, ready, matrix, prediction, None, results)
@@ -419,7 +428,11 @@ class Scorer:
     def _answer(
         self, plan: Plan, ready: _Ready, matrix: Matrix, prediction: Prediction, explainer: Explainer | None, results: list[Result | None],
     ) -> None:
-        batch, places, lacking, contexts = ready
+        if any(map(_ANSWERED, ready.asked)):
+            ready, matrix, prediction = _unanswered(ready, matrix, prediction, explainer)
+            if not ready.places:
+                return
+        batch, places, lacking, contexts, _ = ready
         rule, name, version = plan.contract.decision, plan.contract.name, prediction.model_version
         scores: list[float] = prediction.score[: len(places)].tolist()
         intervals: list[list[float]] = prediction.interval[: len(places)].tolist()
@@ -473,6 +486,25 @@ class Scorer:
             )
             if base is not None:
                 answers[k]["explanation_base"] = round(base, digits) if digits else base
+
+
+def _unanswered(
+    ready: _Ready, matrix: Matrix, prediction: Prediction, explainer: Explainer | None,
+) -> tuple[_Ready, Matrix, Prediction]:
+    """Without the rows that were answered while the predictor was asked, and without what explains them."""
+    batch, places, asked = ready.batch, ready.places, ready.asked
+    kept: list[int] = []
+    explaining: list[int] = []
+    begin = len(places)
+    for k, i in enumerate(places):
+        end = begin + (explainer.rows if explainer is not None and batch.explained[i] else 0)
+        if not asked[i].answered:
+            kept.append(k)
+            explaining.extend(range(begin, end))
+        begin = end
+    rows = kept + explaining
+    return (ready._replace(places=[places[k] for k in kept]), matrix[kept],
+            replace(prediction, score=prediction.score[rows], interval=prediction.interval[rows]))
 
 
 def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
