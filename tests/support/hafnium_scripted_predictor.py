@@ -7,9 +7,11 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.v2_binary import LENGTH_HEADER, decode_request, encode_answer
 from hafnium_contract.wire import BATCH_ROWS_MAX, CONTRACT_HEADER, MODEL_DIGEST_HEADER, MODEL_VERSION_HEADER
@@ -77,6 +79,20 @@ class ScriptedPredictor:
             "contract": self.contract.model_dump(mode="json"), "contract_digest": self.contract.digest,
             "model_version": self.version, "model_digest": self.digest,
         }).encode())
+
+
+def plain_contract(**changed: Any) -> ModelContract:
+    """Three numbers, which a request brings; `changed`: members of the document."""
+    return parse_contract({
+        "schemaVersion": 1, "name": "plain", "version": "1", "owner": "o", "description": "d",
+        "data": {"eventTime": {"column": "t"}, "label": {"column": "y"}, "labelTime": {"delay": "1d"}},
+        "entities": [],
+        "features": [
+            {"name": name, "description": name, "dtype": "float", "range": [0, 100], "missing": "impute"} for name in ("a", "b", "c")
+        ],
+        "decision": {"threshold": 0.5},
+        **changed,
+    })
 
 
 def _http(status: int, body: bytes, **headers: str) -> bytes:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hafnium_scripted_predictor import ScriptedPredictor, scripted_predictor
+from hafnium_scripted_predictor import ScriptedPredictor, plain_contract, scripted_predictor
 from prometheus_client import CollectorRegistry
 
-from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.inference_log import log_files, read_files
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.serving.hot_protocol import HotRequest
@@ -33,16 +32,7 @@ HURRY_MS = 50.0
 
 @pytest.fixture
 def contract() -> ModelContract:
-    """Nothing is looked up."""
-    return parse_contract({
-        "schemaVersion": 1, "name": "plain", "version": "1", "owner": "o", "description": "d",
-        "data": {"eventTime": {"column": "t"}, "label": {"column": "y"}, "labelTime": {"delay": "1d"}},
-        "entities": [],
-        "features": [
-            {"name": name, "description": name, "dtype": "float", "range": [0, 100], "missing": "impute"} for name in ("a", "b", "c")
-        ],
-        "decision": {"threshold": 0.5},
-    })
+    return plain_contract()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from hafnium_transformer.hop_spans import HopSpans
 from hafnium_transformer.plan import Plan
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.rows import Row, parse_row
-from hafnium_transformer.scoring import Context, Result, Scorer
+from hafnium_transformer.scoring import Context, Result, Scorer, two_contracts
 
 log = logging.getLogger("hafnium.transformer")
 _SWEEP_S = 0.02
@@ -130,6 +130,8 @@ class Coalescer:
             try:
                 await self._scorer.refreshed(plan, Deadline(max(w.context.deadline.at for w in batch)))
                 await self._score_anew(self._scorer.plan, batch)
+            except ContractChangedError as again:
+                _all(batch, two_contracts(again))
             except ScoringError as again:
                 _all(batch, again)
         except RefusedError as e:
@@ -140,6 +142,8 @@ class Coalescer:
                     continue
                 try:
                     await self._score(plan, [waiting])
+                except ContractChangedError as changed:
+                    waiting.answer(two_contracts(changed))
                 except ScoringError as own:
                     waiting.answer(own)
         except ScoringError as e:

@@ -126,7 +126,8 @@ class Scorer:
         self._plan: Plan | None = None
         self._explainers: dict[int, Explainer | None] = {}
         self._refreshing = asyncio.Lock()
-        self._refreshes: set[asyncio.Task[None]] = set()
+        self._replacing: asyncio.Task[None] | None = None
+        """Fetches what takes the place of a contract that the predictor refused; one for all who wait for it."""
         self.served: Served | None = None
         self.reason = "the contract was not fetched yet"
 
@@ -179,20 +180,18 @@ class Scorer:
         return plan
 
     async def refreshed(self, replaced: Plan, deadline: Deadline) -> None:
-        """`refresh`, waited for until the deadline only; it goes on for those who come later. Raises DeadlineError."""
-        task = asyncio.get_running_loop().create_task(self.refresh(replaced))
-        self._refreshes.add(task)
-        task.add_done_callback(self._refresh_ended)
+        """`refresh`, one for all who wait, each until its deadline only; it goes on for those who come later. Raises DeadlineError."""
+        if self._plan is not replaced:
+            return
+        task = self._replacing
+        if task is None or task.done():
+            task = self._replacing = asyncio.get_running_loop().create_task(self.refresh(replaced))
+            task.add_done_callback(_seen)
         try:
             async with asyncio.timeout(deadline.left_s()):
                 await asyncio.shield(task)
         except TimeoutError as e:
             raise DeadlineError("the predictor's new contract was not there in time") from e
-
-    def _refresh_ended(self, task: asyncio.Task[None]) -> None:
-        self._refreshes.discard(task)
-        if not task.cancelled():
-            task.exception()  # who waited has it
 
     async def refresh_registry(self) -> None:
         """Takes over what changed in the feature store's registry."""
@@ -220,7 +219,7 @@ class Scorer:
         """JSON rows of one request → for each its answer or its error. `paths[i]` goes before the paths of row i's problems.
 
         Raises ScoringError when no row can be answered. A contract that changed behind the predictor's address is
-        fetched and the rows are read again under it, once.
+        fetched and the rows are read again under it, once; then it is UnavailableError.
         """
         plan = self.plan
         try:
@@ -228,7 +227,10 @@ class Scorer:
         except ContractChangedError as e:
             log.info("predictor refused contract %s: %s", plan.digest, e)
             await self.refreshed(plan, context.deadline)
-            return await self._score(self.plan, items, context, paths)
+            try:
+                return await self._score(self.plan, items, context, paths)
+            except ContractChangedError as again:
+                raise two_contracts(again) from again
 
     async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[Result]:
         now_s = self.clock().timestamp()
@@ -428,6 +430,10 @@ class Scorer:
     def _answer(
         self, plan: Plan, ready: _Ready, matrix: Matrix, prediction: Prediction, explainer: Explainer | None, results: list[Result | None],
     ) -> None:
+        served = self.served
+        if served is not None and prediction.model_digest != served.model_digest and plan is self._plan:
+            # Another model with the same contract. While pods of both answer, who answered last is told; either is true
+            self.served = replace(served, model_version=prediction.model_version, model_digest=prediction.model_digest)
         if any(map(_ANSWERED, ready.asked)):
             ready, matrix, prediction = _unanswered(ready, matrix, prediction, explainer)
             if not ready.places:
@@ -518,6 +524,18 @@ def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
         total += size
     parts.append(slice(start, len(sizes)))
     return parts
+
+
+def two_contracts(again: ContractChangedError) -> UnavailableError:
+    """For rows that were refused under the contract just fetched, too: pods of both answer at this address. That passes, and no caller can
+    do anything about it, so it is no 409.
+    """
+    return UnavailableError(f"the predictor's contract is changing: {again.detail}")
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # who waited has it; without anybody waiting asyncio would complain
 
 
 def _nobody(plan: Plan) -> dict[str, EntityValue]:
