@@ -334,7 +334,7 @@ class Scorer:
             return None
         else:
             self._store_breaker.succeeded()
-            self._count_ages(plan, batch.event_times_s[0], found)
+            self._count_ages(plan, found)
             return found
         finally:
             self._metrics.looked_up(name, time.perf_counter() - start)
@@ -354,8 +354,9 @@ class Scorer:
         else:
             self._store_breaker.succeeded()
 
-    def _count_ages(self, plan: Plan, event_time_s: float, found: Sequence[Found] | FoundColumns) -> None:
-        """Age of the values just read, one row of a batch: what is stale is stale for all."""
+    def _count_ages(self, plan: Plan, found: Sequence[Found] | FoundColumns) -> None:
+        """Age of the values just read, one row of a batch: what is stale is stale for all. By our clock: events have their callers'."""
+        now_s = self.clock().timestamp()
         for view in plan.views:
             if isinstance(found, FoundColumns):
                 seconds = found.time_of_first(plan, view)
@@ -363,7 +364,7 @@ class Scorer:
                 item = found[0].get(view.features[0].column)
                 seconds = None if item is None else item[1]
             if seconds is not None:
-                self._metrics.staleness(view.name, max(event_time_s - seconds, 0.0))
+                self._metrics.staleness(view.name, max(now_s - seconds, 0.0))
 
     async def _predict(
         self, plan: Plan, batch: Batch, encoded: Encoded, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes,
