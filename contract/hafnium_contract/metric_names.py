@@ -40,7 +40,7 @@ FEATURE_LOOKUP_FAILURES = Metric(
     "Lookups without an answer: unavailable, deadline, overloaded; not_asked: the store is left alone; hurry: the caller's own deadline",
     ("model_name", "type"))
 FEATURE_STALENESS = Metric(
-    "feature_staleness_seconds", "gauge", "Age of the values last read from a view, at the event's time", ("view",), across="mostrecent",
+    "feature_staleness_seconds", "gauge", "Age of the values last read from a view, now", ("view",), across="mostrecent",
 )
 FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
 CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute", across="livesum")

@@ -68,11 +68,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, contract: ModelContract) ->
         yield running
 
 
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
 @pytest.fixture(params=["direct", "sdk"])
-async def scorer(server: Server, request: pytest.FixtureRequest) -> AsyncIterator[Scorer]:
+async def scorer(server: Server, registry: CollectorRegistry, request: pytest.FixtureRequest) -> AsyncIterator[Scorer]:
     settings = Settings(model_name="m", predictor_host=f"127.0.0.1:{server.port}", lookup_timeout_ms=10_000)
     client = PredictorClient(settings.predictor_host, "m", tls=False, limits=HopLimits())
-    made = Scorer(settings, client, TransformerMetrics(CollectorRegistry()), None, clock=lambda: NOW)
+    made = Scorer(settings, client, TransformerMetrics(registry), None, clock=lambda: NOW)
     with pytest.raises(UnavailableError, match="--feature_repo"):
         await made.refresh(None)
     reader = FeastReader(server.log_path.parent / "repo")
@@ -131,6 +136,15 @@ async def test_a_value_from_after_the_event_is_as_good_as_missing(scorer: Scorer
     result = (await scorer.score([before], context()))[0]
     assert isinstance(result, LookedUpError)
     assert "from 3600 s after the event" in result.problems[0].message
+
+
+@pytest.mark.parametrize("rows", [1, 100], ids=["one row", "columns"])
+async def test_how_old_a_views_values_are_is_told_by_the_servers_clock_whatever_time_a_caller_gives(
+    scorer: Scorer, registry: CollectorRegistry, rows: int,
+) -> None:
+    for event_time in (NOW + timedelta(days=36500), NOW - timedelta(minutes=30), NOW):
+        await scorer.score([{**asked(), "event_time": event_time.isoformat()}] * rows, context(), [""] * rows)
+        assert registry.get_sample_value("feature_staleness_seconds", {"view": "usage"}) == 3600.0
 
 
 async def test_bad_rows_of_a_batch_leave_the_others_their_own_values(scorer: Scorer) -> None:

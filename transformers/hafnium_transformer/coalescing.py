@@ -26,7 +26,7 @@ from hafnium_transformer.hop_spans import HopSpans
 from hafnium_transformer.plan import Plan
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.rows import Row, parse_row
-from hafnium_transformer.scoring import Asked, Context, Result, Scorer
+from hafnium_transformer.scoring import Context, Result, Scorer, two_contracts
 
 log = logging.getLogger("hafnium.transformer")
 _SWEEP_S = 0.02
@@ -130,14 +130,20 @@ class Coalescer:
             try:
                 await self._scorer.refreshed(plan, Deadline(max(w.context.deadline.at for w in batch)))
                 await self._score_anew(self._scorer.plan, batch)
+            except ContractChangedError as again:
+                _all(batch, two_contracts(again))
             except ScoringError as again:
                 _all(batch, again)
         except RefusedError as e:
             if len(batch) == 1:
                 _all(batch, e)
             for waiting in batch if len(batch) > 1 else ():  # one row must not cost the others their answers
+                if waiting.answered:
+                    continue
                 try:
                     await self._score(plan, [waiting])
+                except ContractChangedError as changed:
+                    waiting.answer(two_contracts(changed))
                 except ScoringError as own:
                     waiting.answer(own)
         except ScoringError as e:
@@ -145,9 +151,8 @@ class Coalescer:
 
     async def _score(self, plan: Plan, batch: list[Waiting]) -> None:
         deadline = batch[0].context.deadline if len(batch) == 1 else Deadline(max(w.context.deadline.at for w in batch))
-        asked = [Asked(w.row, w.context) for w in batch]
         spans = [w.context.span for w in batch if w.context.span is not None] if self._traced else None
-        results = await self._scorer.score_rows(plan, asked, deadline, passed_on(batch), HopSpans(spans) if spans else None)
+        results = await self._scorer.score_rows(plan, batch, deadline, passed_on(batch), HopSpans(spans) if spans else None)
         for waiting, result in zip(batch, results, strict=True):
             waiting.answer(result)
 
@@ -156,6 +161,8 @@ class Coalescer:
         now_s = self._scorer.clock().timestamp()
         good: list[Waiting] = []
         for waiting in batch:
+            if waiting.answered:
+                continue
             try:
                 row = parse_row(plan, waiting.item, request_id=waiting.context.request_id, now_s=now_s)
             except RowInvalidError as e:

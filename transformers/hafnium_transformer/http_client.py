@@ -52,7 +52,7 @@ class _Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._size = 0
         self._keep = False
-        self.opened = time.monotonic()
+        self.opened = self.answered = time.monotonic()
         self.served = 0
 
     # asyncio
@@ -97,6 +97,7 @@ class _Connection(asyncio.Protocol):
         future, self._future = self._future, None
         self._keep = self._parser.should_keep_alive()
         self.served += 1
+        self.answered = time.monotonic()
         if future is not None and not future.done():
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             future.set_result(HttpAnswer(status, self._headers, body))
@@ -180,6 +181,17 @@ class HttpClient:
     async def _open(self) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port, ssl=self._tls)
         return connection
+
+    def drop_silent(self, since: float) -> None:
+        """Closes what is idle and has brought no answer since then: one that says nothing to a request may not be the only one.
+
+        A node that dies closes no connection, and each of them would cost a caller its time. `since`: of time.monotonic().
+        """
+        heard = [c for c in self._idle if c.answered >= since]
+        for connection in self._idle:
+            if connection.answered < since:
+                connection.close()
+        self._idle = heard
 
     def close(self) -> None:
         """Closes what is idle; what is in use closes with its exchange."""

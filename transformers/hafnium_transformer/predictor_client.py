@@ -176,6 +176,7 @@ class PredictorClient:
             except TimeoutError as e:
                 if left >= _FAIR_S:  # callers in a hurry must not close it for the others
                     self.breaker.failed(time.monotonic())
+                    self._client.drop_silent(now)
                 raise DeadlineError("the predictor did not answer in time") from e
             except NotHttpError as e:
                 self.breaker.failed(time.monotonic())

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,20 +79,27 @@ class Context:
     """Of a request that is recorded: then its own children are what the predictor hears of."""
 
 
-class Asked(NamedTuple):
+class Asked(Protocol):
     """A row and the request it came with."""
 
     row: Row
     context: Context
+    answered: bool
+    """Its time was over before there was an answer: who asked was told so, and no score of it counts."""
+
+
+_ANSWERED = attrgetter("answered")
 
 
 class _Ready(NamedTuple):
-    """Rows that the predictor was asked for. `places`: of the prediction's rows in the batch, and in `contexts`."""
+    """Rows that the predictor was asked for. `places`: of the prediction's rows in the batch, in `contexts` and in `asked`."""
 
     batch: Batch
     places: list[int]
     lacking: dict[int, Lacking]
     contexts: Sequence[Context]
+    asked: Sequence[Asked]
+    """Empty: rows of one request, which waits for all of them."""
 
 
 class Scorer:
@@ -112,11 +120,14 @@ class Scorer:
             settings.breaker_failures_max, settings.breaker_pause_first_s, settings.breaker_pause_max_s
         )
         self._fair_s = min(_FAIR_S, settings.lookup_timeout_ms / 1000.0)
+        self._asking_store: asyncio.Task[None] | None = None
+        """One lookup for nobody at a time, with enough time; see `_ask_store_with_time`."""
         self._complained = -_COMPLAINT_PAUSE_S
         self._plan: Plan | None = None
         self._explainers: dict[int, Explainer | None] = {}
         self._refreshing = asyncio.Lock()
-        self._refreshes: set[asyncio.Task[None]] = set()
+        self._replacing: asyncio.Task[None] | None = None
+        """Fetches what takes the place of a contract that the predictor refused; one for all who wait for it."""
         self.served: Served | None = None
         self.reason = "the contract was not fetched yet"
 
@@ -169,20 +180,18 @@ class Scorer:
         return plan
 
     async def refreshed(self, replaced: Plan, deadline: Deadline) -> None:
-        """`refresh`, waited for until the deadline only; it goes on for those who come later. Raises DeadlineError."""
-        task = asyncio.get_running_loop().create_task(self.refresh(replaced))
-        self._refreshes.add(task)
-        task.add_done_callback(self._refresh_ended)
+        """`refresh`, one for all who wait, each until its deadline only; it goes on for those who come later. Raises DeadlineError."""
+        if self._plan is not replaced:
+            return
+        task = self._replacing
+        if task is None or task.done():
+            task = self._replacing = asyncio.get_running_loop().create_task(self.refresh(replaced))
+            task.add_done_callback(_seen)
         try:
             async with asyncio.timeout(deadline.left_s()):
                 await asyncio.shield(task)
         except TimeoutError as e:
             raise DeadlineError("the predictor's new contract was not there in time") from e
-
-    def _refresh_ended(self, task: asyncio.Task[None]) -> None:
-        self._refreshes.discard(task)
-        if not task.cancelled():
-            task.exception()  # who waited has it
 
     async def refresh_registry(self) -> None:
         """Takes over what changed in the feature store's registry."""
@@ -199,6 +208,8 @@ class Scorer:
 
     def close(self) -> None:
         """Lets go of the store."""
+        if self._asking_store is not None:
+            self._asking_store.cancel()
         if self._store is not None:
             self._store.close()
 
@@ -208,7 +219,7 @@ class Scorer:
         """JSON rows of one request → for each its answer or its error. `paths[i]` goes before the paths of row i's problems.
 
         Raises ScoringError when no row can be answered. A contract that changed behind the predictor's address is
-        fetched and the rows are read again under it, once.
+        fetched and the rows are read again under it, once; then it is UnavailableError.
         """
         plan = self.plan
         try:
@@ -216,7 +227,10 @@ class Scorer:
         except ContractChangedError as e:
             log.info("predictor refused contract %s: %s", plan.digest, e)
             await self.refreshed(plan, context.deadline)
-            return await self._score(self.plan, items, context, paths)
+            try:
+                return await self._score(self.plan, items, context, paths)
+            except ContractChangedError as again:
+                raise two_contracts(again) from again
 
     async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[Result]:
         now_s = self.clock().timestamp()
@@ -269,10 +283,11 @@ class Scorer:
         Raises ScoringError when no row can be answered; ContractChangedError when the predictor has another contract.
         """
         return await self._score_batch(
-            plan, Batch.of([a.row for a in asked]), [a.context for a in asked], deadline, passed_on, spans)
+            plan, Batch.of([a.row for a in asked]), [a.context for a in asked], deadline, passed_on, spans, asked)
 
     async def _score_batch(
         self, plan: Plan, batch: Batch, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes, spans: HopSpans | None,
+        asked: Sequence[Asked] = (),
     ) -> list[Result]:
         results: list[Result | None] = [None] * len(batch)
         if spans is None or not plan.views:
@@ -287,7 +302,7 @@ class Scorer:
             for feature in error.features:
                 self._metrics.missing(feature)
         if encoded.places:
-            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, results)
+            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
     async def _look_up(self, plan: Plan, batch: Batch, deadline: Deadline) -> Sequence[Found] | FoundColumns | None:
@@ -295,7 +310,8 @@ class Scorer:
         if not plan.views:
             return [{}] * len(batch) if len(batch) <= ONE_BY_ONE_MAX else NO_COLUMNS
         start = time.perf_counter()
-        timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s())
+        # Half of what is left stays for the prediction: a store that hangs ends as one without values, also for who gives little time
+        timeout_s = min(self._settings.lookup_timeout_ms / 1000.0, deadline.left_s() / 2.0)
         name = plan.contract.name
         if self._store is None or not self._store_breaker.may_ask(time.monotonic()):
             self._metrics.lookup_failed(name, "not_asked")
@@ -307,7 +323,9 @@ class Scorer:
                 found = await self._store.read_columns(plan, batch.entities, timeout_s)
         except (OverloadedError, DeadlineError, UnavailableError) as e:
             hurried = isinstance(e, DeadlineError) and timeout_s < self._fair_s
-            if not hurried and not isinstance(e, OverloadedError):
+            if hurried:
+                self._ask_store_with_time(self._store, plan)
+            elif not isinstance(e, OverloadedError):
                 self._store_breaker.failed(time.monotonic())
             self._metrics.lookup_failed(name, "hurry" if hurried else e.kind)
             if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
@@ -316,13 +334,29 @@ class Scorer:
             return None
         else:
             self._store_breaker.succeeded()
-            self._count_ages(plan, batch.event_times_s[0], found)
+            self._count_ages(plan, found)
             return found
         finally:
             self._metrics.looked_up(name, time.perf_counter() - start)
 
-    def _count_ages(self, plan: Plan, event_time_s: float, found: Sequence[Found] | FoundColumns) -> None:
-        """Age of the values just read, one row of a batch: what is stale is stale for all."""
+    def _ask_store_with_time(self, store: OnlineStore, plan: Plan) -> None:
+        """Finds out, beside the requests, whether the store hangs or only a caller was in a hurry: all of them may be."""
+        if self._asking_store is None or self._asking_store.done():
+            self._asking_store = asyncio.get_running_loop().create_task(self._try_store(store, plan))
+
+    async def _try_store(self, store: OnlineStore, plan: Plan) -> None:
+        try:
+            await store.read(plan, [_nobody(plan)], self._fair_s)
+        except OverloadedError:  # nothing was asked
+            return
+        except (DeadlineError, UnavailableError):
+            self._store_breaker.failed(time.monotonic())
+        else:
+            self._store_breaker.succeeded()
+
+    def _count_ages(self, plan: Plan, found: Sequence[Found] | FoundColumns) -> None:
+        """Age of the values just read, one row of a batch: what is stale is stale for all. By our clock: events have their callers'."""
+        now_s = self.clock().timestamp()
         for view in plan.views:
             if isinstance(found, FoundColumns):
                 seconds = found.time_of_first(plan, view)
@@ -330,11 +364,11 @@ class Scorer:
                 item = found[0].get(view.features[0].column)
                 seconds = None if item is None else item[1]
             if seconds is not None:
-                self._metrics.staleness(view.name, max(event_time_s - seconds, 0.0))
+                self._metrics.staleness(view.name, max(now_s - seconds, 0.0))
 
     async def _predict(
         self, plan: Plan, batch: Batch, encoded: Encoded, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes,
-        spans: HopSpans | None, results: list[Result | None],
+        spans: HopSpans | None, asked: Sequence[Asked], results: list[Result | None],
     ) -> None:
         places, matrix = encoded.places, encoded.matrix
         explainer = self._explainer(matrix.shape[1]) if any(batch.explained) else None
@@ -346,7 +380,7 @@ class Scorer:
             if not kept:
                 return
             places, matrix = [places[k] for k in kept], matrix[kept]
-        ready = _Ready(batch, places, encoded.lacking, contexts)
+        ready = _Ready(batch, places, encoded.lacking, contexts, asked)
         if explainer is None:
             prediction = await self._ask(plan, matrix, deadline, passed_on, spans)
             self._answer(plan, ready, matrix, prediction, None, results)
@@ -397,7 +431,15 @@ class Scorer:
     def _answer(
         self, plan: Plan, ready: _Ready, matrix: Matrix, prediction: Prediction, explainer: Explainer | None, results: list[Result | None],
     ) -> None:
-        batch, places, lacking, contexts = ready
+        served = self.served
+        if served is not None and prediction.model_digest != served.model_digest and plan is self._plan:
+            # Another model with the same contract. While pods of both answer, who answered last is told; either is true
+            self.served = replace(served, model_version=prediction.model_version, model_digest=prediction.model_digest)
+        if any(map(_ANSWERED, ready.asked)):
+            ready, matrix, prediction = _unanswered(ready, matrix, prediction, explainer)
+            if not ready.places:
+                return
+        batch, places, lacking, contexts, _ = ready
         rule, name, version = plan.contract.decision, plan.contract.name, prediction.model_version
         scores: list[float] = prediction.score[: len(places)].tolist()
         intervals: list[list[float]] = prediction.interval[: len(places)].tolist()
@@ -453,6 +495,25 @@ class Scorer:
                 answers[k]["explanation_base"] = round(base, digits) if digits else base
 
 
+def _unanswered(
+    ready: _Ready, matrix: Matrix, prediction: Prediction, explainer: Explainer | None,
+) -> tuple[_Ready, Matrix, Prediction]:
+    """Without the rows that were answered while the predictor was asked, and without what explains them."""
+    batch, places, asked = ready.batch, ready.places, ready.asked
+    kept: list[int] = []
+    explaining: list[int] = []
+    begin = len(places)
+    for k, i in enumerate(places):
+        end = begin + (explainer.rows if explainer is not None and batch.explained[i] else 0)
+        if not asked[i].answered:
+            kept.append(k)
+            explaining.extend(range(begin, end))
+        begin = end
+    rows = kept + explaining
+    return (ready._replace(places=[places[k] for k in kept]), matrix[kept],
+            replace(prediction, score=prediction.score[rows], interval=prediction.interval[rows]))
+
+
 def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
     """Neighbours whose sizes add up to at most `rows_max`; one that is larger stands alone."""
     parts: list[slice] = []
@@ -464,6 +525,18 @@ def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:
         total += size
     parts.append(slice(start, len(sizes)))
     return parts
+
+
+def two_contracts(again: ContractChangedError) -> UnavailableError:
+    """For rows that were refused under the contract just fetched, too: pods of both answer at this address. That passes, and no caller can
+    do anything about it, so it is no 409.
+    """
+    return UnavailableError(f"the predictor's contract is changing: {again.detail}")
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # who waited has it; without anybody waiting asyncio would complain
 
 
 def _nobody(plan: Plan) -> dict[str, EntityValue]:
