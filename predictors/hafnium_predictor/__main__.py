@@ -11,7 +11,7 @@ from hafnium_contract.serving.workers import is_worker, supervise
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the server. Returns the exit status: 0 after SIGTERM, 2 for bad arguments or a port that is taken."""
+    """Runs the server. Returns the exit status: 0 after SIGTERM, 2 for bad arguments or gRPC's port when it is taken."""
     from hafnium_predictor.settings import parse_settings
 
     try:

@@ -11,7 +11,7 @@ from hafnium_rollout.intake import blind_since
 from hafnium_rollout.outside import route_action
 from hafnium_rollout.statistics.sample_ratio import RatioState, in_doubt
 from hafnium_rollout.status import GateState, GateStatus, RouteWanted
-from hafnium_rollout.turn import Outcome, Turn, begin_step, hold, lacking_room, normal, own_time_since, since, want_route, withheld
+from hafnium_rollout.turn import Outcome, Turn, begin_step, hold, lacking_room, normal, own_time_since, reached, since, want_route, withheld
 
 
 def pending(turn: Turn) -> Outcome | None:
@@ -88,21 +88,32 @@ def no_room(turn: Turn) -> Outcome | None:
 def doubted(turn: Turn, failed: GateStatus) -> Outcome | None:
     """A gate failed while the split is in doubt: the traffic goes back at once, and a person says whose fault it was. Not rejected.
 
-    What was counted speaks against nobody then, so gates that rest on it begin anew; or Retry would fail of it, whatever was mended.
+    What was counted speaks against nobody then, so gates that rest on it begin anew in `enter`: else Retry would fail of it, whatever was
+    mended.
     """
     status, ratio = turn.status, turn.status.sample_ratio
-    split = {g.name for g in turn.rollout.spec.gates if g.counted or (g.scores is not None and g.scores.unpaired)}
-    if failed.name not in split or status.step is None or status.stable is None or not in_doubt(ratio):
+    if failed.name not in _on_the_split(turn) or status.step is None or status.stable is None or not in_doubt(ratio):
         return None
     text = (f"{failed.role} gate {failed.name}: {failed.message}; but the candidate got {ratio.candidate:g} of {ratio.requests:g} requests "
             f"where about {ratio.expected:.0f} were due, so it may be the fault of who asks it (a sticky client, a cache, a second route): "
             "not rejected; no live traffic until Retry")
-    anew = tuple(
-        GateStatus(name=g.name, role=g.role, state=GateState(config=g.state.config)) if g.name in split else g for g in status.gates)
-    turn = turn.update(
-        phase="Paused", paused_by_spec=False, force_promote=False, step=withheld(status.step), gates=anew, sample_ratio_message=text)
-    turn = want_route(turn.say("SampleRatioMismatch", "SampleRatioMismatch", text, alert=True), RouteWanted(stable=status.stable.service))
+    turn = turn.update(phase="Paused", paused_by_spec=False, force_promote=False, step=withheld(status.step), sample_ratio_message=text)
+    turn = turn.say("SampleRatioMismatch", "SampleRatioMismatch", text, alert=True).say("Paused", "SampleRatioMismatch", text)
+    turn = want_route(turn, RouteWanted(stable=status.stable.service))
     return Outcome(turn, (route_action(turn),))
+
+
+def waits_in_doubt(turn: Turn, failed: GateStatus) -> bool:
+    """It lost its traffic by `doubted` and waits for a person. A hard limit may be crossed again by whoever asks it past the route."""
+    status, step = turn.status, turn.status.step
+    if not status.sample_ratio_message or status.phase != "Paused" or step is None or failed.name not in _on_the_split(turn):
+        return False
+    return step.weight_desired == 0 and reached(step) > 0
+
+
+def _on_the_split(turn: Turn) -> frozenset[str]:
+    """Gates that say of the candidate what they see of the requests that came to it."""
+    return frozenset(g.name for g in turn.rollout.spec.gates if g.counted or (g.scores is not None and g.scores.unpaired))
 
 
 def _why_not_ready(turn: Turn) -> str:
@@ -139,6 +150,8 @@ def missing_service(turn: Turn) -> Outcome | None:
     """Someone deleted the candidate's service under way: make it again. If it doesn't come back, `_broken_service` ends it."""
     if turn.status.step is None or turn.seen.services is None or not _ensure(turn):
         return None
+    if turn.status.phase == "Paused":
+        return Outcome(turn, _ensure(turn))  # reason and message stay those of the pause
     return Outcome(turn.say("ServiceMissing", "ServiceMissing", "the candidate's service is gone; making it again"), _ensure(turn))
 
 
@@ -266,9 +279,12 @@ def enter(turn: Turn, index: int) -> Outcome:
     status, spec = turn.status, turn.rollout.spec.strategy.steps[index]
     assert status.stable is not None  # noqa: S101 - no step without a stable service
     assert status.candidate is not None  # noqa: S101 - nor without a candidate
+    void = _on_the_split(turn) if status.sample_ratio_message else frozenset[str]()
     turn = turn.update(
-        phase="Progressing", paused_by_spec=False, step=begin_step(turn, index), gates=tuple(new_step(g) for g in status.gates),
-        sample_ratio=RatioState(), sample_ratio_message="",
+        phase="Progressing", paused_by_spec=False, step=begin_step(turn, index), sample_ratio=RatioState(), sample_ratio_message="",
+        gates=tuple(
+            GateStatus(name=g.name, role=g.role, state=GateState(config=g.state.config)) if g.name in void else new_step(g)
+            for g in status.gates),
     )
     route = RouteWanted(
         stable=status.stable.service, candidate=status.candidate.service, weight=spec.live_weight, shadow=spec.shadow,

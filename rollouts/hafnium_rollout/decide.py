@@ -14,7 +14,18 @@ from collections.abc import Callable
 from datetime import datetime
 
 from hafnium_rollout.actions import Decision
-from hafnium_rollout.climbing import advance, blind, doubted, enter, missing_service, model_unasked, no_room, overdue, pending
+from hafnium_rollout.climbing import (
+    advance,
+    blind,
+    doubted,
+    enter,
+    missing_service,
+    model_unasked,
+    no_room,
+    overdue,
+    pending,
+    waits_in_doubt,
+)
 from hafnium_rollout.endings import finished, go_back, promote, rolling_back
 from hafnium_rollout.intake import take_in
 from hafnium_rollout.objects import ModelRollout
@@ -42,7 +53,7 @@ def _unsafe(turn: Turn) -> Outcome | None:
     if broken := _broken_service(turn):
         return go_back(turn, broken[0], broken[1], reject=True)
     failed = _failed_gate(turn)
-    if failed is None:
+    if failed is None or waits_in_doubt(turn, failed):
         return None
     return doubted(turn, failed) or go_back(turn, "GateFailed", f"{failed.role} gate {failed.name}: {failed.message}", reject=True)
 

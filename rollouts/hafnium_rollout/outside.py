@@ -82,7 +82,8 @@ def outside_change(turn: Turn) -> Outcome | None:
     if status.route_confirmed and wanted.weight > 0 and there == RouteWanted(stable=wanted.stable):
         text = f"{_who(turn)} took the candidate's weight from {wanted.weight} to 0"
         return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
-    return put_back(turn, always=False)
+    # A share that was taken from it, because nobody could say how it does, is in no stranger's gift
+    return put_back(turn, always=status.step is not None and wanted.candidate is None)
 
 
 def keep_route(turn: Turn) -> Outcome | None:

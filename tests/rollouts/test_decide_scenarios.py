@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from hafnium_rollout_world import CANDIDATE, OTHER, STABLE, START, World, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, START, World, rollout
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -254,12 +254,14 @@ class Tenants(World):
     sticky = 0.03
     bad_sticky = 0.04
     bad_others = 0.01
+    always = False
+    """He reaches the candidate whether or not the route leads there."""
 
     def observe(self, seconds: float) -> Observation:
         seen = super().observe(seconds)
         live = self.live()
         weight = next((w for n, w in live.weights.items() if n != "risk"), 0)
-        if seen.look is None or not 0 < weight < 100:
+        if seen.look is None or weight == 100 or (not weight and not self.always):
             return seen
         stuck = sum(self.random.random() < self.sticky for _ in range(int(self.rate * seconds)))
         rest = int(self.rate * seconds) - stuck
@@ -321,10 +323,40 @@ def test_10_a_fail_of_arms_whose_split_is_in_doubt_takes_the_traffic_at_once(mor
     assert world.status.route.candidate is None, "in the turn of the verdict"
     assert "Safety gate errors" in world.status.message
     assert "requests where about" in world.status.message
+    failed = world.status.history[-3:]
+    assert [(p.event, [g.verdict for g in p.gates]) for p in failed] == [("Look", ["Fail"]), ("SampleRatioMismatch", []), ("Paused", [])]
     for _ in range(100):
         world.turn()
         assert world.weight == 0
     assert world.events.count("SampleRatioMismatch") == 1, "somebody is called once"
+
+
+def test_10_in_doubt_a_candidate_gets_no_weight_from_a_stranger_however_often_he_gives_it() -> None:
+    """Nobody compares the arms meanwhile."""
+    world = failed_in_doubt()
+    for _ in range(8):
+        assert world.route is not None
+        world.route = replace(world.route, candidate=SERVICE, weight=20, manager="kubectl")
+        world.turn()
+        assert world.weight == 0
+        world.turn()
+    assert world.status.phase == "Paused"
+
+
+def test_10_in_doubt_a_second_route_to_the_candidate_calls_nobody_again_and_stops_no_person() -> None:
+    """Requests go on to reach it past the route, and cross its hard limit; a person's word is still heard."""
+    world = failed_in_doubt(hardLimit=0.1)
+    world.always, world.bad_sticky = True, 0.5
+    for _ in range(300):
+        world.turn()
+    assert world.status.gates[0].verdict == "Fail", "by its hard limit, which needs nobody to compare with"
+    assert world.events.count("SampleRatioMismatch") == 1
+    assert world.events.count("Paused") == 1
+    assert world.weight == 0
+    world.actions = (UserAction(type="Abort", id="a", candidate_digest=CANDIDATE),)
+    world.always = False
+    assert world.until("RolledBack", turns=50) == "RolledBack"
+    assert world.status.reason == "Aborted"
 
 
 def test_10_after_a_fail_in_doubt_retry_compares_anew_and_a_good_candidate_is_promoted() -> None:

@@ -64,8 +64,10 @@ _ARM = ARM_HEADER.encode()
 _LENGTH = LENGTH_HEADER.encode()
 FAILURES = Sampled(log, lines_per_s=10.0)
 """One line for an answer of 5xx, so that an id from a caller's log is found in ours."""
+_VALUES_OF_TENSOR = 20
+"""Name, shape, datatype and parameters of one of V2's."""
 _VALUES_SPARE = 1000
-"""For names, shapes and parameters of V2."""
+"""For what else a caller puts in."""
 _READY_KEPT_S = 1.0
 """A readiness answer is kept this long, so that probes by many don't become load on the predictor."""
 SHADOW_SUFFIX = "-shadow"
@@ -283,7 +285,7 @@ class Gate:
         rows = self._settings.batch_rows_max
         plan = self._scorer.plan if self._scorer.active else None
         fields = 0 if plan is None else len(plan.fields) + len(plan.declared_keys) + len(KEYS)
-        if plan is not None and holds_more_than(parsed, 2 * rows * fields + _VALUES_SPARE):
+        if plan is not None and holds_more_than(parsed, (2 * rows + _VALUES_OF_TENSOR) * fields + _VALUES_SPARE):
             raise MalformedError(f"the body holds more than {rows} rows of {fields} fields do")
         if nested_too_deep(parsed):
             raise MalformedError(f"the body is nested deeper than {NESTING_MAX}")

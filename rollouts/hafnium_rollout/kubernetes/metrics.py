@@ -158,7 +158,8 @@ def _add(families: dict[str, GaugeMetricFamily], key: Key, rollout: ModelRollout
             if value is not None:
                 put(names.ROLLOUT_GATE_BOUND, value, gate.name, bound)
         if gate.role == "Safety" and step is not None:
-            put(names.ROLLOUT_BLIND, blind_seconds(gate, step.entered_at, now), gate.name)
+            waits = bool(status.sample_ratio_message) and step.weight_desired == 0  # for a person, not for data
+            put(names.ROLLOUT_BLIND, 0.0 if waits else blind_seconds(gate, step.entered_at, now), gate.name)
 
 
 def blind_seconds(gate: GateStatus, entered_at: datetime, now: datetime) -> float:

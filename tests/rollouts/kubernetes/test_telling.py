@@ -153,6 +153,19 @@ def test_blindness_is_counted_from_the_last_data() -> None:
     assert _families(metrics)["modelrollout_blind_seconds"][("errors", "ns", "risk")] > 20
 
 
+def test_a_gate_that_waits_for_a_person_after_a_doubt_is_not_blind() -> None:
+    world, metrics = _under_way(), Metrics(lambda: world.now + timedelta(days=1))
+    step = world.status.step
+    assert step is not None
+    gates = tuple(g.model_copy(update={"verdict": "Error"}) for g in world.status.gates)
+    status = world.status.model_copy(update={"gates": gates, "phase": "Paused", "sample_ratio_message": "in doubt"})
+    metrics.turned(("ns", "risk"), world.spec, status, "", 0, None)
+    assert _families(metrics)["modelrollout_blind_seconds"][("errors", "ns", "risk")] > 0, "it has traffic, and nobody can judge it"
+    status = status.model_copy(update={"step": step.model_copy(update={"weight_desired": 0})})
+    metrics.turned(("ns", "risk"), world.spec, status, "", 0, None)
+    assert _families(metrics)["modelrollout_blind_seconds"][("errors", "ns", "risk")] == 0.0
+
+
 def test_a_rollout_that_is_gone_and_a_process_that_leads_no_more_leave_no_series() -> None:
     world, metrics = _under_way(), Metrics(lambda: START)
     metrics.leads(True)
