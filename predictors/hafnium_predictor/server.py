@@ -22,7 +22,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from hafnium_contract.asgi import App
 from hafnium_contract.serving.garbage import release, settle
-from hafnium_contract.serving.grpc_calls import InferenceServer, listening_address
+from hafnium_contract.serving.grpc_calls import InferenceServer, listening_address, when_failed
 from hafnium_contract.serving.limited_protocol import limited_protocol_class
 from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
@@ -100,7 +100,7 @@ class PredictorServer(ModelServer):
         loading = loop.run_in_executor(None, self._load)
         grpc_task = asyncio.create_task(self._serve_grpc(loading)) if self.enable_grpc else None
         if grpc_task is not None:
-            grpc_task.add_done_callback(lambda task: self._grpc_ended(task, rest))
+            when_failed(grpc_task, lambda: self._without_grpc(rest))
         if is_worker() and others_missing() == 0:
             await loading  # started again beside others that answer: it must not take what it can't answer yet
         await rest.start()
@@ -132,12 +132,10 @@ class PredictorServer(ModelServer):
         add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
         await self._grpc.serve()
 
-    def _grpc_ended(self, task: asyncio.Task[None], rest: _GatedRestServer) -> None:
+    def _without_grpc(self, rest: _GatedRestServer) -> None:
         """A server that was asked for gRPC and can't give it is not to be ready."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s", error)
-            self.exit_status = 2
-            rest.request_exit()
+        self.exit_status = 2
+        rest.request_exit()
 
     async def _stop_grpc(self, task: asyncio.Task[None]) -> None:
         if self._grpc is not None:

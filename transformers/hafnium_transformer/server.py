@@ -28,7 +28,7 @@ from hafnium_contract.asgi import App
 from hafnium_contract.errors import InputError
 from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.garbage import release, settle
-from hafnium_contract.serving.grpc_calls import InferenceServer, listening_address
+from hafnium_contract.serving.grpc_calls import InferenceServer, listening_address, when_failed
 from hafnium_contract.serving.limited_protocol import limited_protocol_class
 from hafnium_contract.serving.tracing import FLUSH_S
 from hafnium_contract.serving.workers import is_worker, others_missing, say_ready, worker_socket
@@ -140,7 +140,7 @@ class TransformerServer(ModelServer):
         if self.enable_grpc:
             grpc_gate = GrpcGate(scorer, admission, metrics, s, self._tracing)
             serving_grpc = asyncio.create_task(self._serve_grpc(grpc_gate))
-            serving_grpc.add_done_callback(lambda task: self._grpc_ended(task, rest))
+            when_failed(serving_grpc, lambda: self._without_grpc(rest))
             background.append(serving_grpc)
         try:
             while is_worker() and others_missing() == 0 and not scorer.active and not rest.told_to_stop:
@@ -225,9 +225,7 @@ class TransformerServer(ModelServer):
         add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
         await self._grpc.serve()
 
-    def _grpc_ended(self, task: asyncio.Task[None], rest: _GatedRestServer) -> None:
+    def _without_grpc(self, rest: _GatedRestServer) -> None:
         """A server that was asked for gRPC and can't give it is not to be ready."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s", error)
-            self.exit_status = 2
-            rest.request_exit()
+        self.exit_status = 2
+        rest.request_exit()

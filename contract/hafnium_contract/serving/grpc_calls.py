@@ -207,6 +207,18 @@ class InferenceServer:
         await self.server.stop(self._grace_period_s)
 
 
+def when_failed(task: asyncio.Task[None], failed: Callable[[], None]) -> None:
+    """Calls `failed` should a task that serves end in an error, which is logged: else nobody would hear of it before the process ends."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("%s", error, exc_info=None if isinstance(error, BindError) else error)
+        failed()
+
+    task.add_done_callback(ended)
+
+
 def listening_address(host: str, port: int) -> str:
     """As gRPC wants it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
