@@ -290,7 +290,7 @@ def test_a_rayjob_searches_on_two_workers_and_registers_the_model(desk: Desk, ml
     desk.put(tmp_path / "training.parquet", "training/training.parquet")
     kubectl("apply", "-f", "-", given=rendered("hafnium-training", "ServiceAccount"))
     job = rendered("hafnium-training", "RayJob")
-    job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace("--trials 8", "--trials 12")  # the second worker may be late
+    job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace("--trials 8", "--trials 30")  # the second worker may be late by many
     kubectl("apply", "-f", "-", given=job)
 
     def state() -> str:
@@ -318,6 +318,6 @@ def test_a_rayjob_searches_on_two_workers_and_registers_the_model(desk: Desk, ml
         f"r = urllib.request.Request('{mlflow}/api/2.0/mlflow/runs/search', body, {{'content-type': 'application/json'}})\n"
         "print(urllib.request.urlopen(r, timeout=30).read().decode())"))["runs"]
     nodes = [t["value"] for r in runs for t in r["data"]["tags"] if t["key"] == "hafnium.node"]
-    assert len(nodes) == 12
+    assert len(nodes) == 30
     assert len(set(nodes)) == 2, f"trials on {nodes}"
     assert all("trials-worker" in n for n in nodes)

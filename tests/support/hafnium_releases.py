@@ -66,15 +66,17 @@ def revision_before() -> str:
 def release_before(folder: Path) -> Release:
     """Unpacks it below `folder`."""
     revision = revision_before()
-    packed, crds = git("archive", revision, "contract", "rollouts"), git("show", f"{revision}:manifests/crds.yaml")
-    assert packed is not None, f"{revision}: no contract/ and rollouts/ in it"
-    assert crds is not None, f"{revision}: no manifests/crds.yaml in it"
+    packed = git("archive", revision, "contract", "rollouts", "kustomize/crds")
+    assert packed is not None, f"{revision}: no contract/, rollouts/ and kustomize/crds/ in it"
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         tar.extractall(folder, filter="data")
     code = "import hafnium_contract, hafnium_rollout; print(hafnium_contract.__file__); print(hafnium_rollout.__file__)"
     places = subprocess.run([sys.executable, "-c", code], env=environment_of(folder), capture_output=True, text=True, check=True).stdout
     assert all(Path(p).is_relative_to(folder) for p in places.split()), f"not the release before is imported: {places}"
-    return Release(revision, [d for d in yaml.safe_load_all(crds) if d], folder)
+    files = sorted((folder / "kustomize/crds").glob("hafnium.dev_*.yaml"))
+    crds = [d for file in files for d in yaml.safe_load_all(file.read_text(encoding="utf-8")) if d]
+    assert len(crds) == len(CRDS), f"{revision}: CRDs in {[file.name for file in files]}"
+    return Release(revision, crds, folder)
 
 
 # --- types ----------------------------------------------------------------------------------------------------------------------
