@@ -7,9 +7,10 @@ Column j of the matrix is `contract.inputs[j]`. NaN = missing. A category is its
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, Self
 
 import numpy as np
@@ -225,7 +226,13 @@ def assemble(contract: ModelContract, values: Mapping[str, Floats], event_time: 
 
 
 def matrix_of(rows: Sequence[Sequence[float]]) -> Matrix:
-    """Rows of `row_assembler` → float32 [rows, n]."""
+    """Rows of `row_assembler`, at least one → float32 [rows, n]."""
+    flat = list(chain.from_iterable(rows))
+    if flat and math.inf not in flat and -math.inf not in flat:
+        try:  # a quarter of the time that numpy takes for a few of them
+            return np.frombuffer(bytearray(struct.pack(f"={len(flat)}f", *flat)), np.float32).reshape(len(rows), -1)
+        except (OverflowError, struct.error):
+            pass  # beyond float32, or no number: numpy knows what to make of it
     with np.errstate(over="ignore"):
         return _without_infinity(np.array(rows, np.float32))
 

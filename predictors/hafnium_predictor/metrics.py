@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from hafnium_contract import metric_names
 from hafnium_contract.bundle import Manifest
 from hafnium_contract.metric_names import Metric
+from hafnium_contract.serving.bucket_histogram import BucketHistogram
 
 COMPONENT = "predictor"
 
@@ -15,8 +16,8 @@ def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
     return Counter(metric.name, metric.help, metric.labels, registry=registry)
 
 
-def _histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
-    return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
+def _histogram(metric: Metric, registry: CollectorRegistry) -> BucketHistogram:
+    return BucketHistogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
 
 
 class PredictorMetrics:

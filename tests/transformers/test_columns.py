@@ -19,11 +19,9 @@ from hypothesis import strategies as st
 
 from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.encoding import PlainColumns, encode_value, number_column, plain_encoder
-from hafnium_contract.metric_names import SCORE
 from hafnium_contract.model_contract import Feature, ModelContract
 from hafnium_transformer.batch import Parsed, parse_columns, parse_each
 from hafnium_transformer.batch_encoding import Encoded, encode_columns, encode_each
-from hafnium_transformer.metrics import ScoreHistogram
 from hafnium_transformer.online_store.feast import FeastReader
 from hafnium_transformer.online_store.records import Found, value_message, value_reader
 from hafnium_transformer.online_store.redis import RedisStore
@@ -94,22 +92,6 @@ def test_a_column_is_plainly_good_where_each_of_its_values_is(contract: ModelCon
             assert good
         if good:  # or what is not plainly good to one is still the same
             assert struct.pack("<d", number) == struct.pack("<d", encode_value(one, value, "p"))
-
-
-@settings(deadline=None)
-@given(scores=st.lists(st.floats(0, 1) | st.sampled_from([*SCORE.buckets, 2.0, -1.0, math.nan]), max_size=80))
-def test_scores_counted_together_are_in_the_buckets_that_each_would_be_in(scores: list[float]) -> None:
-    together, each = (ScoreHistogram("s", "s", ("a",), buckets=SCORE.buckets, registry=None) for _ in range(2))
-    together.labels("m").observe_all(scores)
-    alone = each.labels("m")
-    for score in scores:
-        alone.observe(score)
-
-    def seen(histogram: ScoreHistogram) -> list[tuple[str, str, float]]:
-        return [(s.name, s.labels.get("le", ""), 0.0 if s.value != s.value else round(s.value, 9))
-                for m in histogram.collect() for s in m.samples if not s.name.endswith("_created")]
-
-    assert seen(together) == seen(each)
 
 
 # --- rows of a request -------------------------------------------------------------------------------------------------------------
