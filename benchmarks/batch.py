@@ -139,6 +139,7 @@ class _Caller:
     """What a HotRequest has of its protocol."""
 
     client = ("127.0.0.1", 1)
+    connections = ("this", "another")
 
     def __init__(self) -> None:
         self.body: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

@@ -168,13 +168,17 @@ class HotPath:
         return True
 
     def _wait(self, rows: _Rows) -> None:
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._run_all)
         self._waiting.append(rows)
+        if rows.request.alone:
+            self._run_all()
+        elif len(self._waiting) == 1:
+            asyncio.get_running_loop().call_soon(self._run_all)
 
     def _run_all(self) -> None:
         """All rows that wait, in as few runs as their number allows."""
         waiting, self._waiting = self._waiting, []
+        if not waiting:  # the others' connections closed, and one that was left alone took all with it
+            return
         engine = self._model.engine_or_none
         if engine is None or engine is not self._engine:
             for rows in waiting:

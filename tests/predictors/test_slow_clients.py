@@ -101,6 +101,20 @@ def test_a_connection_on_which_nothing_comes_ends_too(bundle: Bundle, tmp_path: 
             assert closed_within(silent, PATIENCE_S) == b""
 
 
+def test_a_connection_that_goes_on_asking_stays_and_ends_when_it_stops(bundle: Bundle, tmp_path: Path) -> None:
+    with predictor(bundle.path, tmp_path, args=["--keep_alive_s", "1"]) as running:
+        running.wait()
+        with connect(running.port) as steady:
+            asked = began = time.monotonic()
+            while time.monotonic() < began + 2.5:
+                asked = time.monotonic()
+                steady.sendall(GOOD)
+                assert read_answer(steady).status == 200
+                time.sleep(0.2)
+            assert closed_within(steady, PATIENCE_S) == b""
+            assert time.monotonic() - asked > 0.95
+
+
 @pytest.mark.parametrize("line", [b"x-a: " + b"a" * 20_000 + b"\r\n", b"x-a: b\r\n" * 3000], ids=["one long line", "many lines"])
 def test_a_head_without_end_gets_431(limited: Server, right: bytes, line: bytes) -> None:
     with connect(limited.port) as s:

@@ -79,10 +79,16 @@ class Coalescer:
         self._scheduled = False
         self._sweeping = False
 
-    def submit(self, waiting: Waiting) -> None:
-        """Takes a row; it leaves in this turn of the event loop or when a batch comes back."""
+    def submit(self, waiting: Waiting, *, alone: bool = False) -> None:
+        """Takes a row; it leaves in this turn of the event loop or when a batch comes back. `alone`: no other row can come in this turn."""
         (self._to_explain if waiting.row.explain else self._waiting).append(waiting)
-        if not self._scheduled:
+        if alone:
+            try:
+                self._start()
+            except Exception:  # the row is in the queue: whoever submitted it must not take it for refused
+                log.exception("a batch did not leave")
+                asyncio.get_running_loop().call_soon(self._start)
+        elif not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._start)
         if not self._sweeping:
@@ -220,6 +226,9 @@ def passed_on(batch: list[Waiting]) -> bytes:
     A batch that is recorded has a span of its own, and its line in the place of these.
     """
     ids = id_line([w.context.request_id for w in batch], len(batch))
+    if len(batch) == 1:
+        context = batch[0].context
+        return ids if context.span is not None else ids + context.trace_lines
     if any(w.context.span is not None for w in batch):
         return ids
     return ids + next((w.context.trace_lines for w in batch if w.context.trace_lines), b"")

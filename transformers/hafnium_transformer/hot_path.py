@@ -116,7 +116,7 @@ class HotPath:
         except BaseException:
             self._admission.leave()
             raise
-        self._coalescer.submit(waiting)
+        self._coalescer.submit(waiting, alone=request.alone)
         return True
 
     def _drawn_id(self) -> str:

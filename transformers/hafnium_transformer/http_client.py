@@ -11,23 +11,34 @@ import asyncio
 import ssl
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from functools import lru_cache
+from typing import NamedTuple, cast
 
 import httptools
+
+from hafnium_transformer.expiry import Expiry
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 """1,000 rows take 12 kB; whatever is this long is not an answer of a predictor."""
 _IDLE_MAX = 64
+_HEAD_KEPT_BYTES_MAX = 2048
+_HEADS_KEPT_MAX = 256
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
+class HttpAnswer(NamedTuple):
     """A whole answer. Header names in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+class _Head(NamedTuple):
+    """What llhttp made of the bytes before a body, which so many bytes follow; the connection may serve again after it."""
+
+    status: int
+    headers: Mapping[str, str]
+    body_bytes: int
 
 
 class BrokenConnectionError(ConnectionError):
@@ -42,9 +53,36 @@ class NotHttpError(ConnectionError):
     """What came back is no HTTP. Asking again won't help."""
 
 
-class _Connection(asyncio.Protocol):
+class _Heads:
+    """Heads that were read before. A predictor's differ in date and length only, and reading one takes as long as the rest of the hop."""
+
     def __init__(self) -> None:
+        self._kept: dict[bytes, _Head] = {}
+
+    def answer(self, data: bytes) -> HttpAnswer | None:
+        """A whole answer with a head that is known, and nothing behind it; None for everything else."""
+        end = data.find(b"\r\n\r\n", 0, _HEAD_KEPT_BYTES_MAX) + 4
+        head = self._kept.get(data[:end])
+        if head is None or len(data) - end != head.body_bytes:
+            return None
+        return HttpAnswer(head.status, head.headers, data[end:])
+
+    def keep(self, data: bytes, answer: HttpAnswer) -> None:
+        """`data`: what llhttp read as this very answer, after which the connection may serve again."""
+        end = data.find(b"\r\n\r\n", 0, _HEAD_KEPT_BYTES_MAX) + 4
+        size = len(data) - end
+        stated = answer.headers.get("content-length") == str(size) and "transfer-encoding" not in answer.headers
+        if end < 4 or not stated or len(answer.body) != size:  # 204 and 304 have none, whatever they state
+            return
+        if len(self._kept) >= _HEADS_KEPT_MAX:
+            self._kept.clear()
+        self._kept[data[:end]] = _Head(answer.status, answer.headers, len(data) - end)
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, heads: _Heads) -> None:
         self._loop = asyncio.get_running_loop()
+        self._heads = heads
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._future: asyncio.Future[HttpAnswer] | None = None
@@ -52,6 +90,10 @@ class _Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._size = 0
         self._keep = False
+        self._inside = False
+        """llhttp has the beginning of an answer."""
+        self._read: HttpAnswer | None = None
+        """What llhttp read from the bytes in hand."""
         self.opened = self.answered = time.monotonic()
         self.served = 0
 
@@ -68,17 +110,27 @@ class _Connection(asyncio.Protocol):
         if self._future is None:  # nobody asked: whatever this is, it is not ours to read
             self.close()
             return
+        begins = not self._inside
+        if begins and (answer := self._heads.answer(data)) is not None:
+            self._keep = True
+            self._answered(answer)
+            return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             self._fail(NotHttpError(f"no HTTP answer: {e}"))
             self.close()
+            return
+        if begins and self._read is not None and self._keep:
+            self._heads.keep(data, self._read)
+        self._read = None
 
     # llhttp
 
     def on_message_begin(self) -> None:
         if self._future is None:
             raise ValueError("another answer follows")
+        self._inside = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -94,14 +146,18 @@ class _Connection(asyncio.Protocol):
         if status < 200:  # 100 Continue and the like: the answer follows
             self._headers, self._body, self._size = {}, [], 0
             return
-        future, self._future = self._future, None
+        self._inside = False
         self._keep = self._parser.should_keep_alive()
+        self._read = HttpAnswer(status, self._headers, self._body[0] if len(self._body) == 1 else b"".join(self._body))
+        self._headers = {}
+        self._answered(self._read)
+
+    def _answered(self, answer: HttpAnswer) -> None:
+        future, self._future = self._future, None
         self.served += 1
         self.answered = time.monotonic()
         if future is not None and not future.done():
-            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-            future.set_result(HttpAnswer(status, self._headers, body))
-        self._headers = {}
+            future.set_result(answer)
 
     # the client
 
@@ -146,21 +202,28 @@ class HttpClient:
         self._tls = ssl.create_default_context() if tls else None
         self._age_s = connection_age_s
         self._idle: list[_Connection] = []
+        self._heads = _Heads()
+        self._expiry = Expiry()
 
     async def request(self, method: str, path: str, headers: bytes = b"", body: bytes = b"", *, timeout_s: float) -> HttpAnswer:
         """One exchange. `headers`: whole lines, each ending in CRLF.
 
         Raises TimeoutError, BrokenConnectionError, NotHttpError, or another OSError when no connection can be had.
         """
-        head = f"{method} {path} HTTP/1.1\r\nhost: {self.authority}\r\ncontent-length: {len(body)}\r\n".encode("latin-1")
-        connection: _Connection | None = None
-        try:
+        until = time.monotonic() + timeout_s
+        connection = self._take()
+        if connection is None:
             async with asyncio.timeout(timeout_s):
-                connection = self._take() or await self._open()
-                answer = await connection.ask(b"%s%s\r\n%s" % (head, headers, body))
+                connection = await self._open()
+        try:
+            due = connection.ask(b"%s%d\r\n%s\r\n%s" % (_request_line(method, path, self.authority), len(body), headers, body))
+            self._expiry.add(due, until)
+            try:
+                answer = await due
+            finally:
+                self._expiry.remove(due)
         except BaseException:  # also when we are cancelled: its answer would be read by the next who asks
-            if connection is not None:
-                connection.close()
+            connection.close()
             raise
         if connection.reusable and len(self._idle) < _IDLE_MAX:
             self._idle.append(connection)
@@ -179,7 +242,8 @@ class HttpClient:
         return None
 
     async def _open(self) -> _Connection:
-        _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port, ssl=self._tls)
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: _Connection(self._heads), self._host, self._port, ssl=self._tls)
         return connection
 
     def drop_silent(self, since: float) -> None:
@@ -198,3 +262,9 @@ class HttpClient:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+
+
+@lru_cache(maxsize=64)
+def _request_line(method: str, path: str, authority: str) -> bytes:
+    """Up to the value of `content-length`."""
+    return f"{method} {path} HTTP/1.1\r\nhost: {authority}\r\ncontent-length: ".encode("latin-1")

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -69,8 +69,7 @@ class HopLimits:
     pause_max_s: float = 5.0
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Answer for a matrix: score [rows], interval [rows, 2], and who gave it."""
 
     score: Matrix
@@ -79,8 +78,7 @@ class Prediction:
     model_digest: str
 
 
-@dataclass(frozen=True)
-class Deadline:
+class Deadline(NamedTuple):
     """A moment on the monotonic clock by which the answer must be out."""
 
     at: float

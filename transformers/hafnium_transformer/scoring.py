@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -60,12 +60,12 @@ _WARM_READ_S = 30.0
 _PING_S = 1.0
 _FAIR_S = 0.1
 """A store that did not answer within less than this has not failed: callers in a hurry must not close it for the others."""
+_AGES_EVERY_S = 0.05
 _COMPLAINT_PAUSE_S = 5.0
 """A store that stays away is reported this often, not at every row."""
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """What a request brings beside its rows."""
 
     request_id: str
@@ -123,6 +123,7 @@ class Scorer:
         self._asking_store: asyncio.Task[None] | None = None
         """One lookup for nobody at a time, with enough time; see `_ask_store_with_time`."""
         self._complained = -_COMPLAINT_PAUSE_S
+        self._ages_counted = -_AGES_EVERY_S
         self._plan: Plan | None = None
         self._explainers: dict[int, Explainer | None] = {}
         self._refreshing = asyncio.Lock()
@@ -355,7 +356,13 @@ class Scorer:
             self._store_breaker.succeeded()
 
     def _count_ages(self, plan: Plan, found: Sequence[Found] | FoundColumns) -> None:
-        """Age of the values just read, one row of a batch: what is stale is stale for all. By our clock: events have their callers'."""
+        """Age of the values just read, one row of a batch: what is stale is stale for all. By our clock: events have their callers'.
+
+        Now and then: nobody looks at a gauge a thousand times a second.
+        """
+        now = time.monotonic()
+        if now < self._ages_counted + _AGES_EVERY_S:
+            return
         now_s = self.clock().timestamp()
         for view in plan.views:
             if isinstance(found, FoundColumns):
@@ -364,6 +371,7 @@ class Scorer:
                 item = found[0].get(view.features[0].column)
                 seconds = None if item is None else item[1]
             if seconds is not None:
+                self._ages_counted = now
                 self._metrics.staleness(view.name, max(now_s - seconds, 0.0))
 
     async def _predict(
@@ -511,7 +519,7 @@ def _unanswered(
         begin = end
     rows = kept + explaining
     return (ready._replace(places=[places[k] for k in kept]), matrix[kept],
-            replace(prediction, score=prediction.score[rows], interval=prediction.interval[rows]))
+            prediction._replace(score=prediction.score[rows], interval=prediction.interval[rows]))
 
 
 def parts_of(sizes: Sequence[int], rows_max: int) -> list[slice]:

@@ -102,6 +102,11 @@ class HotRequest:
         return peer[0] if peer else ""
 
     @property
+    def alone(self) -> bool:
+        """No other connection is open, so nobody else's request can come in the same turn of the event loop."""
+        return len(self._protocol.connections) == 1
+
+    @property
     def gone(self) -> bool:
         """The client has closed the connection."""
         return self._protocol.transport.is_closing()
@@ -171,6 +176,8 @@ class HotProtocol(LimitedProtocol):
         """Bytes that the hot request in `_held` has when it is whole; 0: it has not begun."""
         self._closing = False
         self._paused = False
+        self._answered_at = 0.0
+        """Loop time of the last hot answer."""
 
     # --- asyncio ---------------------------------------------------------------------------------------------------------------
 
@@ -194,6 +201,17 @@ class HotProtocol(LimitedProtocol):
         """The peer, or we, closed."""
         self._held, self._needed = b"", 0
         super().connection_lost(exc)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """The client has been silent for as long as it may be, or was not: hot requests don't stop this timer, and say when they were."""
+        self.timeout_keep_alive_task = None
+        if self._due:
+            return  # its answer starts it anew
+        left = self._answered_at + self.timeout_keep_alive - self.loop.time()
+        if left > 0.0:
+            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
 
     def shutdown(self) -> None:
         """The server stops: what is due is still answered, and then the connection closes."""
@@ -248,14 +266,13 @@ class HotProtocol(LimitedProtocol):
         if len(data) != whole or length > HOT_BODY_BYTES_MAX:
             super().data_received(data)
             return
-        self._unset_keepalive_if_required()
         self._due = True
         try:
             taken = handler(HotRequest(self, data, headers, data[begin:]))
         except Exception:  # what a handler did not foresee is for the plain way to answer, and no reason to drop the connection
-            log.exception("the hot path failed; the request takes the plain way")
+            log.exception("the hot path failed; the request takes the plain way, unless it was answered")
             taken = False
-        if not taken:
+        if not taken and self._due:
             self._due = False
             super().data_received(data)
 
@@ -290,7 +307,9 @@ class HotProtocol(LimitedProtocol):
             self._close()
         else:
             self._due = False
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self._answered_at = self.loop.time()
+            if self.timeout_keep_alive_task is None:
+                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def leave(self, raw: bytes) -> None:
         """Hands a request that a handler had taken to uvicorn, and what came behind it too."""

@@ -28,6 +28,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hafnium_contract.errors import InputError
 from hafnium_contract.feast_config import split_connection
 from hafnium_transformer.errors import DeadlineError, OverloadedError, UnavailableError
+from hafnium_transformer.expiry import Expiry
 from hafnium_transformer.online_store.records import EntityValue, Found, key_coder, value_reader
 from hafnium_transformer.online_store.value_columns import ColumnReader, FoundColumns, event_times
 from hafnium_transformer.plan import Plan
@@ -183,6 +184,7 @@ class RedisStore:
         self._rows = 0
         """Rows that wait for an answer."""
         self._read_value = value_reader()
+        self._expiry = Expiry()
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[_Connection] | None = None
         self._groups: tuple[Plan, tuple[_Group, ...]] | None = None
@@ -221,9 +223,11 @@ class RedisStore:
         connection: _Connection | None = None
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
-                    connection = await self._usable()
-                    return await connection.ask(commands, count)
+                connection = self._connection
+                if connection is None or not connection.usable:
+                    connection = None
+                    connection = await self._connected(max(until - time.monotonic(), 0.0))
+                return await self._answer_to(connection, commands, count, until)
             except TimeoutError as e:
                 # An answer that comes after all is read for nobody. What says that Redis hangs is how long it has said nothing to anybody,
                 # not how long this caller waited: nobody may have the time, and a node that died never closes its connections
@@ -235,10 +239,19 @@ class RedisStore:
                     raise UnavailableError(f"the feature store can't be reached: {type(e).__name__}: {e}") from e
         raise UnavailableError("the feature store can't be reached")
 
-    async def _usable(self) -> _Connection:
-        if self._connection is not None and self._connection.usable:
-            return self._connection
-        return await asyncio.shield(self._reconnect())
+    async def _connected(self, timeout_s: float) -> _Connection:
+        connecting = self._reconnect()
+        async with asyncio.timeout(timeout_s):  # wait_for would swallow a cancellation that comes together with the connection
+            await asyncio.shield(connecting)
+        return connecting.result()
+
+    async def _answer_to(self, connection: _Connection, commands: bytes, count: int, until: float) -> list[Any]:
+        answer = connection.ask(commands, count)
+        self._expiry.add(answer, until)
+        try:
+            return await answer
+        finally:
+            self._expiry.remove(answer)
 
     def _reconnect(self) -> asyncio.Task[_Connection]:
         """One attempt to connect, shared by all who wait for it."""
