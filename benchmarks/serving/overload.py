@@ -7,6 +7,9 @@ open loop: requests come whether or not the ones before were answered. The same 
 
 Clients are other machines. Here the generator has a core of its own, and the three servers (transformer, predictor, Redis) share another:
 else it would take twice as much from them at twice the rate, and the figure would be about itself. `--shared` lets all share all cores.
+
+At the end a server that only refuses (peers/floor.py) gets the same load: what it needs for a request is the kernel's and the loop's, and
+no server here refuses for less. `overload_floor_share` is the share of its throughput that the chain would keep with such refusals.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from processes import Process, end_in_order, free_port, python_module
 from setting import Setting, prepare
 
 CLOSED = (32, 128)
+WARM_S = 1.0
+"""Of raw_load.py, before it counts."""
 SLO_MS = 100.0
 """p99 that the owners ask for."""
 
@@ -63,13 +68,36 @@ def press(front: Process, bodies: Path, connections: int, seconds: float, rate: 
     return Seen(
         accepted["count"] / seconds, accepted["p99_ms"], sum(r["count"] for r in refused) / seconds,
         max((r["p99_ms"] for r in refused), default=0.0), other + said["broken"], said["generator_cpu_share"],
-        (front.cpu_ns() - before) / 1e9 / (seconds + 1.0),
+        (front.cpu_ns() - before) / 1e9 / (seconds + WARM_S),
     )
 
 
 def on_core(core: int | None) -> list[str]:
     """The words before a command that keep it on a core."""
     return [] if core is None else ["taskset", "--cpu-list", str(core)]
+
+
+def refusal_floor_us(folder: Path, bodies: Path, connections: int, seconds: float, rate: float, core: int | None,
+                     generator_core: int | None) -> float:
+    """CPU of a refusal in a server that does nothing else, at this rate on so many connections."""
+    port = free_port()
+    argv = [*on_core(core), sys.executable, str(Path(__file__).with_name("peers") / "floor.py")]
+    env = {"BENCH_PORT": str(port), "BENCH_REFUSE": "1"}
+    floor = Process("overload-floor", argv, port, folder / "logs" / "overload-floor.log", env, ready=None)
+    try:
+        floor.start()
+        floor.wait()
+        before = floor.cpu_ns()
+        seen = press(floor, bodies, connections, seconds, rate, generator_core)
+        return (floor.cpu_ns() - before) / 1000.0 / (seen.refused_per_s * (seconds + WARM_S))
+    finally:
+        floor.stop()
+
+
+def share_kept(capacity: float, factor: float, refusal_us: float) -> float:
+    """Of a server whose core is full at `capacity` requests/s, asked `factor` times as many, when refusing one costs so much."""
+    work = capacity * refusal_us / 1e6
+    return max((1.0 - factor * work) / (1.0 - work), 0.0) if work < 1.0 else 0.0
 
 
 def show(name: str, s: Seen) -> None:
@@ -112,6 +140,7 @@ def main() -> int:
     p99s: list[float] = []
     refusals: list[float] = []
     generators: list[float] = []
+    capacities: list[float] = []
     other = 0
     try:
         for p in (behind, front):
@@ -128,11 +157,17 @@ def main() -> int:
                 raise RuntimeError(f"no request was answered; see {front.log}")
             seen = press(front, setting.bodies["chain1"], args.connections, args.seconds, args.factor * capacity, generator_core)
             show(f"{number + 1}: open, {args.factor:g} x", seen)
+            capacities.append(capacity)
             shares.append(seen.accepted_per_s / capacity)
             p99s.append(seen.accepted_p99_ms)
             refusals.append(seen.refused_p99_ms)
             generators.append(seen.generator_share)
             other += seen.other
+        front.stop()
+        behind.stop()
+        capacity = statistics.median(capacities)
+        refusal_us = refusal_floor_us(
+            folder, setting.bodies["chain1"], args.connections, args.seconds, args.factor * capacity, server_core, generator_core)
     finally:
         front.stop()
         behind.stop()
@@ -140,6 +175,8 @@ def main() -> int:
             setting.redis.stop()
     return 1 if publish("overload", {
         "overload_throughput_share": Figure(statistics.median(shares), "x", "higher", 0.9, tuple(shares)),
+        "overload_floor_share": Figure(share_kept(capacity, args.factor, refusal_us), "x", "higher"),
+        "overload_refusal_floor_us": Figure(refusal_us, "us", "lower"),
         "overload_accepted_p99_ms": Figure(statistics.median(p99s), "ms", "lower", SLO_MS, tuple(p99s)),
         "overload_refused_p99_ms": Figure(statistics.median(refusals), "ms", "lower", SLO_MS, tuple(refusals)),
         "overload_other": Figure(other, "", "lower", 0.0),
