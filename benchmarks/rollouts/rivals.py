@@ -12,10 +12,15 @@
 
 "Tuned" rules have the threshold that gives 10 false rollbacks per 1,000 at a constant base, over both of their metrics together. It is
 found on paths of the constant world itself: they know the base rate and its noise, which no one does in production.
+
+- Wald's sequential probability ratio test, told the base rate and the harm, with all of the 10 per 1,000 for errors alone. No rule
+  for a canary, but the yardstick for what any rule can reach: of all with that error rate it needs the fewest requests on average (Wald and
+  Wolfowitz 1948; Chow, Robbins and Siegmund 1971 for tests that end on one side only).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +33,9 @@ NEVER = 10**6
 GOAL = 0.01
 _WINDOW = 60
 _POINTS = 30
+_TUNE_CHUNK = 500
+TUNING_STEPS = 8
+"""Times that `Rivals` says it has come further."""
 _CUSTOMARY_ARGO = (0.05, 500.0)
 _CUSTOMARY_FLAGGER = (0.01, 500.0)
 _KAYENTA_98 = 292
@@ -99,9 +107,10 @@ class Counting:
         errors = _ratio(_summed(paths.bad_c, w, e), _summed(paths.total_c, w, e))
         return errors, worlds.p99(asked, _summed(paths.slow_c, w, e))
 
-    def tune(self, paths: Paths) -> tuple[float, float]:
+    def tune(self, drawn: Sequence[Paths]) -> tuple[float, float]:
         """Thresholds at the same quantile of both metrics' measurements, so that 10 of 1,000 rollouts go back over both together."""
-        values = self.values(paths)
+        errors_and_slow = [self.values(p) for p in drawn]
+        values = tuple(np.concatenate([v[i] for v in errors_and_slow]) for i in (0, 1))
         low, high = 0.5, 1.0
         for _ in range(20):
             middle = (low + high) / 2
@@ -134,6 +143,11 @@ def _z(kc: Floats, nc: Floats, ks: Floats, ns: Floats) -> Floats:
     return (_ratio(kc, nc) - _ratio(ks, ns)) / sd
 
 
+def _tuned(statistics: Sequence[Floats]) -> float:
+    """What the largest of a rollout's values exceeds in 10 of 1,000 rollouts; each array is [rollout, look]."""
+    return float(np.quantile(np.concatenate([s.max(axis=1) for s in statistics]), 1.0 - GOAL, method="higher"))
+
+
 class ZTest:
     """Pooled two-proportion z-test on everything so far, at each look, one-sided; errors and both histogram bounds around p99."""
 
@@ -148,8 +162,8 @@ class ZTest:
         found += [_z(cumulated(paths.slow_c[..., i]), nc, cumulated(paths.slow_s[..., i]), ns) for i in (1, 2)]
         return np.max(found, axis=0)
 
-    def tune(self, paths: Paths) -> float:
-        return float(np.quantile(self.statistic(paths).max(axis=1), 1.0 - GOAL, method="higher"))
+    def tune(self, drawn: Sequence[Paths]) -> float:
+        return _tuned([self.statistic(p) for p in drawn])
 
     def fails_at(self, paths: Paths, threshold: float) -> Ints:
         failed = self.statistic(paths) > threshold
@@ -177,14 +191,34 @@ class MannWhitney:
                 out[:, j] = np.minimum(out[:, j], (differences <= bound[:, None]).sum(axis=1))
         return out
 
-    def tune(self, paths: Paths) -> float:
-        smallest = np.sort(self.statistic(paths).min(axis=1))
+    def tune(self, drawn: Sequence[Paths]) -> float:
+        smallest = np.sort(np.concatenate([self.statistic(p).min(axis=1) for p in drawn]))
         allowed = int(GOAL * len(smallest))
         return float(smallest[allowed]) - 1.0  # whole numbers: with "≤ the one below" at most so many fail
 
     def fails_at(self, paths: Paths, threshold: float) -> Ints:
         failed = self.statistic(paths) <= threshold
         return np.where(failed.any(axis=1), (np.argmax(failed, axis=1) + 1) * _WINDOW - 1, NEVER)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Wald's test of the candidate's errors at a constant base, told how much `more` of its requests fail if it is bad."""
+
+    more: float
+    name = "told base rate and harm (Wald)"
+
+    def statistic(self, paths: Paths) -> Floats:
+        bad, good = np.cumsum(paths.bad_c, axis=1), np.cumsum(paths.total_c - paths.bad_c, axis=1)
+        share = worlds.BASE + self.more
+        return bad * np.log(share / worlds.BASE) + good * np.log((1.0 - share) / (1.0 - worlds.BASE))
+
+    def tune(self, drawn: Sequence[Paths]) -> float:
+        return _tuned([self.statistic(p) for p in drawn])
+
+    def fails_at(self, paths: Paths, threshold: float) -> Ints:
+        failed = self.statistic(paths) > threshold
+        return np.where(failed.any(axis=1), np.argmax(failed, axis=1), NEVER)
 
 
 COUNTING = (
@@ -201,17 +235,27 @@ COUNTING = (
 class Rivals:
     """All rules, tuned once on paths of the constant world."""
 
-    def __init__(self, rng: np.random.Generator, rollouts: int) -> None:
-        paths = draw("constant", rng, rollouts, worlds.Harm())
-        self.fixed = {r.name: (r, r.tune(paths)) for r in COUNTING}
+    def __init__(
+        self, rng: np.random.Generator, rollouts: int, harms: Iterable[float] = (), advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        drawn = [draw("constant", rng, min(_TUNE_CHUNK, rollouts - i), worlds.Harm()) for i in range(0, rollouts, _TUNE_CHUNK)]
+        self.fixed: dict[str, tuple[Counting, tuple[float, float]]] = {}
+        for rule in COUNTING:
+            self.fixed[rule.name] = rule, rule.tune(drawn)
+            advance()
         self.z, self.mw = ZTest(), MannWhitney()
-        self.z_threshold, self.mw_threshold = self.z.tune(paths), self.mw.tune(paths)
+        self.z_threshold, self.mw_threshold = self.z.tune(drawn), self.mw.tune(drawn)
+        advance()
+        self.told = {more: (rule, rule.tune(drawn)) for more in harms for rule in [Told(more)]}
 
-    def fails_at(self, paths: Paths) -> dict[str, Ints]:
-        """Rule → look of its rollback per rollout."""
+    def fails_at(self, paths: Paths, more: float | None = None) -> dict[str, Ints]:
+        """Rule → look of its rollback per rollout. `more`: what the rule that is told the harm is told."""
         out = {f"{name}, tuned": rule.fails_at(paths, thresholds) for name, (rule, thresholds) in self.fixed.items()}
         out[f"{self.z.name}, tuned"] = self.z.fails_at(paths, self.z_threshold)
         out[f"{self.mw.name}, tuned"] = self.mw.fails_at(paths, self.mw_threshold)
+        if more in self.told:
+            told, threshold = self.told[more]
+            out[told.name] = told.fails_at(paths, threshold)
         out["Argo Rollouts, customary (errors ≤ 5 %)"] = COUNTING[0].fails_at(paths, _CUSTOMARY_ARGO)
         out["Flagger, customary (success ≥ 99 %)"] = COUNTING[-3].fails_at(paths, _CUSTOMARY_FLAGGER)
         out["z-test, customary (z > 1.96)"] = self.z.fails_at(paths, 1.96)

@@ -115,4 +115,20 @@ def test_a_tuned_rule_goes_back_in_ten_of_a_thousand_and_a_row_of_failures_is_co
     assert rule._count(bad).tolist() == [[1, 2, 0, 1, 2, 3, 0, 1], [1, 0, 1, 0, 1, 0, 1, 0]]
     drawn = rivals.draw("constant", np.random.default_rng(5), 400, worlds.Harm())
     for r in rivals.COUNTING[1:2]:
-        assert float(np.mean(r.fails_at(drawn, r.tune(drawn)) < rivals.NEVER)) <= 0.0126
+        assert float(np.mean(r.fails_at(drawn, r.tune([drawn])) < rivals.NEVER)) <= 0.0126
+
+
+def test_who_is_told_both_rates_goes_back_in_ten_of_a_thousand_and_sooner_than_who_is_not() -> None:
+    rng = np.random.default_rng(6)
+    equal = [rivals.draw("constant", rng, 500, worlds.Harm()) for _ in range(2)]
+    worse = rivals.draw("constant", rng, 400, worlds.Harm(errors=0.01))
+    rules = rivals.Rivals(rng, 1000, (0.01,))
+    found = rules.fails_at(worse, 0.01)
+    told, threshold = rules.told[0.01]
+    assert told.statistic(worse)[0, 0] == pytest.approx(
+        worse.bad_c[0, 0] * np.log(0.02 / 0.01) + (worse.total_c - worse.bad_c)[0, 0] * np.log(0.98 / 0.99))
+    assert threshold < np.log(1 / rivals.GOAL)  # Ville's bound; looks are seldom and end after four hours
+    assert np.mean([told.fails_at(p, threshold) < rivals.NEVER for p in equal]) <= 0.02
+    means = {name: float(np.mean(rivals.delay(worse, looks, 0))) for name, looks in found.items() if name.endswith(("tuned", "(Wald)"))}
+    assert min(means, key=lambda n: means[n]) == told.name
+    assert told.name not in rules.fails_at(worse)
