@@ -50,7 +50,7 @@ class Drift:
         n, m = min(rows_candidate, ROWS_MAX), min(rows_stable, ROWS_MAX)
         candidate = np.stack([self.rng.multinomial(n, p) for p in self.candidate_shares])
         if m < self.rules.min_rows:  # weight 100: nobody to compare with
-            return judge(Comparisons(candidate=self._compare(candidate, self.reference), stable_expected=True))
+            return judge(Comparisons(candidate=self._compare(candidate, self.reference), stable_expected=True, all_traffic=True))
         stable = self.rng.multinomial(m, self.shares, FEATURES)
         return judge(Comparisons(
             candidate=self._compare(candidate, self.reference), stable=self._compare(stable, self.reference),

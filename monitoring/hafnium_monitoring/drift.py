@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class DriftOptions:
     end: datetime
     stable_bundle: Path | None = None
     """The model that the candidate is compared with. None: `bundle` is watched on its own, whatever its arm."""
+    all_traffic: bool = False
+    """The candidate has weight 100, so that a stable arm without rows is nothing that is missing."""
     expect_digest: str | None = None
     """The bundle must have this digest; also what Error evidence is about when the bundle can't be opened."""
     rules: DriftRules = field(default_factory=DriftRules)
@@ -98,11 +100,14 @@ def _run(options: DriftOptions, bundle: Bundle, now: datetime, log: InferenceLog
         return DriftOutcome(_evidence(options, digest, now, Judgement("NoData", message), rows.total, ()), None)
     candidate = _arm(bundle, rows, options)
     stable: Arm | None = None
+    stable_total = 0
     if stable_bundle is not None:
         stable_rows = _read(log, stable_bundle, STABLE_ARMS, options)
-        if stable_rows.total >= rules.min_rows:
+        stable_total = stable_rows.total
+        if stable_total >= rules.min_rows:
             stable = _arm(stable_bundle, stable_rows, options)
     found = compare_arms(candidate, stable, rules, stable_expected=stable_bundle is not None)
+    found = replace(found, all_traffic=options.all_traffic, stable_rows=stable_total)
     judgement = judge(found)
     evidence = _evidence(options, digest, now, judgement, rows.total, _values(found))
     report = _report(options, candidate, evidence)

@@ -50,6 +50,8 @@ class Target:
     stable_bundle: Path | None
     signature: str
     """Changes whenever traffic does: the open window is then dropped."""
+    all_traffic: bool = False
+    """The candidate has weight 100: a window doesn't wait for rows of the stable model."""
     log_lag_s: float = 0.0
     """How late its rows may reach the log; the window ends at least so long before now."""
 
@@ -94,7 +96,8 @@ class StateFolder:
                 name=str(route.get("name", path.stem)), bundle=self._bundle(model), digest=services[model],
                 logs=tuple(self.folder / "inference-log" / arm for arm in arms),
                 stable_bundle=self._bundle(stable) if pair and isinstance(stable, str) else None,
-                signature=json.dumps(live, sort_keys=True), log_lag_s=max(self._log_lag_s(arm) for arm in arms),
+                signature=json.dumps(live, sort_keys=True), all_traffic=pair and route.get("weight") == 100,
+                log_lag_s=max(self._log_lag_s(arm) for arm in arms),
             ))
         return tuple(found)
 
@@ -215,7 +218,7 @@ class DriftLoop:
             return None
         options = DriftOptions(
             bundle=target.bundle, logs=target.logs, start=watched.start, end=end, stable_bundle=target.stable_bundle,
-            expect_digest=target.digest, rules=settings.rules, report=settings.report,
+            all_traffic=target.all_traffic, expect_digest=target.digest, rules=settings.rules, report=settings.report,
         )
         watched.start = end  # before the run: whatever happens, no row is judged twice
         try:
@@ -230,7 +233,7 @@ class DriftLoop:
         """Whether both arms have rows enough. What can't be read counts as enough: the run itself then says why it can't."""
         pair = target.stable_bundle is not None
         wanted = [(target.bundle, CANDIDATE_ARMS if pair else ALL_ARMS)]
-        if target.stable_bundle is not None:
+        if target.stable_bundle is not None and not target.all_traffic:
             wanted.append((target.stable_bundle, STABLE_ARMS))
         try:
             for path, arms in wanted:

@@ -38,6 +38,8 @@ class Watched:
     stable: ModelPlace | None
     since: datetime | None
     """Since when traffic is as it is; None when nothing says so."""
+    all_traffic: bool = False
+    """The gateway gives `model` all requests: that `stable` has none is no gap."""
 
 
 def watched(item: Mapping[str, Any]) -> Watched | None:
@@ -52,7 +54,7 @@ def watched(item: Mapping[str, Any]) -> Watched | None:
     if climbing and candidate is not None and stable is not None and candidate.digest != stable.digest:
         if since is None:
             return None  # the candidate has no traffic yet, so there is nothing to look at
-        return Watched(name, candidate, stable, since + SETTLE)
+        return Watched(name, candidate, stable, since + SETTLE, all_traffic=step.get("weightObserved") == 100)
     return None if stable is None else Watched(name, stable, None, None)
 
 

@@ -12,8 +12,10 @@ What a short window of one arm differs in from a reference of months is mostly t
   candidate's scores fail it only when they left its reference by a threshold more than stable's left stable's.
 
 Without a stable arm (a model that is watched on its own) drift from the reference is a Fail: it is an alarm, there is nothing
-to roll back to. Where a stable arm was expected and has too few rows (weight 100), it is Inconclusive: candidate and world
-can't be told apart.
+to roll back to. Where a stable arm was expected and has too few rows, it is NoData, also when nothing moved: the comparison that may fail a
+candidate was not made, and of degraded answers the reference knows nothing. Only where the candidate has all the traffic (weight
+100) nothing is missing: it passes by its reference, and is Inconclusive when it left it, since candidate and world can't be told
+apart.
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ class Comparisons:
     references: tuple[Finding, ...] | None = None
     """The candidate's reference against the stable's: was there a difference in training already?"""
     stable_expected: bool = False
+    all_traffic: bool = False
+    """The candidate has weight 100: that the stable arm has no rows is how it should be."""
+    stable_rows: int = 0
+    """How many the stable arm has, for the message."""
     split_changed: bool = False
     """The arms' requests came at different times of the window, so they can't be compared."""
 
@@ -91,13 +97,19 @@ def judge(found: Comparisons) -> Judgement:
 
 
 def _alone(moved: Sequence[Finding], found: Comparisons) -> Judgement:
+    if found.stable_expected and not found.all_traffic:
+        tail = f"; the candidate left its reference ({names(moved)})" if moved else ""
+        return Judgement(
+            "NoData", f"the stable arm has too few rows in the window ({found.stable_rows}), so the candidate can't be compared with it: "
+            f"is its log named, and written?{tail}",
+        )
     if not moved:
-        tail = "; the stable arm has too few rows to compare with" if found.stable_expected else ""
+        tail = "; it has all the traffic, so there is no stable arm to compare with" if found.stable_expected else ""
         return Judgement("Pass", f"the model's inputs and scores are like its reference{tail}")
     if found.stable_expected:
         return Judgement(
-            "Inconclusive", f"the candidate left its reference ({names(moved)}), and the stable arm has too few rows to tell "
-            "whether the world did",
+            "Inconclusive", f"the candidate left its reference ({names(moved)}), and has all the traffic, so no stable arm tells whether "
+            "the world did",
         )
     return Judgement("Fail", f"the model's inputs or scores left its reference: {names(moved)}")
 

@@ -23,7 +23,7 @@ from hafnium_monitoring.settings import DriftRules
 from hafnium_monitoring.verdict import judge
 from hafnium_testing import make_bundle, synthetic_matrix
 
-from .conftest import NOW, START, World, change, write_log
+from .conftest import NOW, START, Change, World, change, write_log
 
 AMOUNT_IN_CENTS = change("transaction_amount", lambda v: np.minimum(v * 100, 100_000))
 STUCK = change("geo_risk_score", lambda v: np.full_like(v, 0.5))
@@ -147,12 +147,22 @@ def test_a_model_on_its_own_passes_whatever_its_arm(world: World) -> None:
     assert (spec.verdict, spec.samples) == ("Pass", 1_600)
 
 
-def test_without_enough_stable_rows_drift_of_the_candidate_holds_and_does_not_fail(world: World) -> None:
-    world.log("candidate", 2_000, AMOUNT_IN_CENTS)
+@pytest.mark.parametrize("changes", [(), (AMOUNT_IN_CENTS,)], ids=["like its reference", "off its reference"])
+def test_a_stable_arm_with_too_few_rows_is_no_data_whatever_the_candidate_looks_like(world: World, changes: tuple[Change, ...]) -> None:
+    world.log("candidate", 2_000, *changes, degraded=1.0)
     world.log("stable", 100)
     spec = world.run().evidence
-    assert (spec.verdict, spec.both_arms) == ("Inconclusive", False)
-    assert "too few rows" in spec.message
+    assert (spec.verdict, spec.both_arms, spec.samples) == ("NoData", False, 2_000)
+    assert "the stable arm has too few rows in the window (100)" in spec.message
+    assert ("transaction_amount" in spec.message) == bool(changes)
+
+
+def test_a_candidate_with_all_the_traffic_needs_no_stable_rows(world: World) -> None:
+    world.log("candidate", 2_000)
+    assert world.run().evidence.verdict == "NoData"
+    assert world.run(all_traffic=True).evidence.verdict == "Pass"
+    world.log("candidate", 2_000, AMOUNT_IN_CENTS)
+    assert world.run(all_traffic=True).evidence.verdict == "Inconclusive"
 
 
 def test_too_few_rows_are_no_data(world: World) -> None:

@@ -60,7 +60,8 @@ def test_a_bucket_gives_the_same_evidence_as_the_folder(world: World, s3: S3) ->
 def test_a_prefix_without_files_is_no_data_and_a_damaged_object_an_error_that_names_it(world: World, s3: S3) -> None:
     world.log("candidate", 1_500)
     both = look(world, (put(s3, world.logs[0], "logs/other/x"), s3.uri("logs/nobody")))
-    assert both.verdict in ("Pass", "Inconclusive")
+    assert both.verdict == "NoData"
+    assert "the stable arm has too few rows" in both.message
     assert look(world, (s3.uri("logs/nobody"),)).verdict == "NoData"
     next(world.logs[0].glob("date=*/*/part-*.parquet")).write_bytes(b"PAR1 torn")
     found = look(world, (put(s3, world.logs[0], "logs/torn"),))

@@ -104,6 +104,13 @@ def test_a_window_without_enough_rows_is_no_data_at_its_longest(state: State, lo
     assert [(e.verdict, e.samples) for e in loop.tick(at(62))] == [("NoData", 100)]
 
 
+def test_at_weight_100_a_window_does_not_wait_for_the_stable_model(state: State, loop: DriftLoop) -> None:
+    state.route("risk-a", "risk-b", weight=100)
+    loop.tick(at(0))
+    state.traffic("risk-b", "candidate", 600, at(1), 8)
+    assert [(e.verdict, e.samples) for e in loop.tick(at(12))] == [("Pass", 600)]
+
+
 def test_a_changed_weight_drops_the_open_window(state: State, loop: DriftLoop) -> None:
     loop.tick(at(0))
     for service, arm in (("risk-b", "candidate"), ("risk-a", "stable")):

@@ -31,6 +31,14 @@ def test_a_candidate_on_its_way_is_compared_with_the_stable_model_since_its_weig
         assert seen.since == datetime(2026, 1, 15, 12, 20, tzinfo=UTC) + SETTLE
 
 
+@pytest.mark.parametrize(("weight", "everything"), [(100, True), (25, False), (None, False)])
+def test_at_weight_100_the_stable_model_is_not_expected_to_have_rows(weight: int | None, everything: bool) -> None:
+    seen = watched(rollout(phase="Progressing", stable=STABLE, candidate=CANDIDATE, step={
+        "index": 3, "weightObserved": weight, "weightEffectiveSince": "2026-01-15T12:20:00Z"}))
+    assert seen is not None
+    assert seen.all_traffic is everything
+
+
 @pytest.mark.parametrize("phase", ["Promoted", "RolledBack", "Pending"])
 def test_without_a_climb_the_stable_model_is_watched_on_its_own(phase: str) -> None:
     seen = watched(rollout(phase=phase, stable=STABLE, candidate=CANDIDATE))

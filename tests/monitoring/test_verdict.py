@@ -21,8 +21,10 @@ SCORE = (finding("a", False), finding("b", False), finding("score", value=0.3, t
 @pytest.mark.parametrize(("found", "verdict", "both"), [
     pytest.param(Comparisons(CALM), "Pass", False, id="alone and calm"),
     pytest.param(Comparisons(A), "Fail", False, id="alone and drifted"),
-    pytest.param(Comparisons(CALM, stable_expected=True), "Pass", False, id="stable arm too small, calm"),
-    pytest.param(Comparisons(A, stable_expected=True), "Inconclusive", False, id="stable arm too small, drifted"),
+    pytest.param(Comparisons(CALM, stable_expected=True), "NoData", False, id="stable arm too small, calm"),
+    pytest.param(Comparisons(A, stable_expected=True), "NoData", False, id="stable arm too small, drifted"),
+    pytest.param(Comparisons(CALM, stable_expected=True, all_traffic=True), "Pass", False, id="weight 100, calm"),
+    pytest.param(Comparisons(A, stable_expected=True, all_traffic=True), "Inconclusive", False, id="weight 100, drifted"),
     pytest.param(Comparisons(CALM, CALM, CALM, CALM), "Pass", False, id="all calm"),
     pytest.param(Comparisons(CALM, CALM, A, CALM), "Fail", False, id="arms differ"),
     pytest.param(Comparisons(A, A, A, CALM), "Fail", False, id="world moved and arms differ"),
