@@ -186,9 +186,11 @@ def _drift_loop(arguments: argparse.Namespace) -> int:
     else:
         _needed(arguments, "bundle", "log", "evidence")
         evidence = Path(arguments.evidence)
-        digest = open_bundle(arguments.bundle).manifest.digest  # known from now on, also when the bundle gets lost
+        # Known from now on, also when a bundle gets lost
+        digest = open_bundle(arguments.bundle).manifest.digest
+        stable = None if arguments.stable_bundle is None else open_bundle(arguments.stable_bundle).manifest.digest
         source = FixedTargets((Target(
-            "model", arguments.bundle, digest, tuple(arguments.log), arguments.stable_bundle, signature="fixed",
+            "model", arguments.bundle, digest, tuple(arguments.log), arguments.stable_bundle, stable, signature="fixed",
         ),))
     settings = LoopSettings(
         every_s=arguments.every.total_seconds(), window_s_max=arguments.window.total_seconds(),

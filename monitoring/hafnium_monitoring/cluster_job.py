@@ -59,7 +59,8 @@ def drift(run: ClusterRun, now: datetime, rules: DriftRules, report: ReportSetti
         stable = None if seen.stable is None else run.bundles.folder(seen.stable.storage_uri)
         options = DriftOptions(
             bundle=run.bundles.folder(seen.model.storage_uri), logs=_logs(run, seen, places), start=start, end=end,
-            stable_bundle=stable, all_traffic=seen.all_traffic, expect_digest=seen.model.digest, rules=rules, report=report,
+            stable_bundle=stable, all_traffic=seen.all_traffic, expect_digest=seen.model.digest,
+            expect_stable_digest=None if seen.stable is None else seen.stable.digest, rules=rules, report=report,
         )
         return run_drift(options, now).evidence
 

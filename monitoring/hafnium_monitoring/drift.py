@@ -43,6 +43,8 @@ class DriftOptions:
     """The candidate has weight 100, so that a stable arm without rows is nothing that is missing."""
     expect_digest: str | None = None
     """The bundle must have this digest; also what Error evidence is about when the bundle can't be opened."""
+    expect_stable_digest: str | None = None
+    """The stable bundle must have this digest."""
     rules: DriftRules = field(default_factory=DriftRules)
     report: ReportSettings | None = None
     """None: no report."""
@@ -92,7 +94,10 @@ def _run(options: DriftOptions, bundle: Bundle, now: datetime, log: InferenceLog
     began = time.monotonic()
     rules = options.rules
     digest = bundle.manifest.digest
-    stable_bundle = open_bundle(options.stable_bundle) if options.stable_bundle is not None else None
+    stable_bundle = None
+    if options.stable_bundle is not None:
+        # Another bundle there has another digest, selects no row, and would look like a stable arm without traffic
+        stable_bundle = open_bundle(options.stable_bundle, expect_digest=options.expect_stable_digest)
     rows = _read(log, bundle, CANDIDATE_ARMS if stable_bundle is not None else ALL_ARMS, options)
     if rows.total < rules.min_rows:
         who = "the candidate" if stable_bundle is not None else "the model"

@@ -48,6 +48,8 @@ class Target:
     """The digest that is said to be live; None: whatever the bundle has."""
     logs: tuple[Path | str, ...]
     stable_bundle: Path | None
+    stable_digest: str | None
+    """The same of the stable model."""
     signature: str
     """Changes whenever traffic does: the open window is then dropped."""
     all_traffic: bool = False
@@ -96,6 +98,7 @@ class StateFolder:
                 name=str(route.get("name", path.stem)), bundle=self._bundle(model), digest=services[model],
                 logs=tuple(self.folder / "inference-log" / arm for arm in arms),
                 stable_bundle=self._bundle(stable) if pair and isinstance(stable, str) else None,
+                stable_digest=services[stable] if pair and isinstance(stable, str) else None,
                 signature=json.dumps(live, sort_keys=True), all_traffic=pair and route.get("weight") == 100,
                 log_lag_s=max(self._log_lag_s(arm) for arm in arms),
             ))
@@ -218,7 +221,8 @@ class DriftLoop:
             return None
         options = DriftOptions(
             bundle=target.bundle, logs=target.logs, start=watched.start, end=end, stable_bundle=target.stable_bundle,
-            all_traffic=target.all_traffic, expect_digest=target.digest, rules=settings.rules, report=settings.report,
+            all_traffic=target.all_traffic, expect_digest=target.digest,
+            expect_stable_digest=target.stable_digest, rules=settings.rules, report=settings.report,
         )
         watched.start = end  # before the run: whatever happens, no row is judged twice
         try:

@@ -213,6 +213,17 @@ def test_a_changed_bundle_is_error_evidence_about_the_expected_digest(
         run_drift(DriftOptions(bundle=broken.path, logs=world.logs, start=START, end=NOW), NOW)
 
 
+def test_another_bundle_in_the_stable_models_place_is_error_evidence(world: World, tmp_path: Path, contract: ModelContract) -> None:
+    world.log("candidate", 2_000, degraded=1.0)
+    world.log("stable", 2_000)
+    digest = world.stable.manifest.digest
+    assert world.run(expect_stable_digest=digest).evidence.verdict == "Fail"
+    world.stable = make_bundle(tmp_path / "other", contract, version="7", rows=500)
+    spec = world.run(expect_stable_digest=digest).evidence
+    assert (spec.verdict, spec.model_digest) == ("Error", world.candidate.manifest.digest)
+    assert digest in spec.message
+
+
 def test_a_window_without_zone_or_backwards_is_refused(world: World) -> None:
     for start, end in ((NOW, START), (START.replace(tzinfo=None), NOW.replace(tzinfo=None))):
         with pytest.raises(InputError, match="window"):

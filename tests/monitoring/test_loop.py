@@ -145,14 +145,17 @@ def test_a_garbage_log_is_error_evidence_and_the_loop_goes_on(state: State, loop
     assert [(e.verdict, e.window_start) for e in loop.tick(at(22))] == [("Pass", at(10))]
 
 
-def test_a_bundle_that_is_not_the_service_s_digest_is_error_evidence(state: State, loop: DriftLoop) -> None:
+@pytest.mark.parametrize(("service", "name"), [(1, "risk-b"), (0, "risk-a")], ids=["candidate", "stable"])
+def test_a_bundle_that_is_not_the_service_s_digest_is_error_evidence(state: State, loop: DriftLoop, service: int, name: str) -> None:
     digest = "sha256:" + "cd" * 32
     services = json.loads((state.folder / "services.json").read_text())
-    services["services"][1]["modelDigest"] = digest
+    services["services"][service]["modelDigest"] = digest
     state.write("services.json", json.dumps(services))
     loop.tick(at(0))
+    state.traffic("risk-b", "candidate", 600, at(1), 8)
     [evidence] = loop.tick(at(62))
-    assert (evidence.verdict, evidence.model_digest) == ("Error", digest)
+    assert (evidence.verdict, evidence.model_digest) == ("Error", digest if name == "risk-b" else state.bundles["risk-b"].manifest.digest)
+    assert digest in evidence.message
 
 
 @pytest.mark.parametrize(("name", "text"), [
