@@ -105,7 +105,10 @@ def _each(
                 continue
             try:
                 found = look(seen, *times)
-            except HafniumError as e:
+            except Exception as e:  # noqa: BLE001
+                # Broad on purpose, as in run_drift: one rollout's odd data must not cost the others their findings
+                if not isinstance(e, HafniumError):
+                    _LOG.exception("%s: the %s run failed", name, kind)
                 found = _error(seen, times, now, kind, job, e)
             written = run.evidence.write(found)
             findings.append(found)
@@ -116,11 +119,15 @@ def _each(
         except InputError as e:
             problems += 1
             _LOG.error("%s: %s", name, e)
+        except Exception:  # noqa: BLE001 - as above; the log has the whole of it
+            problems += 1
+            _LOG.exception("%s: nothing could be written about it", name)
     return Counted(tuple(findings), there, problems)
 
 
-def _error(seen: Watched, times: tuple[datetime, datetime], now: datetime, kind: str, job: str, e: HafniumError) -> EvidenceSpec:
-    message = f"the {kind} run failed, so nothing is known: {e}"[:2_000]
+def _error(seen: Watched, times: tuple[datetime, datetime], now: datetime, kind: str, job: str, e: Exception) -> EvidenceSpec:
+    text = str(e) if isinstance(e, HafniumError) else f"{type(e).__name__}: {e}"
+    message = f"the {kind} run failed, so nothing is known: {text}"[:2_000]
     blank = EvidenceSpec(
         model_digest=seen.model.digest, kind="drift", window_start=times[0], window_end=times[1], verdict="Error", samples=0,
         message=message, job=job, created_at=now,

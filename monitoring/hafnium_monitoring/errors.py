@@ -7,6 +7,7 @@ HafniumError
     ├── LabelError           the label file is missing, or lacks a column
     ├── StateError           the state folder of the local runtime can't be understood
     ├── BusyError            another run holds the evidence folder
+    ├── UnwrittenError       evidence can't be written: the folder is none, the disk is full
     ├── WrittenError         evidence of this model, kind and window is there already
     ├── PlaceError           a storageUri names a place that this job doesn't have
     └── ApiServerError       Kubernetes' API server refuses, or doesn't answer
@@ -43,6 +44,10 @@ class BusyError(InputError):
 
 class WrittenError(InputError):
     """Evidence is never changed: whoever runs the same window again finds it written."""
+
+
+class UnwrittenError(InputError):
+    """The evidence folder doesn't take the finding. The message has its verdict, so that it isn't lost."""
 
 
 class PlaceError(InputError):

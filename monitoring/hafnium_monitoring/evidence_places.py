@@ -11,7 +11,7 @@ from typing import Protocol
 
 from hafnium_contract.evidence import EvidenceSpec, Metadata, ModelEvidence, evidence_name, write_evidence
 from hafnium_monitoring.api_server import JSON, ApiServer, this_pod
-from hafnium_monitoring.errors import ApiServerError, ExistsError, WrittenError
+from hafnium_monitoring.errors import ApiServerError, ExistsError, UnwrittenError, WrittenError
 from hafnium_monitoring.lock import evidence_lock
 
 CLUSTER = "kubernetes"
@@ -25,7 +25,8 @@ class EvidencePlace(Protocol):
     """Takes findings."""
 
     def write(self, spec: EvidenceSpec) -> str:
-        """Where it is now. Raises WrittenError when evidence of this model, kind and window is there already."""
+        """Where it is now. Raises WrittenError when evidence of this model, kind and window is there already, and UnwrittenError or
+        ApiServerError when it can't be written."""
         ...
 
 
@@ -44,7 +45,17 @@ class FolderEvidence:
         try:
             return str(write_evidence(self.folder, spec))
         except FileExistsError as e:
-            raise _exists(e.filename2 or self.folder) from e
+            if e.filename2 is None:  # the folder itself is a file
+                raise self._unwritten(spec, e) from e
+            raise _exists(e.filename2) from e
+        except OSError as e:
+            raise self._unwritten(spec, e) from e
+
+    def _unwritten(self, spec: EvidenceSpec, e: OSError) -> UnwrittenError:
+        return UnwrittenError(
+            f"{self.folder}: evidence can't be written ({e.strerror or e}); what was found: {spec.kind} of {spec.model_digest[:15]}: "
+            f"{spec.verdict}: {spec.message}"
+        )
 
 
 @dataclass(frozen=True)

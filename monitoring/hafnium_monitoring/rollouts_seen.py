@@ -8,6 +8,7 @@ counts only windows that lie wholly after a step's weight took effect.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from hafnium_contract.errors import InputError
 
 SETTLE = timedelta(minutes=2)
 """After a weight took effect: gateways follow a route, and the rollout waits for scrapes (strategy.scrapeLag), before anything counts."""
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -73,6 +75,8 @@ def filled(template: str, namespace: str, rollout: str, service: str) -> str:
 def _model(data: Any, where: str) -> ModelPlace | None:
     found = _mapping(data or {}, where)
     service, digest, uri = (str(found.get(k) or "") for k in ("service", "digest", "storageUri"))
+    if digest and not _DIGEST.fullmatch(digest):
+        raise InputError(f"{where}.digest: {digest[:80]!r} is not sha256:<64 hex digits>")
     return ModelPlace(service, digest, uri) if service and digest and uri else None
 
 

@@ -95,9 +95,29 @@ def test_a_claim_is_a_folder_of_the_volumes(tmp_path: Path) -> None:
         assert places.folder("pvc://bundles/v1") == tmp_path / "bundles/v1"
         assert places.folder("file:///somewhere/v1") == Path("/somewhere/v1")
         for uri, words in (("pvc://other/v1", "mount the claim other"), ("pvc://bundles/../secret", "may not go up"),
-                           ("gs://b/v1", "expected pvc://"), ("v1", "expected pvc://")):
+                           ("gs://b/v1", "expected pvc://"), ("v1", "expected pvc://"),
+                           ("pvc://../etc/x", "no claim's name"), ("pvc://./bundles/v1", "no claim's name"), ("pvc://[x/y", "Invalid IPv6"),
+                           ("file:///a%00b", "NUL")):
             with pytest.raises(PlaceError, match=words):
                 places.folder(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://KEY:sEcReT@models/x?region=eu", "gs://KEY:sEcReT@models/x", "s3://KEY:sEcReT@[models/x"])
+def test_a_bundles_uri_with_a_secret_is_refused_and_never_shown(uri: str, tmp_path: Path) -> None:
+    with bundle_places(tmp_path) as places, pytest.raises(PlaceError) as e:
+        places.folder(uri)
+    assert "sEcReT" not in str(e.value)
+    assert "models/x" in str(e.value)
+
+
+def test_a_fetch_that_failed_leaves_nothing_behind_and_the_next_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with bundle_places(tmp_path) as places:
+        for name in ("a", "b", "a"):
+            with pytest.raises(PlaceError, match=f"s3://models/{name}: can't be fetched"):
+                places.folder(f"s3://models/{name}?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
+        assert list(places.cache.iterdir()) == []
 
 
 def test_places_are_told_apart() -> None:
