@@ -1,8 +1,9 @@
 """The Kubernetes API server, as far as a job needs it: read a list of objects, create an object. In a pod, with its service account.
 
 Two verbs don't need the `kubernetes` package (75 MB). What they do need: the token is read anew for each call, since the kubelet replaces
-it; every call has a limit on time, bytes and tries; and whatever goes wrong says what to do. Retried are 429, 500, 502, 503, 504 and
-broken connections: a create that comes twice is a conflict, so it may be repeated.
+it; every call has a limit on time, bytes and tries; and whatever goes wrong says what to do. Retried are 429, 500, 502, 503, 504,
+broken connections and 409 for any reason but AlreadyExists (a quota's object was changed meanwhile): a create that comes twice is
+refused as AlreadyExists, so it may be repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ANSWER_BYTES_MAX = 64 * 1024 * 1024
 PAGE_OBJECTS = 100
 OBJECTS_MAX = 2_000
 """As many ModelRollouts as the operator looks at. More is an error, not a part that looks like the whole."""
-_RETRIED = (429, 500, 502, 503, 504)
+_RETRIED = (409, 429, 500, 502, 503, 504)
 JSON = dict[str, Any]
 
 
@@ -82,7 +83,7 @@ class ApiServer:
                 if 200 <= status < 300:
                     return _object(answer, what)
                 error = _error(what, status, answer)
-                if status not in _RETRIED:
+                if status not in _RETRIED or isinstance(error, ExistsError):
                     raise error
                 after = _seconds(headers.get("retry-after"))
             except (OSError, http.client.HTTPException) as e:
@@ -134,7 +135,7 @@ def this_pod(env: Mapping[str, str] = os.environ, account: Path = ACCOUNT) -> Ap
 def _object(answer: bytes, what: str) -> JSON:
     try:
         found = json.loads(answer)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ApiServerError(f"{what}: the answer is not JSON: {e}") from e
     if not isinstance(found, dict):
         raise ApiServerError(f"{what}: the answer is {type(found).__name__}, expected an object")
@@ -142,11 +143,13 @@ def _object(answer: bytes, what: str) -> JSON:
 
 
 def _error(what: str, status: int, answer: bytes) -> ApiServerError:
+    reason = ""
     try:
-        message = str(json.loads(answer).get("message") or "no message")
-    except (ValueError, AttributeError):
+        said = json.loads(answer)
+        message, reason = str(said.get("message") or "no message"), str(said.get("reason") or "")
+    except (ValueError, AttributeError, RecursionError):
         message = answer[:300].decode("utf-8", "replace").strip() or "no message"
-    if status == 409:
+    if status == 409 and reason == "AlreadyExists":
         return ExistsError(f"{what}: {message}")
     if status in (401, 403):
         return ForbiddenError(f"{what}: {message}; see kustomize/base/monitoring for the account and its role")

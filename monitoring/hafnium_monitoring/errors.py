@@ -63,4 +63,4 @@ class ForbiddenError(ApiServerError):
 
 
 class ExistsError(ApiServerError):
-    """409: the name is taken. Evidence is written once, so the finding is there already."""
+    """409, reason AlreadyExists: the name is taken. Evidence is written once, so the finding is there already."""

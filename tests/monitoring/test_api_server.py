@@ -100,12 +100,15 @@ def serving(folder: Path, script: Scripted) -> Generator[ApiServer]:
         thread.join()
 
 
-def refusal(status: int, message: str, **headers: str) -> tuple[int, Any, dict[str, str]]:
-    return status, {"kind": "Status", "message": message}, headers
+def refusal(status: int, message: str, reason: str = "", **headers: str) -> tuple[int, Any, dict[str, str]]:
+    return status, {"kind": "Status", "message": message, "reason": reason}, headers
+
+
+CONFLICT = refusal(409, 'Operation cannot be fulfilled on resourcequotas "q": the object has been modified', "Conflict")
 
 
 def test_evidence_is_created_once_in_the_pods_namespace(tmp_path: Path) -> None:
-    script = Scripted([(201, {}, {}), refusal(409, "exists")])
+    script = Scripted([(201, {}, {}), refusal(409, "exists", "AlreadyExists")])
     with serving(tmp_path, script) as server:
         place = ClusterEvidence(server)
         assert place.write(SPEC) == "ModelEvidence risk/drift-abababab-20260115t130000000z"
@@ -120,7 +123,9 @@ def test_evidence_is_created_once_in_the_pods_namespace(tmp_path: Path) -> None:
     assert "pValue" not in item["spec"]["values"][0], "the schema of the API server knows no null"
 
 
-@pytest.mark.parametrize("fault", [None, refusal(500, "etcd"), refusal(503, "starting", **{"Retry-After": "1"}), refusal(429, "busy")])
+@pytest.mark.parametrize("fault", [
+    None, refusal(500, "etcd"), refusal(503, "starting", **{"Retry-After": "1"}), refusal(429, "busy"), CONFLICT,
+])
 def test_a_fault_that_passes_is_tried_again(tmp_path: Path, fault: Any) -> None:
     script = Scripted([fault, fault, (201, {}, {})])
     with serving(tmp_path, script) as server:
@@ -129,13 +134,15 @@ def test_a_fault_that_passes_is_tried_again(tmp_path: Path, fault: Any) -> None:
 
 
 def test_a_create_that_arrived_though_its_answer_was_lost_counts_as_written(tmp_path: Path) -> None:
-    script = Scripted([None, refusal(409, "already exists")])
+    script = Scripted([None, refusal(409, "already exists", "AlreadyExists")])
     with serving(tmp_path, script) as server, pytest.raises(WrittenError):
         ClusterEvidence(server).write(SPEC)
 
 
 @pytest.mark.parametrize(("answer", "error", "words", "tries"), [
     (refusal(503, "down"), ApiServerError, "down .503. .tried 5 times", ATTEMPTS_MAX),
+    (CONFLICT, ApiServerError, "has been modified .409. .tried 5 times", ATTEMPTS_MAX),
+    (refusal(409, "who knows"), ApiServerError, "who knows .409. .tried 5 times", ATTEMPTS_MAX),
     (refusal(403, "not allowed"), ForbiddenError, "not allowed; see kustomize/base/monitoring", 1),
     (refusal(404, "no such type"), ApiServerError, "kubectl apply --server-side -k kustomize/crds", 1),
     (refusal(422, "spec.kind: wrong"), ApiServerError, "spec.kind: wrong", 1),
