@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,8 +116,11 @@ def parse_evidence(data: Any, source: str) -> ModelEvidence:
 
 
 def evidence_name(spec: EvidenceSpec) -> str:
-    """`drift-<digest8>-<end of window>`: one name for one finding, so writing it twice is seen."""
-    stamp = spec.window_end.strftime("%Y%m%dt%H%M%S%f")[:-3]
+    """`drift-<digest8>-<end of window, UTC>`: one name for one finding, so writing it twice is seen.
+
+    The start isn't in it: windows of one model that end alike overlap, and of those one counts.
+    """
+    stamp = spec.window_end.astimezone(UTC).strftime("%Y%m%dt%H%M%S%f")[:-3]
     return f"{spec.kind}-{spec.model_digest.removeprefix('sha256:')[:8]}-{stamp}z"
 
 

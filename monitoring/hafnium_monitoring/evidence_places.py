@@ -98,4 +98,7 @@ def alone(place: EvidencePlace) -> Generator[None]:
 
 
 def _exists(where: object) -> WrittenError:
-    return WrittenError(f"{where}: evidence for this model and window exists; evidence is never changed")
+    return WrittenError(
+        f"{where}: evidence of this kind about this model exists for a window that ends at this time, of this or another length; evidence "
+        "is never changed"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,12 @@ def test_evidence_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert isinstance(found, ModelEvidence)
     assert found.spec == spec()
     assert found.metadata.name == evidence_name(spec()) == "drift-abababab-20260504t120000000z"
+
+
+def test_one_instant_has_one_name_whatever_its_zone() -> None:
+    berlin = timezone(timedelta(hours=2))
+    assert evidence_name(spec(datetime(2026, 5, 4, 14, tzinfo=berlin))) == evidence_name(spec(NOW))
+    assert evidence_name(spec(datetime(2026, 5, 4, 12, tzinfo=berlin))) != evidence_name(spec(NOW))
 
 
 def test_evidence_is_never_written_over(tmp_path: Path) -> None:

@@ -133,3 +133,34 @@ def test_a_stable_model_whose_place_holds_another_bundle_is_error_evidence(world
     counted = cluster.look(climbing("a", model(world.stable, "pvc://bundles/candidate"), candidate))
     assert [e.verdict for e in counted.findings] == ["Error"]
     assert world.stable.manifest.digest in counted.findings[0].message
+
+
+def test_rollouts_of_the_same_model_are_judged_together(world: World, cluster: Cluster) -> None:
+    write_log(cluster.logs / "b", world.candidate, world.matrix(2_000, DRIFTED), "stable")
+    place = "pvc://bundles/candidate"
+    counted = cluster.look(promoted("a", world.candidate, place), promoted("b", world.candidate, place))
+    assert [(e.verdict, e.samples) for e in counted.findings] == [("Fail", 2_000)]
+    assert (counted.there_already, counted.problems) == (0, 0)
+    again = cluster.look(promoted("a", world.candidate, place), promoted("b", world.candidate, place))
+    assert (again.findings, again.there_already, again.problems) == ((), 2, 0)
+
+
+def test_rows_of_rollouts_that_are_judged_together_begin_after_the_later_of_their_steps(world: World, cluster: Cluster) -> None:
+    stable, candidate = model(world.stable, "pvc://bundles/stable"), model(world.candidate, "pvc://bundles/candidate")
+    late = (START + timedelta(minutes=18)).isoformat()
+    counted = cluster.look(climbing("a", stable, candidate), climbing("b", stable, candidate, late))
+    assert [(e.verdict, e.window_start, e.window_end) for e in counted.findings] == [("NoData", START + timedelta(minutes=20), NOW)]
+
+
+def test_a_model_against_another_one_in_each_rollout_is_a_problem_and_never_dropped_in_silence(
+    world: World, cluster: Cluster, caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_log(cluster.logs / "b", world.candidate, world.matrix(2_000), "candidate")
+    write_log(cluster.logs / "b", world.stable, world.matrix(2_000), "stable")
+    candidate = model(world.candidate, "pvc://bundles/candidate")
+    counted = cluster.look(
+        promoted("a", world.candidate, "pvc://bundles/candidate"), climbing("b", model(world.stable, "pvc://bundles/stable"), candidate),
+    )
+    assert [(e.verdict, e.samples) for e in counted.findings] == [("Pass", 2_000)], "the climb waits for its finding"
+    assert counted.problems == 1
+    assert any("a: model" in r.getMessage() and "judged for b" in r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
