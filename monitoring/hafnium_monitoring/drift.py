@@ -101,7 +101,7 @@ def _run(options: DriftOptions, bundle: Bundle, now: datetime, log: InferenceLog
     rows = _read(log, bundle, CANDIDATE_ARMS if stable_bundle is not None else ALL_ARMS, options)
     if rows.total < rules.min_rows:
         who = "the candidate" if stable_bundle is not None else "the model"
-        message = f"{who} has {rows.total} rows in the window, {rules.min_rows} are needed"
+        message = f"{who} has {rows.total} rows in the window, {rules.min_rows} are needed{_absent(log)}"
         return DriftOutcome(_evidence(options, digest, now, Judgement("NoData", message), rows.total, ()), None)
     candidate = _arm(bundle, rows, options)
     stable: Arm | None = None
@@ -114,12 +114,19 @@ def _run(options: DriftOptions, bundle: Bundle, now: datetime, log: InferenceLog
     found = compare_arms(candidate, stable, rules, stable_expected=stable_bundle is not None)
     found = replace(found, all_traffic=options.all_traffic, stable_rows=stable_total)
     judgement = judge(found)
+    if judgement.verdict == "NoData":
+        judgement = replace(judgement, message=judgement.message + _absent(log))
     evidence = _evidence(options, digest, now, judgement, rows.total, _values(found))
     report = _report(options, candidate, evidence)
     if report is not None:
         evidence = evidence.model_copy(update={"report": str(report)})
     _LOG.info("drift %s: %s rows, %.2f s: %s", judgement.verdict, rows.total, time.monotonic() - began, judgement.message)
     return DriftOutcome(evidence, report)
+
+
+def _absent(log: InferenceLog) -> str:
+    missing = log.missing()
+    return f"; no such log: {', '.join(missing)}"[:1_000] if missing else ""
 
 
 def _read(log: InferenceLog, bundle: Bundle, arms: frozenset[str], options: DriftOptions) -> LogRows:

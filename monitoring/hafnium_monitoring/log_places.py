@@ -8,6 +8,7 @@ and then the columns that are asked for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,6 +45,15 @@ class LogFile:
 class LogPlace(Protocol):
     """A log's files. Raises OSError (FileNotFoundError when a file is gone) and LogReadError."""
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    def missing(self) -> bool:
+        """There is no such folder: nothing was logged yet, or it is written elsewhere."""
+        ...
+
     def files(self, day: datetime, model_version: str) -> Sequence[LogFile]:
         """Finished files of one day and one model, in any order; none when there is no such partition."""
         ...
@@ -72,6 +82,23 @@ def log_place(given: Path | str) -> LogPlace:
     return BucketPlace(text)
 
 
+def log_places(given: Sequence[Path | str]) -> tuple[LogPlace, ...]:
+    """Each place once, however it is spelt: a log that is read twice has each row twice. Raises InputError as `log_place`."""
+    found: dict[object, LogPlace] = {}
+    for one in given:
+        place = log_place(one)
+        found.setdefault(_address(place), place)
+    return tuple(found.values())
+
+
+def _address(place: LogPlace) -> object:
+    if isinstance(place, FolderPlace):
+        return os.path.realpath(place.folder)
+    if isinstance(place, BucketPlace):
+        return place.address
+    return place
+
+
 def without_query(uri: str) -> str:
     """The URI without its options, for messages."""
     return uri.partition("?")[0]
@@ -83,8 +110,26 @@ class FolderPlace:
 
     folder: Path
 
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    def missing(self) -> bool:
+        return not self.folder.exists()
+
     def files(self, day: datetime, model_version: str) -> Sequence[LogFile]:
-        return [LogFile(self, str(p)) for p in partition(self.folder, day, model_version).glob("part-*.parquet")]
+        folder = partition(self.folder, day, model_version)
+        try:
+            # Not glob: it takes a folder that it may not read for an empty one
+            with os.scandir(folder) as found:
+                names = [e.name for e in found if e.name.startswith("part-") and e.name.endswith(".parquet")]
+        except FileNotFoundError:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise LogReadError(f"{self.folder}: an inference log is a folder, and this is none") from None
+            return []
+        except OSError as e:
+            raise LogReadError(f"{folder}: can't be listed ({e.strerror}), so nothing is known of its rows") from e
+        return [LogFile(self, str(folder / name)) for name in names]
 
     def source(self, file: LogFile) -> Any:
         return file.name
@@ -102,6 +147,19 @@ class BucketPlace:
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._opened: tuple[Any, str] | None = None
+
+    @property
+    def name(self) -> str:
+        return without_query(self._uri)
+
+    @property
+    def address(self) -> tuple[str, str, str]:
+        """Endpoint, bucket and prefix: URIs that mean the same have the same."""
+        parts = urlsplit(self._uri)
+        return dict(parse_qsl(parts.query)).get("endpoint_override", ""), parts.netloc, parts.path.strip("/")
+
+    def missing(self) -> bool:
+        return False  # a prefix is there when something is below it
 
     def files(self, day: datetime, model_version: str) -> Sequence[LogFile]:
         from pyarrow.fs import FileSelector, FileType

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from hafnium_contract.inference_log import FEATURE_PREFIX
 from hafnium_monitoring.errors import LogReadError
-from hafnium_monitoring.log_places import LogFile, log_place
+from hafnium_monitoring.log_places import LogFile, log_places
 
 CANDIDATE_ARMS = frozenset({"candidate", "shadow"})
 STABLE_ARMS = frozenset({"stable"})
@@ -73,8 +73,12 @@ class InferenceLog:
     """One or more logs (one per InferenceService), each a folder or an s3:// URI, read as one."""
 
     def __init__(self, logs: Sequence[Path | str]) -> None:
-        self._places = tuple(log_place(log) for log in logs)
+        self._places = log_places(logs)
         self._times: dict[LogFile, tuple[datetime, datetime] | None] = {}
+
+    def missing(self) -> tuple[str, ...]:
+        """Logs that aren't there."""
+        return tuple(p.name for p in self._places if p.missing())
 
     def count(self, wanted: Selection) -> int:
         """Rows of the selection. Raises LogReadError as `read` does."""

@@ -165,6 +165,14 @@ def test_a_candidate_with_all_the_traffic_needs_no_stable_rows(world: World) -> 
     assert world.run(all_traffic=True).evidence.verdict == "Inconclusive"
 
 
+def test_a_log_that_is_not_there_is_no_data_that_names_it(world: World) -> None:
+    spec = world.run().evidence
+    assert spec.verdict == "NoData"
+    assert all(str(log) in spec.message for log in world.logs)
+    world.log("candidate", 2_000)
+    assert f"no such log: {world.logs[1]}" in world.run().evidence.message
+
+
 def test_too_few_rows_are_no_data(world: World) -> None:
     world.log("candidate", 999)
     world.log("stable", 4_000)

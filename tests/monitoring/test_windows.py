@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.inference_log import logged_features
 from hafnium_monitoring.errors import LogReadError
+from hafnium_monitoring.log_places import log_places
 from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
 
 from .conftest import NOW, START, Matrix, write_log
@@ -79,6 +82,47 @@ def test_beyond_the_limit_a_seeded_uniform_sample_is_kept(tmp_path: Path, stable
 def test_an_empty_folder_and_a_missing_one_have_no_rows(tmp_path: Path, stable_bundle: Bundle) -> None:
     rows = InferenceLog([tmp_path, tmp_path / "absent"]).read(selection(stable_bundle), ["velocity_24h"], rows_max=10, seed=0)
     assert (rows.total, rows.kept, rows.features["velocity_24h"].size) == (0, 0, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the modes of POSIX")
+@pytest.mark.parametrize("below", ["date=2026-01-15", "date=2026-01-15/model_version=1"])
+def test_a_partition_that_may_not_be_read_is_an_error_and_not_an_empty_one(
+    below: str, tmp_path: Path, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    write_log(tmp_path, stable_bundle, population[:100], "stable")
+    program = (
+        "import os, sys\nfrom datetime import datetime, UTC\nfrom hafnium_monitoring.log_places import FolderPlace\n"
+        "from hafnium_monitoring.errors import LogReadError\nfrom pathlib import Path\n"
+        "place, when = FolderPlace(Path(sys.argv[1])), datetime(2026, 1, 15, tzinfo=UTC)\nassert place.files(when, '1')\n"
+        "os.chmod(sys.argv[2], 0o700)\nif os.getuid() == 0:\n    os.setuid(65534)\nelse:\n    os.chmod(sys.argv[2], 0)\n"
+        "try:\n    print('files', place.files(when, '1'))\nexcept LogReadError as e:\n    print(e)\n"
+    )
+    for folder in tmp_path.parents[:3]:  # pytest's own folders are its user's alone
+        folder.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(tmp_path / below)], capture_output=True, text=True, timeout=60, check=False)
+    assert "can't be listed (Permission denied)" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_log_that_is_a_file_is_an_error_that_names_it(tmp_path: Path, stable_bundle: Bundle) -> None:
+    path = tmp_path / "log"
+    path.write_text("not a folder")
+    with pytest.raises(LogReadError, match=str(path)):
+        InferenceLog([path]).count(selection(stable_bundle))
+
+
+def test_one_log_under_several_names_is_read_once(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    folder = tmp_path / "log"
+    write_log(folder, stable_bundle, population[:300], "stable")
+    (tmp_path / "link").symlink_to(folder)
+    log = InferenceLog([folder, folder, f"{folder}/", folder.as_uri(), tmp_path / "link", f"{tmp_path}/x/../log", tmp_path / "other"])
+    assert log.count(selection(stable_bundle)) == 300
+
+
+def test_one_bucket_under_several_names_is_one_place() -> None:
+    same = ["s3://b/p", "s3://b/p/", "s3://b/p?region=eu-central-1", "s3://b/p?allow_bucket_creation=true"]
+    assert len(log_places(same)) == 1
+    assert len(log_places([*same, "s3://b/q", "s3://c/p", "s3://b/p?endpoint_override=h:1"])) == 4
 
 
 def place(folder: Path, bundle: Bundle) -> Path:
