@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from hafnium_contract.inference_log import FEATURE_PREFIX
+from hafnium_contract.inference_log import FEATURE_PREFIX, FIXED
 from hafnium_monitoring.errors import LogReadError
 from hafnium_monitoring.log_places import LogFile, log_places
 
@@ -127,9 +127,9 @@ class InferenceLog:
             except FileNotFoundError:
                 # Retention removed it between listing and opening: its rows are gone, which is not a damaged log.
                 self._times.pop(found, None)
-            except (pa.ArrowException, OSError) as e:
+            except (pa.ArrowException, OSError, _ForeignError) as e:
                 if _written_before(found, wanted.start - _CLOCK_SLACK):
-                    continue  # a torn file of an earlier window: it was reported then, and must not blind this one
+                    continue  # a torn or foreign file of an earlier window: it was reported then, and must not blind this one
                 raise LogReadError(
                     f"{found.name}: not a readable file of the inference log ({_line(e)}); move it away, or find out who wrote it"
                 ) from e
@@ -140,7 +140,7 @@ class InferenceLog:
             names = set(file.schema_arrow.names)
             lacking = [c for c in (*_KEYS, "request_id", "score", "degraded") if c not in names]
             if lacking:
-                raise LogReadError(f"{found.name}: not a file of the inference log: column {lacking[0]!r} is missing")
+                raise _ForeignError(f"column {lacking[0]!r} is missing")
             if found not in self._times:
                 self._times[found] = _time_range(file)
             if not _overlaps(self._times[found], wanted):
@@ -154,7 +154,7 @@ class InferenceLog:
                 for column in columns:
                     if column not in names:
                         raise LogReadError(f"{found.name}: rows of model {wanted.digest[:15]}… lack the column {column!r}")
-                yield table.select(columns) if columns else table.select(["arm"])
+                yield as_logged(table.select(columns or ["arm"]))
 
     def _files(self, wanted: Selection) -> list[LogFile]:
         """Files that may hold rows of the selection, oldest first."""
@@ -171,6 +171,24 @@ class InferenceLog:
         return sorted((p for p in found if p not in self._times or _overlaps(self._times[p], wanted)), key=lambda p: p.order)
 
 
+class _ForeignError(Exception):
+    """A Parquet file, but not one of an inference log."""
+
+
+def as_logged(table: pa.Table) -> pa.Table:
+    """The columns in the log's own types, so that files go together that were merged by hand and differ in details of their schemas.
+
+    Raises ArrowException for what is no such value. Times without a zone are UTC, as pandas and Spark write them.
+    """
+    for i, name in enumerate(table.column_names):
+        wanted = pa.float32() if name.startswith(FEATURE_PREFIX) else FIXED.field(name).type
+        column = table.column(i)
+        if column.type != wanted:
+            column = column.cast(wanted, safe=wanted != _TIME)  # nanoseconds are cut to microseconds
+        table = table.set_column(i, pa.field(name, wanted), column)
+    return table
+
+
 def _written_before(file: LogFile, when: datetime) -> bool:
     """Whether the file was last changed before `when`, so that it can't hold rows of later times."""
     changed = file.place.changed(file)
@@ -178,7 +196,7 @@ def _written_before(file: LogFile, when: datetime) -> bool:
 
 
 def _mask(table: pa.Table, wanted: Selection) -> pa.ChunkedArray:
-    time = table["time"].cast(_TIME)
+    time = table["time"].cast(_TIME, safe=False)
     inside = pc.and_(
         pc.greater_equal(time, pa.scalar(wanted.start, _TIME)), pc.less(time, pa.scalar(wanted.end, _TIME)),
     )

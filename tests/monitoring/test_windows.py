@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hafnium_contract.bundle import Bundle
 from hafnium_contract.inference_log import logged_features
 from hafnium_monitoring.errors import LogReadError
 from hafnium_monitoring.log_places import log_places
-from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
+from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, LogRows, Selection
 
 from .conftest import NOW, START, Matrix, write_log
 
@@ -169,13 +170,62 @@ def test_what_is_not_a_log_file_is_an_error_that_names_it(
         InferenceLog([log]).read(selection(stable_bundle), names(stable_bundle), rows_max=1_000, seed=0)
 
 
-def test_a_torn_file_of_long_ago_does_not_blind_later_windows(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
-    write_log(tmp_path, stable_bundle, population[:100], "stable")
-    path = place(tmp_path, stable_bundle)
-    path.write_bytes(b"PAR1")
+def nullable(table: pa.Table) -> pa.Table:
+    return pa.table({name: table[name] for name in table.column_names})
+
+
+def retyped(name: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
+    def apply(table: pa.Table) -> pa.Table:
+        return table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    return apply
+
+
+@pytest.mark.parametrize("merged", [
+    nullable, retyped("feature_transaction_amount", pa.float64()), retyped("score", pa.float64()),
+    retyped("request_id", pa.large_string()), retyped("time", pa.timestamp("us")), retyped("time", pa.timestamp("ns", tz="Europe/Berlin")),
+    retyped("arm", pa.dictionary(pa.int32(), pa.string())), retyped("degraded", pa.large_list(pa.large_string())),
+], ids=[
+    "nullable", "feature in float64", "score in float64", "large string", "time without zone", "time in ns", "dictionary", "large list",
+])
+def test_files_that_differ_in_details_of_their_schema_are_read_together(
+    merged: Callable[[pa.Table], pa.Table], tmp_path: Path, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    files = write_log(tmp_path, stable_bundle, population[:300], "stable", files=3)
+
+    def read() -> LogRows:
+        return InferenceLog([tmp_path]).read(selection(stable_bundle), names(stable_bundle), rows_max=1_000, seed=0)
+
+    before = read()
+    pq.write_table(merged(pq.ParquetFile(files[1]).read()), files[1])
+    after = read()
+    assert list(after.request_id) == list(before.request_id)
+    np.testing.assert_array_equal(after.time, before.time)
+    np.testing.assert_array_equal(after.score, before.score)
+    for name in names(stable_bundle):
+        np.testing.assert_array_equal(after.features[name], before.features[name])
+
+
+def test_a_column_of_another_kind_is_an_error_that_names_its_file(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
+    files = write_log(tmp_path, stable_bundle, population[:300], "stable", files=3)
+    table = pq.ParquetFile(files[1]).read()
+    text = pa.array(["much"] * len(table))
+    column = table.column_names.index("feature_transaction_amount")
+    pq.write_table(table.set_column(column, "feature_transaction_amount", text), files[1])
+    with pytest.raises(LogReadError, match=files[1].name):
+        InferenceLog([tmp_path]).read(selection(stable_bundle), names(stable_bundle), rows_max=1_000, seed=0)
+
+
+@pytest.mark.parametrize("spoil", [half_written, foreign, empty])
+def test_what_is_not_a_log_file_and_of_long_ago_does_not_blind_later_windows(
+    spoil: object, tmp_path: Path, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    log = tmp_path / "log"
+    write_log(log, stable_bundle, population[:100], "stable")
+    path = place(log, stable_bundle)
+    spoil(path, tmp_path, stable_bundle, population)  # type: ignore[operator]
     old = (START - timedelta(hours=2)).timestamp()
     os.utime(path, (old, old))
-    assert InferenceLog([tmp_path]).count(selection(stable_bundle)) == 100
+    assert InferenceLog([log]).count(selection(stable_bundle)) == 100
 
 
 def test_a_file_that_retention_removes_meanwhile_is_no_error(tmp_path: Path, stable_bundle: Bundle, population: Matrix) -> None:
