@@ -28,7 +28,7 @@ from hafnium_monitoring.bundle_places import bundle_places
 from hafnium_monitoring.drift import DriftOptions, run_drift
 from hafnium_monitoring.evidence_places import CLUSTER, EvidencePlace, alone, evidence_place
 from hafnium_monitoring.lock import evidence_lock
-from hafnium_monitoring.loop import DriftLoop, FixedTargets, StateFolder, Target, TargetSource, run_loop
+from hafnium_monitoring.loop import FLUSH_LAG_S_DEFAULT, DriftLoop, FixedTargets, StateFolder, Target, TargetSource, run_loop
 from hafnium_monitoring.performance import PerformanceOptions, run_performance
 from hafnium_monitoring.settings import DriftRules, LoopSettings, ReportSettings
 
@@ -107,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     drift.add_argument("--keep-reports", type=_count, default=ReportSettings().keep, help="default: %(default)s")
     drift.add_argument("--every", type=_duration, help="keep running: look this often, one disjoint window after the other")
     drift.add_argument("--state", type=Path, help="state folder of `hafnium up`: follow its routes (with --every)")
-    drift.add_argument("--log-lag", type=_duration, default=timedelta(seconds=LoopSettings().log_lag_s),
-                       help="with --every: how late rows may reach the log: the transformer's --log_flush_seconds (2s)")
+    drift.add_argument("--log-lag", type=_duration,
+                       help="with --every: how late rows may reach the log: the transformer's --log_flush_seconds and a second "
+                       "(default: 11s, for the transformer's default; with --state by each transformer's own arguments)")
     performance.add_argument("--window", type=_duration, required=True, help="length of the window")
     performance.add_argument("--labels", type=Path, required=True, help="Parquet or CSV file with request id, label, label time")
     return parser
@@ -191,10 +192,11 @@ def _drift_loop(arguments: argparse.Namespace) -> int:
         stable = None if arguments.stable_bundle is None else open_bundle(arguments.stable_bundle).manifest.digest
         source = FixedTargets((Target(
             "model", arguments.bundle, digest, tuple(arguments.log), arguments.stable_bundle, stable, signature="fixed",
+            log_lag_s=FLUSH_LAG_S_DEFAULT if arguments.log_lag is None else 0.0,
         ),))
     settings = LoopSettings(
         every_s=arguments.every.total_seconds(), window_s_max=arguments.window.total_seconds(),
-        log_lag_s=arguments.log_lag.total_seconds(), rules=_rules(arguments),
+        log_lag_s=LoopSettings().log_lag_s if arguments.log_lag is None else arguments.log_lag.total_seconds(), rules=_rules(arguments),
         report=_report(arguments, evidence, LoopSettings().report),
     )
     stop = threading.Event()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,9 +24,10 @@ import yaml
 
 from hafnium_contract.bundle import open_bundle
 from hafnium_contract.errors import HafniumError
-from hafnium_contract.evidence import EvidenceSpec, write_evidence
+from hafnium_contract.evidence import EvidenceSpec
 from hafnium_monitoring.drift import DriftOptions, run_drift
-from hafnium_monitoring.errors import StateError
+from hafnium_monitoring.errors import StateError, UnwrittenError
+from hafnium_monitoring.evidence_places import FolderEvidence
 from hafnium_monitoring.settings import LoopSettings
 from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
 
@@ -33,8 +35,12 @@ _LOG = logging.getLogger("hafnium.monitoring")
 FLUSH_ARGUMENT = "--log_flush_seconds"
 FLUSH_S_DEFAULT = 10.0
 """The transformer's own default."""
+FLUSH_VARIABLE = "HAFNIUM_LOG_FLUSH_SECONDS"
 FLUSH_SLACK_S = 1.0
 """Writing the file takes a moment after the flush began."""
+FLUSH_LAG_S_DEFAULT = FLUSH_S_DEFAULT + FLUSH_SLACK_S
+UNWRITTEN_MAX = 100
+"""Findings that wait for a folder that takes them again; beyond, the oldest is dropped, and its verdict is in the log."""
 FILE_BYTES_MAX = 4 * 1024 * 1024
 
 
@@ -110,11 +116,21 @@ class StateFolder:
         data: Any = _mapping(_load(path, yaml.safe_load), path)
         for key in ("spec", "transformer", "containers"):
             data = data.get(key) if isinstance(data, dict) else None
-        if not isinstance(data, list) or not data:
+        containers: list[dict[str, Any]] = [c for c in _items(data) if isinstance(c, dict)]
+        if not containers:
             return 0.0
-        arguments = [str(a) for c in data if isinstance(c, dict) for a in c.get("args") or []]
-        found = re.search(rf"(?:^|\s){FLUSH_ARGUMENT}[= ]([0-9.]+)", " ".join(arguments))
-        return (float(found[1]) if found else FLUSH_S_DEFAULT) + FLUSH_SLACK_S
+        arguments = [str(a) for c in containers for a in _items(c.get("args"))]
+        found = re.findall(rf"(?:^|\s){FLUSH_ARGUMENT}(?:=|\s+)(\S+)", " ".join(arguments)) or [
+            e.get("value") for c in containers for e in _items(c.get("env")) if isinstance(e, dict) and e.get("name") == FLUSH_VARIABLE]
+        if not found:
+            return FLUSH_LAG_S_DEFAULT
+        try:
+            flush_s = float(str(found[-1]).strip("'\""))  # of an argument that is given twice the last one counts
+        except ValueError:
+            flush_s = math.nan
+        if not (math.isfinite(flush_s) and flush_s > 0):
+            raise StateError(f"{path}: {FLUSH_ARGUMENT}: expected seconds above 0, got {found[-1]!r}")
+        return flush_s + FLUSH_SLACK_S
 
     def _services(self) -> dict[str, str]:
         """Service → model digest, of those whose digest is known."""
@@ -153,10 +169,16 @@ def _load(path: Path, parse: Callable[[str], Any]) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise StateError(f"{path}: can't be read: {e}") from e
+    except RecursionError as e:
+        raise StateError(f"{path}: can't be read: nested too deeply") from e
 
 
 def _json(path: Path) -> Any:
     return _load(path, json.loads)
+
+
+def _items(data: Any) -> list[Any]:
+    return data if isinstance(data, list) else []
 
 
 def _mapping(data: Any, path: Path) -> dict[str, Any]:
@@ -184,25 +206,47 @@ class DriftLoop:
         self._evidence = evidence
         self._settings = settings
         self._watched: dict[str, _Watched] = {}
+        self._unwritten: list[EvidenceSpec] = []
 
     @property
     def every_s(self) -> float:
         return self._settings.every_s
 
     def tick(self, now: datetime) -> list[EvidenceSpec]:
-        """Closes every window that is due, writes its evidence and returns it. Keeps going when a target fails."""
+        """Closes every window that is due, writes its evidence and returns what was written. Keeps going when a target fails."""
+        waiting, self._unwritten = self._unwritten, []  # what the last tick could not write: a closed window is not looked at again
+        written = self._write(waiting)
         try:
             targets = self._source.targets()
         except StateError as e:
             # Nobody knows which model is live, so there is no digest to write evidence about: silence is NoData to the rollout.
             _LOG.error("%s", e)
-            return []
+            return written
+        except Exception:  # noqa: BLE001 - a state of a form that nobody thought of must not end the loop: the next tick sees another
+            _LOG.exception("the state can't be understood")
+            return written
         self._watched = {t.name: self._watched[t.name] for t in targets if t.name in self._watched}
-        written: list[EvidenceSpec] = []
         for target in targets:
             evidence = self._look(target, now)
             if evidence is not None:
+                written += self._write((evidence,))
+        return written
+
+    def _write(self, found: Sequence[EvidenceSpec]) -> list[EvidenceSpec]:
+        """Writes these findings and returns those that are written; what the folder doesn't take is kept for the next tick."""
+        written: list[EvidenceSpec] = []
+        for evidence in found:
+            try:
+                FolderEvidence(self._evidence).write(evidence)
                 written.append(evidence)
+            except UnwrittenError as e:
+                _LOG.error("%s; it is tried again", e)
+                self._unwritten.append(evidence)
+            except HafniumError as e:
+                _LOG.error("%s; not written: %s of %s: %s", e, evidence.verdict, evidence.model_digest[:15], evidence.message)
+        for lost in self._unwritten[:-UNWRITTEN_MAX]:
+            _LOG.error("given up, since %s wait: %s of %s: %s", UNWRITTEN_MAX, lost.verdict, lost.model_digest[:15], lost.message)
+        del self._unwritten[:-UNWRITTEN_MAX]
         return written
 
     def _look(self, target: Target, now: datetime) -> EvidenceSpec | None:
@@ -226,12 +270,10 @@ class DriftLoop:
         )
         watched.start = end  # before the run: whatever happens, no row is judged twice
         try:
-            evidence = run_drift(options, now, watched.log).evidence
-            write_evidence(self._evidence, evidence)
-        except (HafniumError, OSError) as e:
+            return run_drift(options, now, watched.log).evidence
+        except HafniumError as e:
             _LOG.error("%s: %s", target.name, e)
             return None
-        return evidence
 
     def _enough(self, target: Target, watched: _Watched, end: datetime) -> bool:
         """Whether both arms have rows enough. What can't be read counts as enough: the run itself then says why it can't."""

@@ -57,8 +57,8 @@ class LoopSettings:
     window_s_max: float = 60.0
     """A window ends as soon as both arms have enough rows, at the latest after this."""
     log_lag_s: float = 2.0
-    """A window ends at least this long before now. With a state folder it is longer when a transformer flushes its log later:
-    rows that are not on the disk yet would be missing, and not alike in both arms."""
+    """A window ends at least this long before now. It is longer by what is known of the transformer (with a state folder its
+    arguments, else its default of 10 s): rows that are not on the disk yet would be missing, and not alike in both arms."""
     settle_s: float = 5.0
     """After a route changed, the next window begins this much later, so that it lies wholly after the change."""
     rules: DriftRules = field(default_factory=DriftRules)

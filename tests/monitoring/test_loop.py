@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import yaml
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.evidence import EvidenceSpec, read_evidence
 from hafnium_monitoring.errors import StateError
-from hafnium_monitoring.loop import DriftLoop, StateFolder
-from hafnium_monitoring.settings import DriftRules, LoopSettings
+from hafnium_monitoring.loop import FLUSH_LAG_S_DEFAULT, DriftLoop, FixedTargets, StateFolder, Target
+from hafnium_monitoring.settings import DriftRules, LoopSettings, ReportSettings
 
 from .conftest import START, Matrix, write_log
 
@@ -159,6 +159,7 @@ def test_a_bundle_that_is_not_the_service_s_digest_is_error_evidence(state: Stat
 
 
 @pytest.mark.parametrize(("name", "text"), [
+    ("services.json", "[" * 100_000), ("routes/risk.json", '{"a":' * 100_000),
     ("services.json", "{"), ("services.json", "[]"), ("services.json", '{"services": 3}'), ("routes/risk.json", '"x"'),
     ("objects/InferenceService-risk-b.yaml", "spec: {predictor: {model: {storageUri: 's3://b/m'}}}"),
     ("objects/InferenceService-risk-b.yaml", "a: [1"),
@@ -174,6 +175,8 @@ def test_a_state_that_cannot_be_understood_names_the_file_and_writes_nothing(
 
 @pytest.mark.parametrize(("arguments", "lag"), [
     (["--log_flush_seconds=30"], 31.0), (["--model_name=m", "--log_flush_seconds", "1.5"], 2.5), ([], 11.0), (None, 0.0),
+    (["--log_flush_seconds=1e1"], 11.0), (["--log_flush_seconds=30", "--log_flush_seconds=2"], 3.0),
+    (["exec transformer --log_flush_seconds  '4' --x"], 5.0),
 ])
 def test_a_window_ends_before_the_rows_that_are_still_in_the_transformers_memory(
     state: State, arguments: list[str] | None, lag: float,
@@ -184,6 +187,54 @@ def test_a_window_ends_before_the_rows_that_are_still_in_the_transformers_memory
     state.write("objects/InferenceService-risk-b.yaml", yaml.safe_dump({"spec": spec}))
     [target] = StateFolder(state.folder).targets()
     assert target.log_lag_s == lag
+
+
+def test_the_transformers_environment_says_how_late_its_rows_are_as_well(state: State) -> None:
+    spec: dict[str, Any] = {"predictor": {"model": {"storageUri": state.bundles["risk-b"].path.resolve().as_uri()}}}
+    container = {"args": [], "env": [{"name": "HAFNIUM_LOG_FLUSH_SECONDS", "value": "20"}]}
+    state.write("objects/InferenceService-risk-b.yaml", yaml.safe_dump({"spec": spec | {"transformer": {"containers": [container]}}}))
+    assert StateFolder(state.folder).targets()[0].log_lag_s == 21.0
+
+
+@pytest.mark.parametrize("given", [".", "nan", "0", "-1", "soon"])
+def test_a_flush_time_that_is_none_names_the_file(state: State, given: str) -> None:
+    container = {"args": [f"--log_flush_seconds={given}"]}
+    spec = {"predictor": {"model": {"storageUri": "file:///x"}}, "transformer": {"containers": [container]}}
+    state.write("objects/InferenceService-risk-b.yaml", yaml.safe_dump({"spec": spec}))
+    with pytest.raises(StateError, match=r"InferenceService-risk-b\.yaml: --log_flush_seconds"):
+        StateFolder(state.folder).targets()
+
+
+def test_a_finding_that_cannot_be_written_is_kept_and_written_later(
+    state: State, loop: DriftLoop, caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = state.folder / "evidence"
+    folder.write_text("a file where the folder should be")
+    loop.tick(at(0))
+    for service, arm in (("risk-b", "candidate"), ("risk-a", "stable")):
+        state.traffic(service, arm, 600, at(1), 8)
+    assert loop.tick(at(12)) == []
+    assert any("Pass" in r.getMessage() and "tried again" in r.getMessage() for r in caplog.records), "the verdict is in the log"
+    folder.unlink()
+    assert [(e.verdict, e.window_end) for e in loop.tick(at(14))] == [("Pass", at(10))]
+    assert [e.window_end for e in state.evidence()] == [at(10)]
+    assert loop.tick(at(15)) == []
+
+
+def test_a_loop_without_a_state_folder_waits_for_a_transformer_that_flushes_as_it_does_by_default(
+    tmp_path: Path, candidate_bundle: Bundle, population: Matrix,
+) -> None:
+    digest, logs = candidate_bundle.manifest.digest, (tmp_path / "log",)
+    source = FixedTargets((Target("model", candidate_bundle.path, digest, logs, None, None, "fixed", log_lag_s=FLUSH_LAG_S_DEFAULT),))
+    loop = DriftLoop(source, tmp_path / "evidence", replace(SETTINGS, report=ReportSettings(when="never")))
+    judged = 0
+    for second in range(1, 121):
+        if second % 10 == 3:  # 100 rows/s, and the writer's phase is its own
+            write_log(tmp_path / "log", candidate_bundle, population[second * 100 : second * 100 + 1_000], "stable",
+                      start=at(second - 10), seconds=10, files=1, ids=str(second))
+        if second % 10 == 0:
+            judged += sum(e.samples for e in loop.tick(at(second)))
+    assert judged == 9_900, "all rows from the first look at 10 s to 109 s"
 
 
 def test_a_route_to_a_service_that_is_not_there_yet_is_left_out(state: State) -> None:
