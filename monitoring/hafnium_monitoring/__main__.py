@@ -1,6 +1,6 @@
 """`python -m hafnium_monitoring drift|performance …`. Exit status: 0 evidence written (Pass, Inconclusive, NoData), 1 it says
-Fail or Error, 2 wrong usage or input. With `--rollouts` (a CronJob) 0 whatever the findings say: they are written, and a Job that is
-called failed would be run again.
+Fail or Error, 2 wrong usage or input, or evidence that can't be written (the verdict is on standard output all the same). With
+`--rollouts` (a CronJob) 0 whatever the findings say: they are written, and a Job that is called failed would be run again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from hafnium_monitoring.evidence_places import CLUSTER, EvidencePlace, alone, ev
 from hafnium_monitoring.lock import evidence_lock
 from hafnium_monitoring.loop import FLUSH_LAG_S_DEFAULT, DriftLoop, FixedTargets, StateFolder, Target, TargetSource, run_loop
 from hafnium_monitoring.performance import PerformanceOptions, run_performance
+from hafnium_monitoring.report import remove_report
 from hafnium_monitoring.settings import DriftRules, LoopSettings, ReportSettings
+
+_EARLIEST, _LATEST = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+"""No window of an inference log ends earlier or later, and near the calendar's own ends a window can't be reckoned with."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,12 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HafniumError as e:
         sys.stderr.write(f"{e}\n")
         return e.exit_status
+    except (OSError, OverflowError) as e:
+        # Status 1 would say Fail or Error
+        sys.stderr.write(f"{type(e).__name__}: {e}\n")
+        return InputError.exit_status
 
 
 def _duration(text: str) -> timedelta:
     try:
         value = parse_duration(text)
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         raise argparse.ArgumentTypeError(str(e)) from e
     if value <= timedelta(0):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a duration above zero")
@@ -60,6 +68,8 @@ def _time(text: str) -> datetime:
     value = datetime.fromisoformat(text)
     if value.tzinfo is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a time with zone, such as 2026-01-15T12:00:00Z")
+    if not _EARLIEST <= value <= _LATEST:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time from {_EARLIEST:%Y} to {_LATEST:%Y}")
     return value
 
 
@@ -121,22 +131,28 @@ def _needed(arguments: argparse.Namespace, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} is needed here; see --help")
 
 
+def _without_lag(arguments: argparse.Namespace) -> None:
+    if arguments.lag is not None and not arguments.rollouts:
+        raise InputError("--lag is for --rollouts; here --end says when the window ends (with --every: --log-lag)")
+
+
 def _rules(arguments: argparse.Namespace) -> DriftRules:
     return DriftRules(alpha=arguments.alpha, looks=arguments.looks, min_rows=arguments.min_rows)
 
 
-def _report(arguments: argparse.Namespace, evidence: Path, default: ReportSettings) -> ReportSettings:
-    folder = arguments.report_dir or evidence / "reports"
+def _report(arguments: argparse.Namespace, evidence: Path | None, default: ReportSettings) -> ReportSettings:
+    """`evidence` None: it goes to the cluster, and a pod's disk is gone with it, so reports are written only where a folder is given."""
+    folder = arguments.report_dir or (None if evidence is None else evidence / "reports")
     return replace(default, folder=folder, when=arguments.report or default.when, keep=arguments.keep_reports)
 
 
 def _drift(arguments: argparse.Namespace) -> int:
     if arguments.state is not None:
         raise InputError("--state follows the routes over time: give --every as well")
+    _without_lag(arguments)
     now = datetime.now(UTC)
     if arguments.rollouts:
-        # A pod's disk is gone with it: reports only where a folder was given
-        report = replace(ReportSettings(), folder=arguments.report_dir, when=arguments.report or "always", keep=arguments.keep_reports)
+        report = _report(arguments, None, ReportSettings())
         with _cluster(arguments, timedelta(seconds=30)) as run:
             return _told(cluster_job.drift(run, now, _rules(arguments), None if arguments.report_dir is None else report))
     _needed(arguments, "bundle", "log", "evidence")
@@ -145,15 +161,20 @@ def _drift(arguments: argparse.Namespace) -> int:
     options = DriftOptions(
         bundle=arguments.bundle, logs=tuple(arguments.log), start=end - arguments.window, end=end,
         stable_bundle=arguments.stable_bundle, rules=_rules(arguments),
-        report=_report(arguments, Path(arguments.evidence), ReportSettings()),
+        report=_report(arguments, None if arguments.evidence == CLUSTER else Path(arguments.evidence), ReportSettings()),
     )
     with alone(evidence):
         return _publish(run_drift(options, now).evidence, evidence)
 
 
 def _publish(evidence: EvidenceSpec, place: EvidencePlace) -> int:
-    where = place.write(evidence)
-    sys.stdout.write(f"{evidence.verdict}: {evidence.message}\n{where}\n")
+    sys.stdout.write(f"{evidence.verdict}: {evidence.message}\n")  # before it is written: should that fail, it is known at least
+    try:
+        where = place.write(evidence)
+    except HafniumError:
+        remove_report(evidence)
+        raise
+    sys.stdout.write(f"{where}\n")
     return 1 if evidence.verdict in ("Fail", "Error") else 0
 
 
@@ -180,6 +201,12 @@ def _told(counted: cluster_job.Counted) -> int:
 
 
 def _drift_loop(arguments: argparse.Namespace) -> int:
+    _without_lag(arguments)
+    if arguments.rollouts:
+        raise InputError("--every and --rollouts: on a cluster the CronJob's schedule says how often; leave one out")
+    if arguments.evidence == CLUSTER:
+        raise InputError(
+            f"--every writes to a folder; for --evidence {CLUSTER} use --rollouts in a CronJob (a folder of this name is ./{CLUSTER})")
     source: TargetSource
     if arguments.state is not None:
         source = StateFolder(arguments.state)
@@ -216,6 +243,7 @@ def _performance(arguments: argparse.Namespace) -> int:
     if arguments.rollouts:
         with _cluster(arguments, timedelta(days=30)) as run:
             return _told(cluster_job.performance(run, now, arguments.labels, arguments.min_rows))
+    _without_lag(arguments)
     _needed(arguments, "bundle", "log", "evidence")
     end: datetime = arguments.end or now
     options = PerformanceOptions(

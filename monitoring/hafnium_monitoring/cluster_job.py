@@ -23,6 +23,7 @@ from hafnium_monitoring.errors import WrittenError
 from hafnium_monitoring.evidence_places import GROUP, VERSION, EvidencePlace
 from hafnium_monitoring.performance import JOB as PERFORMANCE_JOB
 from hafnium_monitoring.performance import PerformanceOptions, run_performance
+from hafnium_monitoring.report import remove_report
 from hafnium_monitoring.rollouts_seen import Watched, filled, watched, window
 from hafnium_monitoring.settings import DriftRules, ReportSettings
 
@@ -120,7 +121,11 @@ def _each(
                 if not isinstance(e, HafniumError):
                     _LOG.exception("%s: the %s run failed", names, kind)
                 found = _error(seen, times, now, kind, job, e)
-            written = run.evidence.write(found)
+            try:
+                written = run.evidence.write(found)
+            except Exception:
+                remove_report(found)
+                raise
             findings.append(found)
             _LOG.info("%s: %s: %s: %s", written, found.verdict, names, found.message)
         except WrittenError as e:

@@ -7,14 +7,22 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hafnium_contract.errors import InputError
 from hafnium_monitoring.errors import BusyError
 
 
 @contextmanager
 def evidence_lock(folder: Path) -> Generator[None]:
-    """Holds `<folder>/.drift.lock`. Raises BusyError when another process does; the kernel frees it when that one dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".drift.lock").open("a") as file:
+    """Holds `<folder>/.drift.lock`; the kernel frees it when its holder dies.
+
+    Raises BusyError when another process holds it, InputError when there can't be such a folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".drift.lock").open("a")
+    except OSError as e:
+        raise InputError(f"{folder}: can't be used as an evidence folder: {e.strerror}") from e
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +105,9 @@ def write_report(
     settings: ReportSettings, name: str, evidence: EvidenceSpec, contract: ModelContract, window: Sample, reference: Sample,
     rules: DriftRules,
 ) -> Path:
-    """Writes `<folder>/<name>.html` and `.json` (window against reference), removes old ones; returns the HTML's path.
+    """Writes `<folder>/<name>-<time of the run>.html` and `.json` (window against reference), removes old ones; returns the HTML's path.
 
+    Each run has its own: a window that is judged again finds its evidence written, and must not replace the report that this links to.
     Columns without any value on one side can't be plotted and are listed in the JSON under `notInReport`. Raises whatever
     Evidently raises.
     """
@@ -133,7 +136,7 @@ def write_report(
     theirs = {m["config"]["column"]: float(m["value"]) for m in snapshot.dict()["metrics"]}
     checked = [_cross_check(c, theirs[c.name], current, base) for c in usable]
     settings.folder.mkdir(parents=True, exist_ok=True)
-    html = settings.folder / f"{name}.html"
+    html = settings.folder / f"{name}-{evidence.created_at.astimezone(UTC):%Y%m%dt%H%M%S%fz}.html"
     write_atomically(html, snapshot.get_html_str(as_iframe=False))
     write_atomically(html.with_suffix(".json"), json.dumps({
         "schemaVersion": SCHEMA_VERSION, "evidence": evidence.model_dump(mode="json"),
@@ -174,6 +177,15 @@ def _thin(sample: Sample, rows_max: int, rng: np.random.Generator) -> Sample:
 def _cross_check(column: _Column, theirs: float, current: Sample, base: Sample) -> dict[str, Any]:
     ours = column.psi(_values(current, column.name), _values(base, column.name))
     return {"column": column.name, "evidently": theirs, "ours": ours, "equal": abs(ours - theirs) <= EQUAL_TOLERANCE}
+
+
+def remove_report(evidence: EvidenceSpec) -> None:
+    """Removes the report of evidence that wasn't written: nothing links to it."""
+    if evidence.report:
+        html = Path(evidence.report)
+        for path in (html, html.with_suffix(".json")):
+            with suppress(OSError):
+                path.unlink()
 
 
 def prune(folder: Path, keep: int) -> None:
