@@ -124,6 +124,7 @@ def _each(
             try:
                 written = run.evidence.write(found)
             except Exception:
+                _LOG.warning("%s: not written: %s: %s", names, found.verdict, found.message)  # so that the finding isn't lost
                 remove_report(found)
                 raise
             findings.append(found)

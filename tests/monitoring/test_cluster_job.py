@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from hafnium_contract.evidence import EvidenceSpec, read_evidence
 from hafnium_monitoring import cluster_job
 from hafnium_monitoring.bundle_places import bundle_places
 from hafnium_monitoring.cluster_job import ClusterRun, Counted
-from hafnium_monitoring.evidence_places import FolderEvidence
+from hafnium_monitoring.evidence_places import ClusterEvidence, FolderEvidence
 from hafnium_monitoring.settings import DriftRules
 
 from .conftest import NOW, START, World, change, write_log
@@ -123,6 +124,19 @@ def test_evidence_that_cannot_be_written_is_a_problem_for_each_rollout(
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert [text.partition(":")[0] for text in errors] == ["a", "b"]
     assert all("can't be written" in text and "NoData" in text for text in errors), "the finding is not lost"
+
+
+def test_a_finding_that_the_api_server_does_not_take_is_in_the_log(
+    world: World, cluster: Cluster, caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_log(cluster.logs / "a", world.candidate, world.matrix(2_000, DRIFTED), "stable")
+    (cluster.root / "api").mkdir()
+    with cluster.run([promoted("a", world.candidate, "pvc://bundles/candidate")]) as run, serving(
+        cluster.root / "api", Scripted([(422, {"message": "refused"}, {})])) as other:
+        counted = cluster_job.drift(
+            replace(run, evidence=ClusterEvidence(other)), NOW + timedelta(minutes=2), DriftRules(looks=10), None)
+    assert (counted.findings, counted.problems) == ((), 1)
+    assert any("a: not written: Fail: " in r.getMessage() and "transaction_amount" in r.getMessage() for r in caplog.records)
 
 
 def test_a_stable_model_whose_place_holds_another_bundle_is_error_evidence(world: World, cluster: Cluster) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from hafnium_contract.errors import InputError
-from hafnium_contract.evidence import EvidenceError, read_evidence, write_evidence
+from hafnium_contract.evidence import EvidenceError, read_evidence
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
 from hafnium_local.console import OUT, fail, print_json
 
@@ -46,7 +46,9 @@ def check(
     Example: hafnium drift check --bundle build/v2 --stable-bundle build/v1 --log .hafnium/state/inference-log --evidence build/evidence
     """
     from hafnium_monitoring.drift import DriftOptions, run_drift
+    from hafnium_monitoring.evidence_places import FolderEvidence
     from hafnium_monitoring.lock import evidence_lock
+    from hafnium_monitoring.report import remove_report
     from hafnium_monitoring.settings import DriftRules, ReportSettings
 
     now = datetime.now(UTC)
@@ -57,7 +59,11 @@ def check(
     )
     with evidence_lock(evidence):
         found = run_drift(options, now).evidence
-        path = write_evidence(evidence, found)
+        try:
+            path = FolderEvidence(evidence).write(found)
+        except InputError:
+            remove_report(found)  # it belongs to no evidence
+            raise
     if as_json:
         print_json(found.model_dump(mode="json") | {"file": str(path)})
     else:
