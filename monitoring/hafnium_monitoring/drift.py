@@ -121,7 +121,7 @@ def _read(log: InferenceLog, bundle: Bundle, arms: frozenset[str], options: Drif
 
 def _arm(bundle: Bundle, rows: LogRows, options: DriftOptions) -> Arm:
     window = sample_of(rows)
-    reference = load_reference(bundle)
+    reference = load_reference(bundle, options.rules.min_rows)
     season = match_season(bundle.contract, reference, window, options.start, options.end, options.rules.min_rows)
     return Arm(bundle.contract, window, season)
 

@@ -19,6 +19,9 @@ from hafnium_monitoring.windows import Float32s, LogRows
 
 REFERENCE = "reference.parquet"
 DAY = timedelta(days=1)
+REFERENCE_ROWS_MIN, REFERENCE_ROWS_LEAST = 1_000, 200
+"""A reference needs as many rows as a window (`reference_rows_min`), but never more than the first: a reference can't grow with
+traffic. Never fewer than the second: against 100 rows a PSI below .45 isn't significant, so that tripled amounts would pass."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,16 @@ def sample_of(rows: LogRows) -> Sample:
     return Sample(rows.kept, rows.features, rows.score, rows.degraded, rows.time)
 
 
-def load_reference(bundle: Bundle) -> Sample:
+def reference_rows_min(window_rows_min: int) -> int:
+    """How many rows a reference must have where a window must have `window_rows_min`."""
+    return max(REFERENCE_ROWS_LEAST, min(window_rows_min, REFERENCE_ROWS_MIN))
+
+
+def load_reference(bundle: Bundle, window_rows_min: int = REFERENCE_ROWS_MIN) -> Sample:
     """reference.parquet → Sample with every logged feature and the score.
 
-    Raises ReferenceSampleError when a column is missing, is not numeric, or there are no rows.
+    Raises ReferenceSampleError when a column is missing, is not numeric, or there are too few rows to see drift with: with few
+    rows nothing is ever significant, and "no drift" would be all that such a reference can say.
     """
     path = bundle.path / REFERENCE
     names = [f.name for f in logged_features(bundle.contract)]
@@ -61,8 +70,9 @@ def load_reference(bundle: Bundle) -> Sample:
     lacking = [c for c in (*(FEATURE_PREFIX + n for n in names), "score") if c not in columns]
     if lacking:
         raise ReferenceSampleError(f"{path}: column {lacking[0]!r} is missing; the contract has that feature")
-    if len(table) == 0:
-        raise ReferenceSampleError(f"{path}: has no rows; nothing can be compared with it")
+    needed = reference_rows_min(window_rows_min)
+    if len(table) < needed:
+        raise ReferenceSampleError(f"{path}: the reference has {len(table)} rows, {needed} are needed to see drift; make a larger one")
     return Sample(len(table), {n: columns[FEATURE_PREFIX + n] for n in names}, columns["score"])
 
 

@@ -155,6 +155,34 @@ def test_without_enough_stable_rows_drift_of_the_candidate_holds_and_does_not_fa
     assert "too few rows" in spec.message
 
 
+def test_a_tiny_reference_is_an_error_and_never_no_drift(world: World, tmp_path: Path, contract: ModelContract) -> None:
+    world.candidate = make_bundle(tmp_path / "tiny", contract, version="8", rows=100)
+    write_log(world.logs[0], world.candidate, world.matrix(5_000, AMOUNT_IN_CENTS), "candidate")
+    spec = world.run(alone=True).evidence
+    assert (spec.verdict, spec.values) == ("Error", ())
+    assert "the reference has 100 rows, 1000 are needed" in spec.message
+
+
+def test_a_feature_that_the_reference_hardly_knows_is_drift_when_it_arrives(
+    world: World, tmp_path: Path, contract: ModelContract,
+) -> None:
+    whole = pq.ParquetFile(world.candidate.path / "reference.parquet").read()
+    at = whole.column_names.index("feature_geo_risk_score")
+    hardly = whole["feature_geo_risk_score"].to_numpy().copy()
+    hardly[20:] = np.nan
+    files = {name: (world.candidate.path / name).read_bytes() for name in REQUIRED}
+    pq.write_table(whole.set_column(at, whole.column_names[at], pa.array(hardly, pa.float32())), tmp_path / "reference.parquet")
+    files["reference.parquet"] = (tmp_path / "reference.parquet").read_bytes()
+    world.candidate = write_bundle(
+        tmp_path / "hardly", files, contract=contract, model_version="8", data_digest="sha256:" + "0" * 64, git_commit="0" * 40,
+        seed=0, opset=20,
+    )
+    world.log("candidate", 2_000)
+    outcome = world.run(alone=True)
+    assert outcome.evidence.verdict == "Fail"
+    assert "missing:geo_risk_score" in drifted(outcome, "reference")
+
+
 def test_too_few_rows_are_no_data(world: World) -> None:
     world.log("candidate", 999)
     world.log("stable", 4_000)

@@ -76,7 +76,7 @@ def test_a_feature_in_another_unit_is_another_quantity(contract: ModelContract) 
 
 
 @pytest.mark.parametrize(("table", "said"), [
-    (pa.table({"score": [0.5]}), "is missing"), (None, "can't be read"), ("empty", "has no rows"), ("text", "can't be read"),
+    (pa.table({"score": [0.5]}), "is missing"), (None, "can't be read"), ("empty", "has 0 rows"), ("text", "can't be read"),
 ])
 def test_a_reference_that_does_not_fit_the_contract_is_named(
     table: object, said: str, candidate_bundle: Bundle, tmp_path: Path,
@@ -93,6 +93,22 @@ def test_a_reference_that_does_not_fit_the_contract_is_named(
         pq.write_table(table, path)
     with pytest.raises(ReferenceSampleError, match=said):
         load_reference(Bundle(tmp_path, candidate_bundle.manifest, candidate_bundle.contract))
+
+
+@pytest.mark.parametrize(("rows", "window_min", "needed"), [(999, 1_000, 1_000), (1_999, 50_000, None), (499, 500, 500), (199, 1, 200)])
+def test_a_reference_too_small_to_see_drift_is_named_with_what_is_needed(
+    rows: int, window_min: int, needed: int | None, candidate_bundle: Bundle, tmp_path: Path,
+) -> None:
+    whole = pq.ParquetFile(candidate_bundle.path / "reference.parquet").read()
+    bundle = Bundle(tmp_path, candidate_bundle.manifest, candidate_bundle.contract)
+    pq.write_table(whole.slice(0, rows), tmp_path / "reference.parquet")
+    if needed is None:
+        assert load_reference(bundle, window_min).rows == rows
+        return
+    with pytest.raises(ReferenceSampleError, match=f"has {rows} rows, {needed} are needed"):
+        load_reference(bundle, window_min)
+    pq.write_table(whole.slice(0, needed), tmp_path / "reference.parquet")
+    assert load_reference(bundle, window_min).rows == needed
 
 
 def test_values_and_missing_values_of_the_reference_arrive(candidate_bundle: Bundle) -> None:
