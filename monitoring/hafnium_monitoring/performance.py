@@ -10,25 +10,19 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from hafnium_contract.bundle import Bundle, open_bundle
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.evidence import EvidenceSpec, EvidenceValue, Verdict
-from hafnium_contract.model_contract import ModelContract
-from hafnium_monitoring.errors import LabelError
+from hafnium_monitoring.labels import known_labels
 from hafnium_monitoring.windows import ALL_ARMS, InferenceLog, LogRows, Selection
 
-pc: Any = pyarrow.compute  # its functions are made at import, so type checkers can't see them
 _LOG = logging.getLogger("hafnium.monitoring")
 JOB = "hafnium-monitoring performance"
 SCORE_NAME = "score"
@@ -92,9 +86,10 @@ def _run(options: PerformanceOptions, bundle: Bundle, now: datetime) -> Evidence
     rows = InferenceLog(options.logs).read(wanted, [], rows_max=options.rows_max, seed=options.seed)
     if rows.kept == 0:
         return _evidence(options, bundle, now, "NoData", "no row of the model in the window", 0, ())
-    label, ids = known_labels(options.labels, bundle.contract, now, answered_by=options.end)
-    score, truth, asked = _join(rows, ids, label)
-    positives = int(truth.sum())
+    scores = _scores(rows)
+    known = known_labels(options.labels, bundle.contract, now, answered_by=options.end, wanted=list(scores))
+    score, truth = _join(scores, known)
+    asked, positives = len(scores), int(truth.sum())
     short = (
         f"{len(truth)} of {asked} rows have a label by now, {options.labelled_share_min:.0%} are needed"
         if len(truth) < options.labelled_share_min * asked else
@@ -134,48 +129,15 @@ def _judged(
     return _evidence(options, bundle, now, verdict, message, samples, values)
 
 
-def known_labels(
-    path: Path, contract: ModelContract, now: datetime, *, answered_by: datetime,
-) -> tuple[Floats, npt.NDArray[np.object_]]:
-    """Labels known at `now` → ([rows] 0 or 1, [rows] request ids). Raises LabelError.
-
-    With a fixed `delay` instead of a label time column, all labels of the window are known once `answered_by` + delay is past.
-    """
-    data = contract.data
-    id_column = data.request_id or "request_id"
-    columns = [id_column, data.label.column, *([data.label_time.column] if data.label_time.column else [])]
-    try:
-        if path.suffix.lower() == ".csv":
-            include = pyarrow.csv.ConvertOptions(include_columns=columns, column_types={id_column: pa.string()})
-            table = pyarrow.csv.read_csv(path, convert_options=include)
-        else:
-            with pq.ParquetFile(path) as file:
-                table = file.read(columns=columns)
-        lacking = [c for c in columns if c not in table.column_names]
-        if lacking:
-            raise LabelError(f"{path}: column {lacking[0]!r} is missing; the contract names it")
-        label = table[data.label.column].cast(pa.float64())
-        known = pc.is_valid(label)
-        if data.label_time.column:
-            times = table[data.label_time.column].cast(pa.timestamp("us", tz="UTC"))
-            known = pc.and_(known, pc.fill_null(pc.less_equal(times, pa.scalar(now, pa.timestamp("us", tz="UTC"))), False))
-        elif answered_by + (data.label_time.delay or timedelta(0)) > now:
-            known = pc.and_(known, False)
-        ids = table[id_column].cast(pa.string())
-    except (pa.ArrowException, OSError, KeyError) as e:
-        raise LabelError(f"{path}: labels can't be read: {str(e).splitlines()[0]}") from e
-    return (
-        np.asarray(label.filter(known).to_numpy(), np.float64), np.asarray(ids.filter(known).to_pandas(), np.object_),
-    )
+def _scores(rows: LogRows) -> dict[str, float]:
+    """Request id → score. A request counts once, also when it was asked again."""
+    return dict(zip(rows.request_id.tolist(), rows.score.astype(np.float64).tolist(), strict=True))
 
 
-def _join(rows: LogRows, ids: npt.NDArray[np.object_], label: Floats) -> tuple[Floats, Floats, int]:
-    """(score, label) of the requests that have a label, and how many requests there were. A request counts once."""
-    score = dict(zip(rows.request_id.tolist(), rows.score.astype(np.float64).tolist(), strict=True))
-    known = dict(zip(ids.tolist(), label.tolist(), strict=True))
-    both = [(s, known[i]) for i, s in score.items() if i in known]
-    pairs = np.array(both, np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1], len(score)
+def _join(score: Mapping[str, float], known: Mapping[str, float]) -> tuple[Floats, Floats]:
+    """(score, label) of the requests that have a label."""
+    pairs = np.array([(s, known[i]) for i, s in score.items() if i in known], np.float64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def measure(score: Floats, truth: Floats, *, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
