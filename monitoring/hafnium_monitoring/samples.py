@@ -73,6 +73,9 @@ def load_reference(bundle: Bundle, window_rows_min: int = REFERENCE_ROWS_MIN) ->
     needed = reference_rows_min(window_rows_min)
     if len(table) < needed:
         raise ReferenceSampleError(f"{path}: the reference has {len(table)} rows, {needed} are needed to see drift; make a larger one")
+    broken = int((~np.isfinite(columns["score"])).sum())
+    if broken:
+        raise ReferenceSampleError(f"{path}: {broken} scores are NaN or infinite; score the reference anew")
     return Sample(len(table), {n: columns[FEATURE_PREFIX + n] for n in names}, columns["score"])
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hafnium_contract.evidence import Verdict
-from hafnium_monitoring.comparison import SCORE, Finding, drifted
+from hafnium_monitoring.comparison import NON_FINITE, SCORE, Finding, drifted
 
 NAMES_MAX = 5
 
@@ -54,6 +54,9 @@ class Judgement:
 def judge(found: Comparisons) -> Judgement:
     """The verdict, and one sentence for who is on call."""
     moved = drifted(found.candidate)
+    broken = [f for f in moved if f.statistic == NON_FINITE]
+    if broken:
+        return Judgement("Fail", f"{names(broken)}: no world explains that, and nothing can be decided by them; look at the model")
     if found.stable is None or found.between is None:
         return _alone(moved, found)
     if found.split_changed:
@@ -69,7 +72,7 @@ def judge(found: Comparisons) -> Judgement:
         )
     stable = {f.name: f for f in found.stable}
     references = {f.name: f for f in found.references or ()}
-    world_moved = max((_size(f) for f in drifted(found.stable)), default=0.0)
+    world_moved = max((_size(f) for f in drifted(found.stable) if f.statistic != NON_FINITE), default=0.0)
     world = [f for f in moved if f.name in stable and stable[f.name].drifted]
     own = [f for f in moved if f not in world and _own_fault(f, stable, references, world_moved)]
     if own:

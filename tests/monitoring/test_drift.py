@@ -155,6 +155,23 @@ def test_without_enough_stable_rows_drift_of_the_candidate_holds_and_does_not_fa
     assert "too few rows" in spec.message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("alone", "stable_rows"), [(True, 0), (False, 0), (False, 2_000)], ids=["alone", "no stable rows", "two arms"])
+def test_a_single_score_that_is_no_number_fails_and_is_counted(world: World, value: float, alone: bool, stable_rows: int) -> None:
+    write_log(world.logs[0], world.candidate, world.matrix(2_000), "candidate", files=1)
+    log = next(world.logs[0].glob("date=*/*/part-*.parquet"))
+    rows = pq.ParquetFile(log).read()
+    scores = rows["score"].to_numpy().copy()
+    scores[7] = value
+    at = rows.column_names.index("score")
+    pq.write_table(rows.set_column(at, rows.schema.field("score"), pa.array(scores, pa.float32(), from_pandas=False)), log)
+    if stable_rows:
+        world.log("stable", stable_rows)
+    spec = world.run(alone=alone).evidence
+    assert spec.verdict == "Fail"
+    assert "scores that are NaN or infinite: 1" in spec.message
+
+
 def test_a_tiny_reference_is_an_error_and_never_no_drift(world: World, tmp_path: Path, contract: ModelContract) -> None:
     world.candidate = make_bundle(tmp_path / "tiny", contract, version="8", rows=100)
     write_log(world.logs[0], world.candidate, world.matrix(5_000, AMOUNT_IN_CENTS), "candidate")

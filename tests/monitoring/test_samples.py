@@ -77,6 +77,7 @@ def test_a_feature_in_another_unit_is_another_quantity(contract: ModelContract) 
 
 @pytest.mark.parametrize(("table", "said"), [
     (pa.table({"score": [0.5]}), "is missing"), (None, "can't be read"), ("empty", "has 0 rows"), ("text", "can't be read"),
+    ("nan", "1 scores are NaN"),
 ])
 def test_a_reference_that_does_not_fit_the_contract_is_named(
     table: object, said: str, candidate_bundle: Bundle, tmp_path: Path,
@@ -87,6 +88,11 @@ def test_a_reference_that_does_not_fit_the_contract_is_named(
         path.write_bytes(b"no parquet")
     elif table == "empty":
         pq.write_table(whole.slice(0, 0), path)
+    elif table == "nan":
+        at = whole.column_names.index("score")
+        scores = whole["score"].to_numpy().copy()
+        scores[3] = np.nan
+        pq.write_table(whole.set_column(at, "score", pa.array(scores)), path)
     elif table == "text":
         pq.write_table(whole.set_column(0, whole.column_names[0], pa.array(["x"] * len(whole))), path)
     else:
