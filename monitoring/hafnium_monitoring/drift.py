@@ -137,7 +137,7 @@ def compare_arms(candidate: Arm, stable: Arm | None, rules: DriftRules, *, stabl
 
     own = against_reference(candidate)
     if stable is None:
-        return Comparisons(own, stable_expected=stable_expected)
+        return Comparisons(own, stable_expected=stable_expected, other_hours=candidate.season.unmatched)
     contract, theirs = candidate.contract, stable.contract
     return Comparisons(
         candidate=own,

@@ -42,6 +42,8 @@ class Comparisons:
     stable_expected: bool = False
     split_changed: bool = False
     """The arms' requests came at different times of the window, so they can't be compared."""
+    other_hours: bool = False
+    """The reference has too few rows of the window's hours: the hour alone may move values."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def _alone(moved: Sequence[Finding], found: Comparisons) -> Judgement:
         return Judgement(
             "Inconclusive", f"the candidate left its reference ({names(moved)}), and the stable arm has too few rows to tell "
             "whether the world did",
+        )
+    if found.other_hours and all(f.statistic == "psi" for f in moved):
+        return Judgement(
+            "Inconclusive", f"the model's inputs or scores left its reference ({names(moved)}), which has too few rows of these hours "
+            "to tell whether that is the hour; a larger reference, or a window of a day, can",
         )
     return Judgement("Fail", f"the model's inputs or scores left its reference: {names(moved)}")
 

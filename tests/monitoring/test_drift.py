@@ -18,7 +18,7 @@ from hafnium_contract.errors import BundleError, InputError
 from hafnium_contract.evidence import EvidenceValue, read_evidence, write_evidence
 from hafnium_contract.model_contract import ModelContract
 from hafnium_monitoring.drift import Arm, DriftOptions, DriftOutcome, compare_arms, run_drift
-from hafnium_monitoring.samples import Sample, Season, load_reference
+from hafnium_monitoring.samples import Sample, Season, load_reference, match_season
 from hafnium_monitoring.settings import DriftRules
 from hafnium_monitoring.verdict import judge
 from hafnium_testing import make_bundle, synthetic_matrix
@@ -218,6 +218,29 @@ def test_the_clock_is_not_drift_in_a_window_shorter_than_a_day(world: World) -> 
     world.log("candidate", 2_000, at_three)
     world.log("stable", 4_000, at_three)
     assert world.run().evidence.verdict == "Pass"
+
+
+@pytest.mark.parametrize("hour", [3, 12], ids=["night", "noon"])
+def test_a_model_alone_is_judged_by_the_same_hours_of_its_reference(world: World, contract: ModelContract, hour: int) -> None:
+    """Amounts at night are a third of those at noon, every night: no drift; the same fall at noon is."""
+    rng = np.random.default_rng(2)
+    of_day = np.cos((np.arange(24) - 13) / 24 * 2 * np.pi) + 1.1
+
+    def at(hours: np.ndarray) -> Sample:  # type: ignore[type-arg]
+        rows = rng.integers(0, 5_000, len(hours))
+        features = {n: v[rows] for n, v in load_reference(world.candidate).features.items()}
+        features["hour_of_day"] = hours.astype(np.float32)
+        scale = np.where(hours < 6, 1.0, 3.0)
+        features["transaction_amount"] = (rng.lognormal(3, 1, len(hours)) * scale).astype(np.float32)
+        return Sample(len(hours), features, rng.random(len(hours), np.float32), np.zeros(len(hours), np.bool_))
+
+    reference = replace(at(rng.choice(24, 5_000, p=of_day / of_day.sum())), degraded=None)
+    window = at(np.full(1_500, hour))
+    lower = dict(window.features, transaction_amount=window.features["transaction_amount"] / 3)
+    for seen, verdict in ((window, "Pass"), (replace(window, features=lower), "Fail")):
+        season = match_season(contract, reference, seen, START, NOW, 1_000)
+        assert season.matched
+        assert judge(compare_arms(Arm(contract, seen, season), None, world.rules, stable_expected=False)).verdict == verdict
 
 
 def test_a_candidate_whose_clock_is_wrong_still_fails(world: World) -> None:

@@ -21,6 +21,12 @@ SCORE = (finding("a", False), finding("b", False), finding("score", value=0.3, t
 @pytest.mark.parametrize(("found", "verdict", "both"), [
     pytest.param(Comparisons(CALM), "Pass", False, id="alone and calm"),
     pytest.param(Comparisons(A), "Fail", False, id="alone and drifted"),
+    pytest.param(Comparisons(A, other_hours=True), "Inconclusive", False, id="alone and drifted, at hours that the reference lacks"),
+    pytest.param(
+        Comparisons((*CALM, Finding("missing:a", "missing_share_change", 0.1, 0.02, 1e-9, True, True)), other_hours=True), "Fail", False,
+        id="alone and values missing, at whatever hour",
+    ),
+    pytest.param(Comparisons(CALM, other_hours=True), "Pass", False, id="alone and calm, at hours that the reference lacks"),
     pytest.param(Comparisons(CALM, stable_expected=True), "Pass", False, id="stable arm too small, calm"),
     pytest.param(Comparisons(A, stable_expected=True), "Inconclusive", False, id="stable arm too small, drifted"),
     pytest.param(Comparisons(CALM, CALM, CALM, CALM), "Pass", False, id="all calm"),
