@@ -24,7 +24,8 @@ from hafnium_monitoring.settings import DriftRules
 from hafnium_monitoring.shares import share_test
 
 SCORE = "score"
-Statistic = Literal["psi", "missing_share_change", "unknown_share_change", "degraded_share_change"]
+NON_FINITE = "non_finite_scores"
+Statistic = Literal["psi", "missing_share_change", "unknown_share_change", "degraded_share_change", "non_finite_scores"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Finding:
         )
 
     def __str__(self) -> str:
+        if self.statistic == NON_FINITE:
+            return f"scores that are NaN or infinite: {self.value:.0f}"
         if self.statistic == "psi":
             return f"{self.name} (PSI {self.value:.2f})"
         return f"{self.name} ({self.value:+.1%})"
@@ -79,7 +82,13 @@ def compare(
     found.append(_psi_finding(SCORE, bins, window.score, base.score, rules.score_threshold, rules))
     if not judge_score:
         found[-1] = replace(found[-1], threshold=None, p_value=None)
-    return judged(found, level)
+    broken = int((~np.isfinite(window.score)).sum()) if judge_score else 0
+    return (*judged(found, level), *([_non_finite(broken)] if broken else []))
+
+
+def _non_finite(rows: int) -> Finding:
+    """Not a movement that could be harmless, so not a test: a single such score is a decision that nobody made."""
+    return Finding(f"non_finite:{SCORE}", NON_FINITE, float(rows), 0.0, None, large=True, drifted=True)
 
 
 def judged(found: Sequence[Finding], level: float) -> tuple[Finding, ...]:

@@ -138,7 +138,7 @@ def _read(log: InferenceLog, bundle: Bundle, arms: frozenset[str], options: Drif
 
 def _arm(bundle: Bundle, rows: LogRows, options: DriftOptions) -> Arm:
     window = sample_of(rows)
-    reference = load_reference(bundle)
+    reference = load_reference(bundle, options.rules.min_rows)
     season = match_season(bundle.contract, reference, window, options.start, options.end, options.rules.min_rows)
     return Arm(bundle.contract, window, season)
 
@@ -154,7 +154,7 @@ def compare_arms(candidate: Arm, stable: Arm | None, rules: DriftRules, *, stabl
 
     own = against_reference(candidate)
     if stable is None:
-        return Comparisons(own, stable_expected=stable_expected)
+        return Comparisons(own, stable_expected=stable_expected, other_hours=candidate.season.unmatched)
     contract, theirs = candidate.contract, stable.contract
     return Comparisons(
         candidate=own,

@@ -2,33 +2,34 @@
 
 Labels come weeks late, and not at random: confirmed fraud is known first. So a window is judged only when nearly all of its
 rows have a label by now (`labelled_share_min`); earlier it is NoData, since the AUC of the early labels is another number.
+
+What it is compared with was measured too, often on a few dozen frauds. So the loss, window − evaluation · (1 − drop), gets an
+interval from both (MOVER: Zou & Donner, "Construction of confidence limits about effect measures", 2008; it takes intervals that
+are not symmetric as they are). And PR-AUC depends on the share of frauds, which is no quality of the model: negatives are weighted
+so that the window's share is the evaluation's.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.csv
-import pyarrow.parquet as pq
+from scipy import special
 
 from hafnium_contract.bundle import Bundle, open_bundle
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.evidence import EvidenceSpec, EvidenceValue, Verdict
-from hafnium_contract.model_contract import ModelContract
-from hafnium_monitoring.errors import LabelError
+from hafnium_monitoring.labels import known_labels
 from hafnium_monitoring.windows import ALL_ARMS, InferenceLog, LogRows, Selection
 
-pc: Any = pyarrow.compute  # its functions are made at import, so type checkers can't see them
 _LOG = logging.getLogger("hafnium.monitoring")
 JOB = "hafnium-monitoring performance"
 SCORE_NAME = "score"
@@ -92,9 +93,10 @@ def _run(options: PerformanceOptions, bundle: Bundle, now: datetime) -> Evidence
     rows = InferenceLog(options.logs).read(wanted, [], rows_max=options.rows_max, seed=options.seed)
     if rows.kept == 0:
         return _evidence(options, bundle, now, "NoData", "no row of the model in the window", 0, ())
-    label, ids = known_labels(options.labels, bundle.contract, now, answered_by=options.end)
-    score, truth, asked = _join(rows, ids, label)
-    positives = int(truth.sum())
+    scores = _scores(rows)
+    known = known_labels(options.labels, bundle.contract, now, answered_by=options.end, wanted=list(scores))
+    score, truth = _join(scores, known)
+    asked, positives = len(scores), int(truth.sum())
     short = (
         f"{len(truth)} of {asked} rows have a label by now, {options.labelled_share_min:.0%} are needed"
         if len(truth) < options.labelled_share_min * asked else
@@ -104,90 +106,85 @@ def _run(options: PerformanceOptions, bundle: Bundle, now: datetime) -> Evidence
     )
     if short:
         return _evidence(options, bundle, now, "NoData", short, len(truth), ())
-    found = measure(score, truth, confidence=options.confidence, resamples=options.resamples, seed=options.seed)
-    return _judged(options, bundle, now, found, len(truth))
+    evaluated = evaluation(bundle)
+    found = measure(
+        score, truth, confidence=options.confidence, resamples=options.resamples, seed=options.seed, share=evaluated.positive_share,
+    )
+    return _judged(options, bundle, now, found, evaluated, len(truth))
 
 
 def _judged(
-    options: PerformanceOptions, bundle: Bundle, now: datetime, found: Mapping[str, Interval], samples: int,
+    options: PerformanceOptions, bundle: Bundle, now: datetime, found: Mapping[str, Interval], evaluated: Evaluation, samples: int,
 ) -> EvidenceSpec:
-    baseline = baselines(bundle)
-    floors = {m: baseline[m] * (1 - options.drop_max) for m in ("roc_auc", "pr_auc") if m in baseline}
-    failed = [m for m, floor in floors.items() if found[m].upper < floor]
+    kept = 1.0 - options.drop_max
+    # Without the evaluation's share of positives its PR-AUC is a number about another population: shown, not judged
+    asked = ("roc_auc", "pr_auc") if evaluated.positive_share is not None else ("roc_auc",)
+    baseline = {m: evaluated.metrics[m] for m in asked if m in evaluated.metrics}
+    over = {m: difference(found[m], x, kept, options.confidence) for m, x in baseline.items()}
+    failed = [m for m, x in over.items() if x.upper < 0]
     values: list[EvidenceValue] = []
     for metric, x in found.items():
-        floor = floors.get(metric)
+        floor = baseline[metric].value * kept if metric in baseline else None
         values.append(EvidenceValue(name=SCORE_NAME, statistic=metric, value=x.value, threshold=floor, drifted=metric in failed))
         values.append(EvidenceValue(name=SCORE_NAME, statistic=f"{metric}_lower", value=x.lower))
         values.append(EvidenceValue(name=SCORE_NAME, statistic=f"{metric}_upper", value=x.upper))
-    text = ", ".join(
-        f"{m} {found[m].value:.3f} [{found[m].lower:.3f}, {found[m].upper:.3f}] against {baseline[m]:.3f}" for m in floors
-    )
-    if not floors:
-        verdict, message = "Inconclusive", "the bundle's evaluation.json has neither roc_auc nor pr_auc to compare with"
+    text = ", ".join(f"{m} {_shown(found[m])} against {_shown(x)}" for m, x in baseline.items())
+    if any(x.lower == x.upper for x in baseline.values()):
+        text += " (the evaluation gives no interval and is taken as exact)"
+    if not baseline:
+        verdict, message = "Inconclusive", (
+            "the bundle's evaluation.json has no roc_auc to compare with, and no pr_auc with the rows and positives of data.parts.test"
+        )
     elif failed:
         verdict, message = "Fail", f"down by more than {options.drop_max:.0%} since the evaluation: {text}"
-    elif all(found[m].lower >= floor for m, floor in floors.items()):
+    elif all(x.lower >= 0 for x in over.values()):
         verdict, message = "Pass", f"as good as when it was evaluated: {text}"
     else:
         verdict, message = "Inconclusive", f"the intervals still contain a loss of more than {options.drop_max:.0%}: {text}"
     return _evidence(options, bundle, now, verdict, message, samples, values)
 
 
-def known_labels(
-    path: Path, contract: ModelContract, now: datetime, *, answered_by: datetime,
-) -> tuple[Floats, npt.NDArray[np.object_]]:
-    """Labels known at `now` → ([rows] 0 or 1, [rows] request ids). Raises LabelError.
+def _shown(x: Interval) -> str:
+    return f"{x.value:.3f} [{x.lower:.3f}, {x.upper:.3f}]"
 
-    With a fixed `delay` instead of a label time column, all labels of the window are known once `answered_by` + delay is past.
-    """
-    data = contract.data
-    id_column = data.request_id or "request_id"
-    columns = [id_column, data.label.column, *([data.label_time.column] if data.label_time.column else [])]
-    try:
-        if path.suffix.lower() == ".csv":
-            include = pyarrow.csv.ConvertOptions(include_columns=columns, column_types={id_column: pa.string()})
-            table = pyarrow.csv.read_csv(path, convert_options=include)
-        else:
-            with pq.ParquetFile(path) as file:
-                table = file.read(columns=columns)
-        lacking = [c for c in columns if c not in table.column_names]
-        if lacking:
-            raise LabelError(f"{path}: column {lacking[0]!r} is missing; the contract names it")
-        label = table[data.label.column].cast(pa.float64())
-        known = pc.is_valid(label)
-        if data.label_time.column:
-            times = table[data.label_time.column].cast(pa.timestamp("us", tz="UTC"))
-            known = pc.and_(known, pc.fill_null(pc.less_equal(times, pa.scalar(now, pa.timestamp("us", tz="UTC"))), False))
-        elif answered_by + (data.label_time.delay or timedelta(0)) > now:
-            known = pc.and_(known, False)
-        ids = table[id_column].cast(pa.string())
-    except (pa.ArrowException, OSError, KeyError) as e:
-        raise LabelError(f"{path}: labels can't be read: {str(e).splitlines()[0]}") from e
-    return (
-        np.asarray(label.filter(known).to_numpy(), np.float64), np.asarray(ids.filter(known).to_pandas(), np.object_),
+
+def difference(window: Interval, evaluated: Interval, kept: float, confidence: float) -> Interval:
+    """window − `kept` · evaluated, at `confidence`, as `window` is; the evaluation's interval is one of 95 %."""
+    scale = kept * float(special.ndtri(0.5 + confidence / 2.0) / special.ndtri(0.975))
+    value = window.value - kept * evaluated.value
+    return Interval(
+        value,
+        value - math.hypot(window.value - window.lower, scale * (evaluated.upper - evaluated.value)),
+        value + math.hypot(window.upper - window.value, scale * (evaluated.value - evaluated.lower)),
     )
 
 
-def _join(rows: LogRows, ids: npt.NDArray[np.object_], label: Floats) -> tuple[Floats, Floats, int]:
-    """(score, label) of the requests that have a label, and how many requests there were. A request counts once."""
-    score = dict(zip(rows.request_id.tolist(), rows.score.astype(np.float64).tolist(), strict=True))
-    known = dict(zip(ids.tolist(), label.tolist(), strict=True))
-    both = [(s, known[i]) for i, s in score.items() if i in known]
-    pairs = np.array(both, np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1], len(score)
+def _scores(rows: LogRows) -> dict[str, float]:
+    """Request id → score. A request counts once, also when it was asked again."""
+    return dict(zip(rows.request_id.tolist(), rows.score.astype(np.float64).tolist(), strict=True))
 
 
-def measure(score: Floats, truth: Floats, *, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
-    """ROC-AUC, PR-AUC (average precision) and Brier score with bootstrap intervals. `score`, `truth`: [rows]."""
+def _join(score: Mapping[str, float], known: Mapping[str, float]) -> tuple[Floats, Floats]:
+    """(score, label) of the requests that have a label."""
+    pairs = np.array([(s, known[i]) for i, s in score.items() if i in known], np.float64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def measure(
+    score: Floats, truth: Floats, *, confidence: float, resamples: int, seed: int, share: float | None = None,
+) -> dict[str, Interval]:
+    """ROC-AUC, PR-AUC (average precision) and Brier score with bootstrap intervals. `score`, `truth`: [rows].
+
+    `share`: PR-AUC as it were with this share of positives; None: as many as there are.
+    """
     order = np.argsort(-score, kind="stable")
     score, truth = score[order], truth[order]
     starts = np.flatnonzero(np.r_[True, np.diff(score) != 0])  # rows of one score count as one step, not in file order
     rng = np.random.default_rng(seed)
-    point = _metrics(score, truth, np.ones(len(score)), starts)
+    point = _metrics(score, truth, np.ones(len(score)), starts, share)
     rows = len(score)
     draws = np.array([
-        _metrics(score, truth, np.bincount(rng.integers(0, rows, rows), minlength=rows).astype(np.float64), starts)
+        _metrics(score, truth, np.bincount(rng.integers(0, rows, rows), minlength=rows).astype(np.float64), starts, share)
         for _ in range(resamples)
     ])
     tail = (1.0 - confidence) / 2.0
@@ -197,7 +194,9 @@ def measure(score: Floats, truth: Floats, *, confidence: float, resamples: int, 
     }
 
 
-def _metrics(score: Floats, truth: Floats, weight: Floats, starts: npt.NDArray[np.int64]) -> tuple[float, float, float]:
+def _metrics(
+    score: Floats, truth: Floats, weight: Floats, starts: npt.NDArray[np.int64], share: float | None,
+) -> tuple[float, float, float]:
     """Weighted metrics; `score` falls, `starts` are the first rows of each distinct score."""
     positive = np.add.reduceat(weight * truth, starts)
     negative = np.add.reduceat(weight * (1.0 - truth), starts)
@@ -206,31 +205,58 @@ def _metrics(score: Floats, truth: Floats, weight: Floats, starts: npt.NDArray[n
     if all_positive == 0 or all_negative == 0:
         return (np.nan, np.nan, float(np.average((score - truth) ** 2, weights=weight)))
     roc = float(np.sum(negative * (above - positive / 2.0)) / (all_positive * all_negative))
+    if share is not None:  # in every resample anew: their share varies too, and is no part of what is asked
+        false = false * (all_positive * (1.0 - share) / (share * all_negative))
     taken = above + false
     precision = np.divide(above, taken, out=np.zeros_like(above), where=taken > 0)
     return roc, float(np.sum(precision * positive) / all_positive), float(np.average((score - truth) ** 2, weights=weight))
 
 
-def baselines(bundle: Bundle) -> dict[str, float]:
-    """Metrics of evaluation.json's `metrics`: a number each, or an object with `value`."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation.json says."""
+
+    metrics: Mapping[str, Interval]
+    """With 95 % intervals; a number without one is an interval of length 0."""
+    positive_share: float | None
+    """Of the rows that it was measured on; None when the file doesn't say."""
+
+
+def evaluation(bundle: Bundle) -> Evaluation:
+    """`metrics` of evaluation.json (a number each, or an object with `value`, `lower`, `upper`), and the counts of data.parts.test."""
     path = bundle.path / "evaluation.json"
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: can't be read: {e}") from e
-    metrics = data.get("metrics") if isinstance(data, dict) else None
-    if not isinstance(metrics, dict):
-        return {}
-    plain = {str(k).lower().replace("_", "").replace("-", ""): v for k, v in metrics.items()}
-    out: dict[str, float] = {}
+    plain = {str(k).lower().replace("_", "").replace("-", ""): v for k, v in _object(data, "metrics").items()}
+    found: dict[str, Interval] = {}
     for metric, keys in BASELINE_KEYS.items():
         for key in keys:
-            value = plain.get(key)
-            if isinstance(value, dict):
-                value = value.get("value")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                out.setdefault(metric, float(value))
-    return out
+            x = plain.get(key)
+            fields: dict[str, Any] = x if isinstance(x, dict) else {"value": x}
+            value, lower, upper = (_number(fields.get(name)) for name in ("value", "lower", "upper"))
+            if value is None:
+                continue
+            if lower is None or upper is None or not lower <= value <= upper:
+                lower = upper = value
+            found.setdefault(metric, Interval(value, lower, upper))
+    test = _object(data, "data", "parts", "test")
+    rows, positives = _number(test.get("rows")), _number(test.get("positives"))
+    if rows is None or positives is None or not 0 < positives < rows:
+        return Evaluation(found, None)
+    return Evaluation(found, positives / rows)
+
+
+def _object(data: Any, *names: str) -> dict[str, Any]:
+    """The object at this path; empty when there is none."""
+    for name in names:
+        data = data.get(name) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def _evidence(

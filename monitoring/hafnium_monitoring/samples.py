@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -19,6 +19,9 @@ from hafnium_monitoring.windows import Float32s, LogRows
 
 REFERENCE = "reference.parquet"
 DAY = timedelta(days=1)
+REFERENCE_ROWS_MIN, REFERENCE_ROWS_LEAST = 1_000, 200
+"""A reference needs as many rows as a window (`reference_rows_min`), but never more than the first: a reference can't grow with
+traffic. Never fewer than the second: against 100 rows a PSI below .45 isn't significant, so that tripled amounts would pass."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,16 @@ def sample_of(rows: LogRows) -> Sample:
     return Sample(rows.kept, rows.features, rows.score, rows.degraded, rows.time)
 
 
-def load_reference(bundle: Bundle) -> Sample:
+def reference_rows_min(window_rows_min: int) -> int:
+    """How many rows a reference must have where a window must have `window_rows_min`."""
+    return max(REFERENCE_ROWS_LEAST, min(window_rows_min, REFERENCE_ROWS_MIN))
+
+
+def load_reference(bundle: Bundle, window_rows_min: int = REFERENCE_ROWS_MIN) -> Sample:
     """reference.parquet → Sample with every logged feature and the score.
 
-    Raises ReferenceSampleError when a column is missing, is not numeric, or there are no rows.
+    Raises ReferenceSampleError when a column is missing, is not numeric, or there are too few rows to see drift with: with few
+    rows nothing is ever significant, and "no drift" would be all that such a reference can say.
     """
     path = bundle.path / REFERENCE
     names = [f.name for f in logged_features(bundle.contract)]
@@ -61,8 +70,12 @@ def load_reference(bundle: Bundle) -> Sample:
     lacking = [c for c in (*(FEATURE_PREFIX + n for n in names), "score") if c not in columns]
     if lacking:
         raise ReferenceSampleError(f"{path}: column {lacking[0]!r} is missing; the contract has that feature")
-    if len(table) == 0:
-        raise ReferenceSampleError(f"{path}: has no rows; nothing can be compared with it")
+    needed = reference_rows_min(window_rows_min)
+    if len(table) < needed:
+        raise ReferenceSampleError(f"{path}: the reference has {len(table)} rows, {needed} are needed to see drift; make a larger one")
+    broken = int((~np.isfinite(columns["score"])).sum())
+    if broken:
+        raise ReferenceSampleError(f"{path}: {broken} scores are NaN or infinite; score the reference anew")
     return Sample(len(table), {n: columns[FEATURE_PREFIX + n] for n in names}, columns["score"])
 
 
@@ -84,6 +97,15 @@ def calendar_cycles(contract: ModelContract) -> dict[str, timedelta]:
     return cycles
 
 
+SEASON_ROWS, SEASON_ROWS_LEAST = 500, 200
+"""Rows of the reference that a short window is compared with: hours either side are taken in until there are the first; with all
+of them the second will do. Fewer show no PSI below a quarter."""
+SEASON_HOURS_MAX = 2
+"""Hours either side at most: further away people do other things."""
+SEASON_SHARE_MIN = 0.01
+"""An hour with a smaller share of the window is stray rows (a late one, a wrong clock) and not what the window is of."""
+
+
 @dataclass(frozen=True)
 class Season:
     """A reference made comparable with a short window."""
@@ -93,32 +115,75 @@ class Season:
     """Whether `reference` was cut down to the window's hours (and days of the week)."""
     clock_features: frozenset[str]
     """Features that only tell the time: in a window shorter than their cycle they differ from the reference by nature."""
+    unmatched: bool = False
+    """The contract tells the hour, and the reference has too few rows of the window's: what differs may be the hour."""
 
 
 def match_season(
     contract: ModelContract, reference: Sample, window: Sample, start: datetime, end: datetime, min_rows: int,
 ) -> Season:
-    """Cuts the reference down to the hours that the window has, when the window is shorter than a day and enough rows remain.
+    """Gives the reference the window's hours of day, when the window is shorter than a day.
 
     At three in the morning people buy other things than at noon: a minute of traffic is compared with the same hour of the
-    reference. The contract says which features tell the hour; without such a feature, or with too few rows of that hour, the
-    whole reference is used.
+    reference. The contract says which features tell the hour; without one the whole reference is used. Rows are left out until
+    the hours have the window's shares, not weighted: so every test sees as many rows as there really are.
     """
     cycles = {k: c for k, c in calendar_cycles(contract).items() if end - start < c}
     clock = frozenset(cycles)
-    direct = [
-        f.name for f in contract.inputs
+    operations = {
+        f.name: f.source.derived.operation for f in contract.inputs
         if f.name in cycles and isinstance(f.source, FromDerived) and f.source.derived.operation in ("hour_of_day", "day_of_week")
         and f.name in reference.features
-    ]
+    }
+    hours = [n for n, operation in operations.items() if operation == "hour_of_day"]
+    enough = max(SEASON_ROWS_LEAST, min(min_rows, SEASON_ROWS))
+    if not hours:
+        rows = _of_same_cells(reference, window, list(operations), [])
+        return Season(reference if len(rows) < enough else _taken(reference, rows), len(rows) >= enough, clock)
+    rows = np.zeros(0, np.int64)
     # First hour and day of the week together, then the hour alone.
-    for names in (direct, [n for n in direct if cycles[n] == DAY]):
+    for names in dict.fromkeys((tuple(operations), tuple(hours))):
+        for spread in range(SEASON_HOURS_MAX + 1):
+            rows = _of_same_cells(reference, window, names, hours, spread)
+            if len(rows) >= enough:
+                return Season(_taken(reference, rows), len(rows) < reference.rows, clock)
+    if len(rows) >= SEASON_ROWS_LEAST:
+        return Season(_taken(reference, rows), True, clock)
+    return Season(reference, False, clock, unmatched=True)
+
+
+def _taken(reference: Sample, rows: npt.NDArray[np.int64]) -> Sample:
+    mask = np.zeros(reference.rows, np.bool_)
+    mask[rows] = True
+    return reference.where(mask)
+
+
+def _of_same_cells(
+    reference: Sample, window: Sample, names: Sequence[str], hours: Sequence[str], spread: int = 0,
+) -> npt.NDArray[np.int64]:
+    """Rows of the reference with the window's shares of each combination of `names` (hours: or up to `spread` hours away)."""
+    if not names:
+        return np.zeros(0, np.int64)
+    there = np.column_stack([window.features[n] for n in names])
+    cells, counts = np.unique(there[~np.isnan(there).any(axis=1)], axis=0, return_counts=True)
+    kept = counts >= SEASON_SHARE_MIN * window.rows
+    if not kept.any():
+        return np.zeros(0, np.int64)
+    pools: list[npt.NDArray[np.int64]] = []
+    for cell in cells[kept]:
         mask = np.ones(reference.rows, np.bool_)
-        for name in names:
-            mask &= np.isin(reference.features[name], np.unique(window.features[name]))
-        if names and int(mask.sum()) >= min_rows:
-            return Season(reference.where(mask), not bool(mask.all()), clock)
-    return Season(reference, False, clock)
+        for name, value in zip(names, cell, strict=True):
+            away = np.abs(reference.features[name] - value)
+            mask &= np.minimum(away, 24 - away) <= spread if name in hours else away == 0
+        pools.append(np.flatnonzero(mask))
+    shares = counts[kept] / counts[kept].sum()
+    total = min(len(pool) / share for pool, share in zip(pools, shares, strict=True))
+    taken = np.zeros(reference.rows, np.bool_)
+    for pool, share in zip(pools, shares, strict=True):
+        free = pool[~taken[pool]]
+        count = min(len(free), round(total * share))
+        taken[free[np.linspace(0, len(free) - 1, count).round().astype(np.int64)]] = True  # evenly over the reference's time
+    return np.flatnonzero(taken)
 
 
 def aligned(feature: Feature, other: ModelContract, values: Float32s) -> Float32s | None:

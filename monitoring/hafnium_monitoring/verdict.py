@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hafnium_contract.evidence import Verdict
-from hafnium_monitoring.comparison import SCORE, Finding, drifted
+from hafnium_monitoring.comparison import NON_FINITE, SCORE, Finding, drifted
 
 NAMES_MAX = 5
 
@@ -48,6 +48,8 @@ class Comparisons:
     """How many the stable arm has, for the message."""
     split_changed: bool = False
     """The arms' requests came at different times of the window, so they can't be compared."""
+    other_hours: bool = False
+    """The reference has too few rows of the window's hours: the hour alone may move values."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Judgement:
 def judge(found: Comparisons) -> Judgement:
     """The verdict, and one sentence for who is on call."""
     moved = drifted(found.candidate)
+    broken = [f for f in moved if f.statistic == NON_FINITE]
+    if broken:
+        return Judgement("Fail", f"{names(broken)}: no world explains that, and nothing can be decided by them; look at the model")
     if found.stable is None or found.between is None:
         return _alone(moved, found)
     if found.split_changed:
@@ -75,7 +80,7 @@ def judge(found: Comparisons) -> Judgement:
         )
     stable = {f.name: f for f in found.stable}
     references = {f.name: f for f in found.references or ()}
-    world_moved = max((_size(f) for f in drifted(found.stable)), default=0.0)
+    world_moved = max((_size(f) for f in drifted(found.stable) if f.statistic != NON_FINITE), default=0.0)
     world = [f for f in moved if f.name in stable and stable[f.name].drifted]
     own = [f for f in moved if f not in world and _own_fault(f, stable, references, world_moved)]
     if own:
@@ -110,6 +115,11 @@ def _alone(moved: Sequence[Finding], found: Comparisons) -> Judgement:
         return Judgement(
             "Inconclusive", f"the candidate left its reference ({names(moved)}), and has all the traffic, so no stable arm tells whether "
             "the world did",
+        )
+    if found.other_hours and all(f.statistic == "psi" for f in moved):
+        return Judgement(
+            "Inconclusive", f"the model's inputs or scores left its reference ({names(moved)}), which has too few rows of these hours "
+            "to tell whether that is the hour; a larger reference, or a window of a day, can",
         )
     return Judgement("Fail", f"the model's inputs or scores left its reference: {names(moved)}")
 

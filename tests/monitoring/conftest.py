@@ -37,7 +37,8 @@ def contract() -> ModelContract:
 def population(contract: ModelContract) -> Matrix:
     """[20000, n] encoded rows that traffic is drawn from; `make_bundle`'s references come from the same generator."""
     matrix = synthetic_matrix(contract, 20_000, seed=77)
-    return np.random.default_rng(0).permutation(matrix)  # its rows are in the order of time: blocks would differ in the hour
+    matrix[:, contract.input_names.index("hour_of_day")] = START.hour  # all windows here are of this hour, as many rows of the references
+    return np.random.default_rng(0).permutation(matrix)  # its rows are in the order of time
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from hafnium_contract.errors import BundleError, InputError
 from hafnium_contract.evidence import EvidenceValue, read_evidence, write_evidence
 from hafnium_contract.model_contract import ModelContract
 from hafnium_monitoring.drift import Arm, DriftOptions, DriftOutcome, compare_arms, run_drift
-from hafnium_monitoring.samples import Sample, Season, load_reference
+from hafnium_monitoring.samples import Sample, Season, load_reference, match_season
 from hafnium_monitoring.settings import DriftRules
 from hafnium_monitoring.verdict import judge
 from hafnium_testing import make_bundle, synthetic_matrix
@@ -173,6 +173,51 @@ def test_a_log_that_is_not_there_is_no_data_that_names_it(world: World) -> None:
     assert f"no such log: {world.logs[1]}" in world.run().evidence.message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("alone", "stable_rows"), [(True, 0), (False, 0), (False, 2_000)], ids=["alone", "no stable rows", "two arms"])
+def test_a_single_score_that_is_no_number_fails_and_is_counted(world: World, value: float, alone: bool, stable_rows: int) -> None:
+    write_log(world.logs[0], world.candidate, world.matrix(2_000), "candidate", files=1)
+    log = next(world.logs[0].glob("date=*/*/part-*.parquet"))
+    rows = pq.ParquetFile(log).read()
+    scores = rows["score"].to_numpy().copy()
+    scores[7] = value
+    at = rows.column_names.index("score")
+    pq.write_table(rows.set_column(at, rows.schema.field("score"), pa.array(scores, pa.float32(), from_pandas=False)), log)
+    if stable_rows:
+        world.log("stable", stable_rows)
+    spec = world.run(alone=alone).evidence
+    assert spec.verdict == "Fail"
+    assert "scores that are NaN or infinite: 1" in spec.message
+
+
+def test_a_tiny_reference_is_an_error_and_never_no_drift(world: World, tmp_path: Path, contract: ModelContract) -> None:
+    world.candidate = make_bundle(tmp_path / "tiny", contract, version="8", rows=100)
+    write_log(world.logs[0], world.candidate, world.matrix(5_000, AMOUNT_IN_CENTS), "candidate")
+    spec = world.run(alone=True).evidence
+    assert (spec.verdict, spec.values) == ("Error", ())
+    assert "the reference has 100 rows, 1000 are needed" in spec.message
+
+
+def test_a_feature_that_the_reference_hardly_knows_is_drift_when_it_arrives(
+    world: World, tmp_path: Path, contract: ModelContract,
+) -> None:
+    whole = pq.ParquetFile(world.candidate.path / "reference.parquet").read()
+    at = whole.column_names.index("feature_geo_risk_score")
+    hardly = whole["feature_geo_risk_score"].to_numpy().copy()
+    hardly[20:] = np.nan
+    files = {name: (world.candidate.path / name).read_bytes() for name in REQUIRED}
+    pq.write_table(whole.set_column(at, whole.column_names[at], pa.array(hardly, pa.float32())), tmp_path / "reference.parquet")
+    files["reference.parquet"] = (tmp_path / "reference.parquet").read_bytes()
+    world.candidate = write_bundle(
+        tmp_path / "hardly", files, contract=contract, model_version="8", data_digest="sha256:" + "0" * 64, git_commit="0" * 40,
+        seed=0, opset=20,
+    )
+    world.log("candidate", 2_000)
+    outcome = world.run(alone=True)
+    assert outcome.evidence.verdict == "Fail"
+    assert "missing:geo_risk_score" in drifted(outcome, "reference")
+
+
 def test_too_few_rows_are_no_data(world: World) -> None:
     world.log("candidate", 999)
     world.log("stable", 4_000)
@@ -191,6 +236,29 @@ def test_the_clock_is_not_drift_in_a_window_shorter_than_a_day(world: World) -> 
     world.log("candidate", 2_000, at_three)
     world.log("stable", 4_000, at_three)
     assert world.run().evidence.verdict == "Pass"
+
+
+@pytest.mark.parametrize("hour", [3, 12], ids=["night", "noon"])
+def test_a_model_alone_is_judged_by_the_same_hours_of_its_reference(world: World, contract: ModelContract, hour: int) -> None:
+    """Amounts at night are a third of those at noon, every night: no drift; the same fall at noon is."""
+    rng = np.random.default_rng(2)
+    of_day = np.cos((np.arange(24) - 13) / 24 * 2 * np.pi) + 1.1
+
+    def at(hours: np.ndarray) -> Sample:  # type: ignore[type-arg]
+        rows = rng.integers(0, 5_000, len(hours))
+        features = {n: v[rows] for n, v in load_reference(world.candidate).features.items()}
+        features["hour_of_day"] = hours.astype(np.float32)
+        scale = np.where(hours < 6, 1.0, 3.0)
+        features["transaction_amount"] = (rng.lognormal(3, 1, len(hours)) * scale).astype(np.float32)
+        return Sample(len(hours), features, rng.random(len(hours), np.float32), np.zeros(len(hours), np.bool_))
+
+    reference = replace(at(rng.choice(24, 5_000, p=of_day / of_day.sum())), degraded=None)
+    window = at(np.full(1_500, hour))
+    lower = dict(window.features, transaction_amount=window.features["transaction_amount"] / 3)
+    for seen, verdict in ((window, "Pass"), (replace(window, features=lower), "Fail")):
+        season = match_season(contract, reference, seen, START, NOW, 1_000)
+        assert season.matched
+        assert judge(compare_arms(Arm(contract, seen, season), None, world.rules, stable_expected=False)).verdict == verdict
 
 
 def test_a_candidate_whose_clock_is_wrong_still_fails(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from hafnium_contract.bundle import REQUIRED, Bundle, write_bundle
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_contract.model_contract import ModelContract
-from hafnium_monitoring.performance import PerformanceOptions, measure, run_performance
+from hafnium_monitoring.performance import Interval, PerformanceOptions, difference, measure, run_performance
 
 from .conftest import NOW, START, Matrix, write_log
 
@@ -52,19 +53,22 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 @pytest.fixture
 def judged(tmp_path: Path, contract: ModelContract, candidate_bundle: Bundle, population: Matrix) -> Judge:
     """Runs over a window whose labels follow the scores; `truth(score, rng)` may make them worse."""
+    number = itertools.count()
 
     def run(
         baseline: float | None = 0.75, skill: float = 4.0, known_after: timedelta = timedelta(days=20), csv: bool = False,
-        hide: float = 0.0, **options: object,
+        hide: float = 0.0, within: float = 0.005, pr_auc: float | None = None, share: float | None = 0.06, **options: object,
     ) -> EvidenceSpec:
-        metrics = {} if baseline is None else {"rocAuc": {"value": baseline, "lower": 0.0, "upper": 1.0}}
+        metrics = {} if baseline is None else {"rocAuc": {"value": baseline, "lower": baseline - within, "upper": baseline + within}}
+        metrics |= {} if pr_auc is None else {"prAuc": {"value": pr_auc, "lower": pr_auc - 0.01, "upper": pr_auc + 0.01}}
+        counts = {} if share is None else {"data": {"parts": {"test": {"rows": 10_000, "positives": round(10_000 * share)}}}}
         files = {name: (candidate_bundle.path / name).read_bytes() for name in REQUIRED}
-        files["evaluation.json"] = json.dumps({"schemaVersion": 1, "metrics": metrics}).encode()
+        files["evaluation.json"] = json.dumps({"schemaVersion": 1, "metrics": metrics} | counts).encode()
         bundle = write_bundle(
-            tmp_path / f"bundle-{baseline}", files, contract=contract, model_version="5", data_digest="sha256:" + "0" * 64,
+            tmp_path / f"bundle-{next(number)}", files, contract=contract, model_version="5", data_digest="sha256:" + "0" * 64,
             git_commit="0" * 40, seed=0, opset=20,
         )
-        log = tmp_path / f"log-{baseline}"
+        log = tmp_path / f"log-{next(number)}"
         written = write_log(log, bundle, population[:ROWS], "stable", files=1)
         score = pq.ParquetFile(written[0]).read()["score"].to_numpy()
         rng = np.random.default_rng(0)
@@ -127,3 +131,46 @@ def test_a_missing_label_file_is_error_evidence(judged: Judge, tmp_path: Path) -
 
 def test_too_few_frauds_are_no_data(judged: Judge) -> None:
     assert "positive labels" in judged(positives_min=3_000).message
+
+
+def test_an_evaluation_on_few_frauds_fails_nobody_by_its_own_chance(judged: Judge) -> None:
+    assert judged(baseline=0.93, within=0.01).verdict == "Fail"
+    spec = judged(baseline=0.93, within=0.2)
+    assert spec.verdict == "Inconclusive"
+    assert "[0.730, 1.130]" in spec.message
+
+
+def test_an_evaluation_without_interval_counts_as_exact_and_the_message_says_so(judged: Judge) -> None:
+    assert "taken as exact" in judged(within=0.0).message
+
+
+def test_pr_auc_is_compared_at_the_evaluations_share_of_frauds(judged: Judge) -> None:
+    def pr_auc(spec: EvidenceSpec) -> float:
+        return next(v.value for v in spec.values if v.statistic == "pr_auc")
+
+    at_3, at_12 = pr_auc(judged(share=0.03)), pr_auc(judged(share=0.12))
+    assert at_12 > at_3 + 0.05
+    assert judged(pr_auc=at_3, share=0.03).verdict != "Fail"
+    assert judged(pr_auc=at_12, share=0.03).verdict == "Fail"
+    assert judged(pr_auc=at_12, share=None).verdict == "Pass"  # without its share it is shown and not judged
+
+
+def test_weighting_to_a_share_is_as_if_negatives_had_been_repeated() -> None:
+    rng = np.random.default_rng(3)
+    truth = (rng.random(2_000) < 0.2).astype(np.float64)
+    score = np.clip(rng.normal(0.3 + 0.2 * truth, 0.15), 0, 1)
+    thrice = np.concatenate([np.arange(2_000), *[np.flatnonzero(truth == 0)] * 2])
+    share = truth.sum() / len(thrice)
+    found = measure(score, truth, confidence=0.95, resamples=2, seed=0, share=float(share))
+    assert found["pr_auc"].value == pytest.approx(average_precision_score(truth[thrice], score[thrice]))
+    assert found["roc_auc"].value == pytest.approx(roc_auc_score(truth, score))
+
+
+def test_the_limits_of_a_difference_hold_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(2_000):
+        a, b = rng.normal(0.8, 0.01), rng.normal(0.7, 0.02)
+        x = difference(Interval(a, a - 0.0196, a + 0.0196), Interval(b, b - 0.0392, b + 0.0392), 0.98, 0.95)
+        hits += x.lower <= 0.8 - 0.98 * 0.7 <= x.upper
+    assert 0.935 < hits / 2_000 < 0.965

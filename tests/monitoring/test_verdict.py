@@ -25,6 +25,12 @@ SCORE = (finding("a", False), finding("b", False), finding("score", value=0.3, t
     pytest.param(Comparisons(A, stable_expected=True), "NoData", False, id="stable arm too small, drifted"),
     pytest.param(Comparisons(CALM, stable_expected=True, all_traffic=True), "Pass", False, id="weight 100, calm"),
     pytest.param(Comparisons(A, stable_expected=True, all_traffic=True), "Inconclusive", False, id="weight 100, drifted"),
+    pytest.param(Comparisons(A, other_hours=True), "Inconclusive", False, id="alone and drifted, at hours that the reference lacks"),
+    pytest.param(
+        Comparisons((*CALM, Finding("missing:a", "missing_share_change", 0.1, 0.02, 1e-9, True, True)), other_hours=True), "Fail", False,
+        id="alone and values missing, at whatever hour",
+    ),
+    pytest.param(Comparisons(CALM, other_hours=True), "Pass", False, id="alone and calm, at hours that the reference lacks"),
     pytest.param(Comparisons(CALM, CALM, CALM, CALM), "Pass", False, id="all calm"),
     pytest.param(Comparisons(CALM, CALM, A, CALM), "Fail", False, id="arms differ"),
     pytest.param(Comparisons(A, A, A, CALM), "Fail", False, id="world moved and arms differ"),
