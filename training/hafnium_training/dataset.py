@@ -9,7 +9,7 @@ the newest weeks would look like nothing but fraud. Rows after the newest known 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hafnium_contract.encoding import Floats, Matrix, assemble, encode_column
+from hafnium_contract.encoding import UNKNOWN_CATEGORY, Floats, Matrix, assemble, encode_column
 from hafnium_contract.errors import FeatureError, InputError
-from hafnium_contract.model_contract import ModelContract
+from hafnium_contract.model_contract import Feature, ModelContract
 from hafnium_training.tables import (
     event_times,
     feature_column,
@@ -104,6 +104,8 @@ class Split:
     train: Dataset
     validation: Dataset
     test: Dataset
+    notices: tuple[str, ...] = ()
+    """What whoever trains on it, or reads the model card, should know of the data."""
 
     def parts(self) -> tuple[tuple[SplitName, Dataset], ...]:
         return (("train", self.train), ("validation", self.validation), ("test", self.test))
@@ -167,7 +169,7 @@ def dataset_of(frame: pd.DataFrame, contract: ModelContract, *, until: datetime 
 def split_by_time(data: Dataset, shares: tuple[float, float, float] = SHARES) -> Split:
     """Oldest rows to train, newest to test. Rows of one moment stay together, so no part looks into the next one.
 
-    Raises InputError when a part would be empty or hold labels of one kind only.
+    Raises InputError when a part would be empty or hold labels of one kind only, or when an input has no value in the train part.
     """
     first = _boundary(data.event_time, shares[0])
     second = _boundary(data.event_time, shares[0] + shares[1])
@@ -179,7 +181,37 @@ def split_by_time(data: Dataset, shares: tuple[float, float, float] = SHARES) ->
                 f"the {name} part of the data ({part.rows} rows, oldest to newest) has {part.positives} positive labels and "
                 f"{part.rows - part.positives} negative ones; each part needs both: give data over a longer time"
             )
-    return split
+    return replace(split, notices=_constant_inputs(split))
+
+
+def _constant_inputs(split: Split) -> tuple[str, ...]:
+    """Notices of inputs that have one value in the whole train part. Raises InputError for one that has none at all there.
+
+    Nothing can be learnt from either. A constant is harmless (the network is blind to it) and often right (a flag that has not been
+    raised yet). No value at all means that something is broken: a lookup that finds nothing, a column of another file.
+    """
+    nothing: list[str] = []
+    notices: list[str] = []
+    rest = np.concatenate([split.validation.X, split.test.X])
+    for j, f in enumerate(split.train.contract.inputs):
+        column = split.train.X[:, j]
+        present = column[~np.isnan(column)]
+        if len(present) == 0:
+            later = float(np.mean(~np.isnan(rest[:, j])))
+            nothing.append(f"{f.name} (0 of {len(column)} rows; {later:.0%} of the newer ones)")
+        elif float(present.min()) == float(present.max()):
+            shown = f"{float(present[0]):g}" if f.dtype != "category" else _category(f, float(present[0]))
+            notices.append(f"{f.name} is {shown} in every row of the train part: the model learns nothing from it and ignores other values")
+    if nothing:
+        raise InputError(
+            f"inputs without a single value in the train part (oldest {split.train.rows} rows): {', '.join(nothing)}; is the lookup or the "
+            "column right? An input without values has to leave the contract"
+        )
+    return tuple(notices)
+
+
+def _category(feature: Feature, code: float) -> str:
+    return "unknown" if code == UNKNOWN_CATEGORY else repr(feature.categories[int(code)])
 
 
 def _boundary(times: Times, share: float) -> int:

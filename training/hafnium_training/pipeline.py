@@ -160,6 +160,8 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             prepared = prepare(split, options.seed)
             rivals = None if production is None else _rival_rows(frame, production, options, split)
             progress.event(f"{data.rows} rows, {data.positives} positive: " + ", ".join(f"{n} {p.rows}" for n, p in split.parts()))
+            for notice in split.notices:
+                progress.event(f"note: {notice}")
 
         searched, key = Searched(given or Hyperparameters(), ()), ""
         folder = options.work or options.out.parent / f".{options.out.name}.search"

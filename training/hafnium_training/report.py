@@ -129,7 +129,9 @@ def card(facts: Facts, split: Split, found: Findings, gates: tuple[Gate, ...]) -
             "validation rows."
         ),
         interval=METHOD,
-        limitations=("The interval describes how well similar scores were supported by validation rows. It does not cover drift.",),
+        limitations=(
+            "The interval describes how well similar scores were supported by validation rows. It does not cover drift.", *split.notices,
+        ),
     )
 
 
