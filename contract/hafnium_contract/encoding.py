@@ -17,12 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hafnium_contract.errors import FeatureError, Problem
-from hafnium_contract.model_contract import Derived, Feature, FromDerived, ModelContract
+from hafnium_contract.model_contract import FLOAT_MAX, Derived, Feature, FromDerived, ModelContract
 
 UNKNOWN_CATEGORY = -1.0
 _INT_EXACT_MAX = 2**53
-FLOAT_MAX = float(np.finfo(np.float32).max)
-"""The graph takes float32: a larger number would be infinity there."""
 
 Floats = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]

@@ -25,6 +25,8 @@ MODEL_NAME_PATTERN = r"^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$"
 """A DNS label with room for `-<digest8>-transformer`, because the model's name becomes an InferenceService's."""
 FEATURES_MAX = 2_000
 CATEGORIES_MAX = 10_000
+FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
+"""float32's largest number. The graph takes float32: a larger one would be infinity there."""
 
 FeatureName = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -172,6 +174,8 @@ class Feature(Strict):
         if self.dtype in ("float", "int"):
             if self.range is None:
                 raise ValueError(f"a {self.dtype} feature needs a range: [smallest, largest]")
+            if not all(abs(bound) <= FLOAT_MAX for bound in self.range):  # not so for NaN either
+                raise ValueError(f"range must be of finite numbers up to {FLOAT_MAX:.7g}, float32's largest, got {list(self.range)}")
             if not self.range[0] < self.range[1]:
                 raise ValueError(f"range must rise, got {list(self.range)}")
         elif self.range is not None:
