@@ -110,6 +110,22 @@ def test_what_is_wrong_is_said(path: str, value: Any, says: str) -> None:
         parse_contract(_set(path, value))
 
 
+@pytest.mark.parametrize("source", [{"request": "NAME"}, {"view": "v", "field": "NAME"}], ids=["request", "view"])
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [("y", "is the label"), ("known", "label's time"), ("t", "event time"), ("id", "request's id"), ("age", "evaluation only"),
+     ("who_id", "join key")],
+)
+def test_what_is_no_feature_can_not_be_one_under_another_name(source: dict[str, str], column: str, says: str) -> None:
+    data = small()
+    data["data"] |= {"labelTime": {"column": "known"}, "requestId": "id"}
+    parse_contract(data)
+    leak = {"name": "leak", "description": "l", "dtype": "float", "range": [0, 1]}
+    data["features"].append({**leak, "source": {k: v.replace("NAME", column) for k, v in source.items()}})
+    with pytest.raises(ContractError, match=f"feature leak: is read from '{column}', which .*{says}"):
+        parse_contract(data)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [("a: [1", "line"), ("name: x\nname: y\n", "written twice"), ("- 1\n", "expected a mapping"), ("", "expected a mapping")],
