@@ -151,7 +151,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             tracker = stack.enter_context(HelperProcess("hafnium_training.tracking", options.tracking))
 
         with watch.stage("load"):
-            frame = read_table(options.data, contract)
+            frame = read_table(options.data, contract, also=None if production is None else production.contract)
             data = dataset_of(frame, contract, until=options.until, source=str(options.data))
             split = split_by_time(data)
             digest = data.digest()
@@ -274,7 +274,7 @@ def _rival_rows(frame: pd.DataFrame, production: Bundle, options: TrainOptions, 
     if production.contract.digest == split.test.contract.digest:
         return split.test.X
     try:
-        theirs = dataset_of(frame, production.contract, until=options.until, source=str(options.data))
+        theirs = dataset_of(frame, production.contract, until=options.until, source=str(options.data), compared_only=True)
     except InputError as e:
         raise InputError(
             f"--production {production.path}: its contract (version {production.contract.version}) can't be read from {options.data}: {e}"

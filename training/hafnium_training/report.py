@@ -214,7 +214,7 @@ def foreign_card(facts: Foreign, data: Dataset, found: Findings, gates: tuple[Ga
         training_data=f"Not known here. {facts.origin}",
         evaluation_data=f"{_sentence(data)} Whoever made the bundle says that the model was not trained on them.",
         calibration="The model's own; none was fitted here.", interval="the model's own",
-        limitations=("What the model was trained on, and how, was not checked.",),
+        limitations=("What the model was trained on, and how, was not checked.", *data.notices),
     )
 
 
