@@ -355,7 +355,7 @@ def _run_record(
     tags = {
         "hafnium.git_commit": facts.git_commit, "hafnium.data_digest": facts.data_digest,
         "hafnium.contract_digest": facts.contract.digest, "hafnium.model_version": facts.model_version,
-        "hafnium.gates_failed": ", ".join(g.name for g in gates if g.verdict == "fail"),
+        "hafnium.gates_failed": ", ".join(g.name for g in gates if g.stops),
     }
     if bundle is not None:
         tags[DIGEST_TAG] = bundle.manifest.digest
