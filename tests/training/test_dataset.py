@@ -140,7 +140,7 @@ def test_without_a_cutoff_too_positives_of_a_time_without_negatives_are_left_out
     assert abs(data.positives / data.rows - 0.1) < 0.01
     (notice,) = data.notices
     assert notice.startswith("25 rows after 2026-03-16T")
-    assert "labels of only 10% of the rows since then are" in notice
+    assert "labels of only 10.0% of the rows since then are" in notice
 
 
 def test_negatives_that_were_cleared_early_do_not_make_a_time_mature() -> None:

@@ -165,7 +165,7 @@ def dataset_of(
     if newest is not None and (too_new := used & (events > newest)).any():
         share = float(too_new.sum() / (asked & (events > newest)).sum())
         notices.append(
-            f"{too_new.sum()} rows after {_moment(newest)} are left out although their labels are known: labels of only {share:.0%} of the "
+            f"{too_new.sum()} rows after {_moment(newest)} are left out although their labels are known: labels of only {share:.1%} of the "
             "rows since then are, and those that are known early are not like the others"
         )
         used &= ~too_new
