@@ -17,12 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hafnium_contract.errors import FeatureError, Problem
-from hafnium_contract.model_contract import Derived, Feature, FromDerived, ModelContract
+from hafnium_contract.model_contract import FLOAT_MAX, Derived, Feature, FromDerived, ModelContract
 
 UNKNOWN_CATEGORY = -1.0
 _INT_EXACT_MAX = 2**53
-FLOAT_MAX = float(np.finfo(np.float32).max)
-"""The graph takes float32: a larger number would be infinity there."""
 
 Floats = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
@@ -174,13 +172,16 @@ def category_codes(feature: Feature) -> dict[str, int]:
 def encode_column(feature: Feature, values: Any) -> Floats:
     """A whole column of training data → float64 [rows]. Values out of range stay (the graph clamps them).
 
-    Training data is history and can't be refused row by row; a column of the wrong type is refused as a whole.
+    Training data is history and can't be refused row by row; a column of the wrong type is refused as a whole: times for numbers,
+    fractions for whole numbers.
     """
     array = np.asarray(values)
     if feature.dtype == "category":
         codes = category_codes(feature)
         objects = array.astype(object)
-        return np.array([math.nan if is_missing(v) else codes.get(str(v), UNKNOWN_CATEGORY) for v in objects], np.float64)
+        return np.array([math.nan if is_missing(v) else codes.get(_category(v), UNKNOWN_CATEGORY) for v in objects], np.float64)
+    if array.dtype.kind in "mMcV":
+        raise FeatureError([Problem(feature.name, f"expected a column of numbers, got {array.dtype}")])
     try:
         if array.dtype == object:
             array = np.array([math.nan if is_missing(v) else v for v in array], dtype=np.float64)
@@ -188,7 +189,20 @@ def encode_column(feature: Feature, values: Any) -> Floats:
     except (TypeError, ValueError) as e:
         raise FeatureError([Problem(feature.name, f"expected a column of numbers, got {array.dtype}: {e}")]) from e
     out[np.isinf(out)] = np.nan
+    if feature.dtype == "int":
+        fractions = np.flatnonzero(out != np.floor(out))
+        fractions = fractions[~np.isnan(out[fractions])]
+        if len(fractions):
+            raise FeatureError([Problem(
+                feature.name, f"expected whole numbers, got {len(fractions)} fractions, the first in row {fractions[0] + 1}: "
+                f"{out[fractions[0]]:g}",
+            )])
     return out
+
+
+def _category(value: Any) -> str:
+    """A category as requests name it. Whole numbers with a gap are kept as 5411.0, by programs that know no gap in whole numbers."""
+    return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
 
 
 def derive(operation: Derived, values: Mapping[str, Floats], event_time: Floats) -> Floats:

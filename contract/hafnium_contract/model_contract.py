@@ -25,6 +25,8 @@ MODEL_NAME_PATTERN = r"^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$"
 """A DNS label with room for `-<digest8>-transformer`, because the model's name becomes an InferenceService's."""
 FEATURES_MAX = 2_000
 CATEGORIES_MAX = 10_000
+FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
+"""float32's largest number. The graph takes float32: a larger one would be infinity there."""
 
 FeatureName = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -172,6 +174,8 @@ class Feature(Strict):
         if self.dtype in ("float", "int"):
             if self.range is None:
                 raise ValueError(f"a {self.dtype} feature needs a range: [smallest, largest]")
+            if not all(abs(bound) <= FLOAT_MAX for bound in self.range):  # not so for NaN either
+                raise ValueError(f"range must be of finite numbers up to {FLOAT_MAX:.7g}, float32's largest, got {list(self.range)}")
             if not self.range[0] < self.range[1]:
                 raise ValueError(f"range must rise, got {list(self.range)}")
         elif self.range is not None:
@@ -248,6 +252,7 @@ class ModelContract(Strict):
             raise ValueError(f"protected attribute as a feature: {', '.join(overlap)}; it may be used for evaluation only")
         if self.data.label.column in known:
             raise ValueError(f"the label column {self.data.label.column!r} is also a feature")
+        self._refuse_leaks()
         if not any(f.model_input for f in self.features):
             raise ValueError("no feature has modelInput: true")
         seen: set[str] = {"event_time"}
@@ -262,6 +267,24 @@ class ModelContract(Strict):
                         raise ValueError(f"feature {f.name}: input {name!r} is a category, not a number")
             seen.add(f.name)
         return self
+
+    def _refuse_leaks(self) -> None:
+        """By what a feature is read from: its name may be another."""
+        data = self.data
+        forbidden = {p.name: "is a protected attribute, which may be used for evaluation only" for p in self.protected}
+        forbidden |= {e.join_key: f"is the join key of entity {e.name}, a name and not a property" for e in self.entities}
+        if data.request_id is not None:
+            forbidden[data.request_id] = "is the request's id"
+        forbidden[data.event_time.column] = "is the event time; derive hour_of_day or day_of_week from event_time"
+        if data.label_time.column is not None:
+            forbidden[data.label_time.column] = "is the label's time, which is not known when a request comes"
+        forbidden[data.label.column] = "is the label, which is not known when a request comes"
+        for f in self.features:
+            # a view's column has the feature's name in a flat file, and the field's in the view
+            read = (f.source.field, f.name) if isinstance(f.source, FromView) else (f.request_field,)
+            for column in read:
+                if column in forbidden:
+                    raise ValueError(f"feature {f.name}: is read from {column!r}, which {forbidden[column]}")
 
     @cached_property
     def inputs(self) -> tuple[Feature, ...]:

@@ -83,6 +83,10 @@ def _set(path: str, value: Any) -> dict[str, Any]:
         ("name", "Has Capitals", "pattern"),
         ("features.0.range", [10, 0], "range must rise"),
         ("features.0.range", None, "needs a range"),
+        ("features.0.range", [0, float("inf")], "finite numbers"),
+        ("features.0.range", [float("-inf"), 0], "finite numbers"),
+        ("features.0.range", [float("nan"), 1], "finite numbers"),
+        ("features.0.range", [0, 1e39], "float32's largest"),
         ("features.2.categories", [], "lists its categories"),
         ("features.2.categories", ["x", "x"], "repeat"),
         ("features.2.monotone", "increasing", "no order"),
@@ -104,6 +108,22 @@ def _set(path: str, value: Any) -> dict[str, Any]:
 def test_what_is_wrong_is_said(path: str, value: Any, says: str) -> None:
     with pytest.raises(ContractError, match=says):
         parse_contract(_set(path, value))
+
+
+@pytest.mark.parametrize("source", [{"request": "NAME"}, {"view": "v", "field": "NAME"}], ids=["request", "view"])
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [("y", "is the label"), ("known", "label's time"), ("t", "event time"), ("id", "request's id"), ("age", "evaluation only"),
+     ("who_id", "join key")],
+)
+def test_what_is_no_feature_can_not_be_one_under_another_name(source: dict[str, str], column: str, says: str) -> None:
+    data = small()
+    data["data"] |= {"labelTime": {"column": "known"}, "requestId": "id"}
+    parse_contract(data)
+    leak = {"name": "leak", "description": "l", "dtype": "float", "range": [0, 1]}
+    data["features"].append({**leak, "source": {k: v.replace("NAME", column) for k, v in source.items()}})
+    with pytest.raises(ContractError, match=f"feature leak: is read from '{column}', which .*{says}"):
+        parse_contract(data)
 
 
 @pytest.mark.parametrize(

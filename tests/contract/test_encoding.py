@@ -77,6 +77,20 @@ def test_a_column_of_text_is_refused_for_a_number() -> None:
         encode_column(AMOUNT, np.array(["1", "two"], dtype=object))
 
 
+def test_times_and_fractions_are_no_numbers_of_a_count() -> None:
+    with pytest.raises(FeatureError, match="column of numbers, got datetime64"):
+        encode_column(AMOUNT, np.array(["2026-01-01"], "datetime64[us]"))
+    count = AMOUNT.model_copy(update={"dtype": "int"})
+    assert encode_column(count, np.array([1.0, np.nan, np.inf]))[0] == 1.0
+    with pytest.raises(FeatureError, match=r"whole numbers, got 1 fractions, the first in row 2: 2\.5"):
+        encode_column(count, np.array([1.0, 2.5]))
+
+
+def test_whole_numbers_with_a_gap_are_the_categories_that_they_look_like() -> None:
+    kind = KIND.model_copy(update={"categories": ("5411", "7995")})
+    assert encode_column(kind, np.array([5411.0, np.nan, 7995.0, 1.5])).tolist()[::2] == [0.0, 1.0]
+
+
 def test_derived_features_are_computed_in_contract_order() -> None:
     def derived(name: str, operation: str, *inputs: str) -> dict[str, Any]:
         return {"name": name, "description": "-", "dtype": "float", "range": [-1e9, 1e9],

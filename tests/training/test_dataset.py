@@ -18,7 +18,7 @@ from hafnium_training.dataset import dataset_of, load_dataset, split_by_time
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def contract(label_time: dict[str, str] | None = None) -> ModelContract:
+def contract(label_time: dict[str, str] | None = None, entities: Any = (), more: Any = ()) -> ModelContract:
     return parse_contract({
         "schemaVersion": 1, "name": "loans", "version": "1", "owner": "risk", "description": "default within a year",
         "data": {
@@ -30,13 +30,15 @@ def contract(label_time: dict[str, str] | None = None) -> ModelContract:
              "missing": "impute", "source": {"request": "home_type"}},
             {"name": "hour", "description": "hour of day", "dtype": "float", "range": [0, 23], "missing": "impute",
              "source": {"derived": {"operation": "hour_of_day", "inputs": ["event_time"]}}},
+            *more,
         ],
+        "entities": list(entities),
         "protected": [{"name": "age_band"}],
         "decision": {"threshold": 0.5},
     })
 
 
-def table(rows: int = 400, late_negative_days: float = 60.0, late_positive_days: float = 10.0) -> pd.DataFrame:
+def table(rows: int = 800, late_negative_days: float = 60.0, late_positive_days: float = 10.0) -> pd.DataFrame:
     """One row a day-tenth; every tenth row is positive and becomes known sooner than the negatives."""
     rng = np.random.default_rng(0)
     positive = np.arange(rows) % 10 == 3
@@ -82,7 +84,7 @@ def test_columns_take_their_meaning_from_the_contract() -> None:
     frame = table().sample(frac=1.0, random_state=1)
     data = dataset_of(frame, contract())
     assert data.X.dtype == np.float32
-    assert data.X.shape == (400, 3)
+    assert data.X.shape == (800, 3)
     assert (np.diff(data.event_time) >= 0).all()
     homes = set(np.unique(data.X[:, 1][~np.isnan(data.X[:, 1])]))
     assert homes == {0.0, 1.0, -1.0}
@@ -100,7 +102,7 @@ def test_the_split_is_in_time_and_keeps_rows_of_one_moment_together() -> None:
     split = split_by_time(dataset_of(frame, contract()))
     assert split.train.event_time.max() < split.validation.event_time.min()
     assert split.validation.event_time.max() < split.test.event_time.min()
-    assert split.train.rows + split.validation.rows + split.test.rows == 400
+    assert split.train.rows + split.validation.rows + split.test.rows == 800
 
 
 def test_csv_and_parquet_of_the_same_rows_have_one_digest_and_a_changed_label_another(tmp_path: Path) -> None:
@@ -111,6 +113,84 @@ def test_csv_and_parquet_of_the_same_rows_have_one_digest_and_a_changed_label_an
     assert from_csv.digest() == from_parquet.digest()
     frame.loc[0, "defaulted"] = 1 - frame.loc[0, "defaulted"]
     assert dataset_of(frame, contract()).digest() != from_csv.digest()
+
+
+def test_the_digest_follows_all_that_an_evaluation_reads() -> None:
+    entities = [{"name": "applicant", "joinKey": "who"}]
+    frame = table().assign(who=[f"c{i // 2}" for i in range(800)], hidden=1.5)
+    hidden = {"name": "hidden", "description": "h", "dtype": "float", "range": [0, 10], "modelInput": False}
+    agreed = contract(entities=entities, more=[hidden])
+    digest = dataset_of(frame, agreed).digest()
+    for column, value in (("who", "c7"), ("hidden", 2.5), ("age_band", "middle")):
+        changed = frame.copy()
+        changed.loc[5, column] = value
+        assert dataset_of(changed, agreed).digest() != digest, column
+    assert dataset_of(frame.assign(comment="x"), agreed).digest() == digest
+
+
+def known_late(frame: pd.DataFrame, days: float) -> pd.DataFrame:
+    """Negatives of the newest days have no label yet, positives have."""
+    young = frame["applied"] > frame["applied"].max() - timedelta(days=days)
+    return frame.assign(defaulted=frame["defaulted"].astype(float).mask(young & (frame["defaulted"] == 0)))
+
+
+def test_without_a_cutoff_too_positives_of_a_time_without_negatives_are_left_out_and_told_of() -> None:
+    data = dataset_of(known_late(table(rows=1000), 25), contract())
+    assert data.rows == 750
+    assert abs(data.positives / data.rows - 0.1) < 0.01
+    (notice,) = data.notices
+    assert notice.startswith("25 rows after 2026-03-16T")
+    assert "labels of only 10.0% of the rows since then are" in notice
+
+
+def test_negatives_that_were_cleared_early_do_not_make_a_time_mature() -> None:
+    frame = table(rows=1000)
+    until = START + timedelta(days=90)
+    usual = dataset_of(frame, contract(), until=until)
+    for row in (500, 700, 890):  # negatives, ten days to a month before the cut-off
+        frame.loc[row, "known"] = frame.loc[row, "applied"] + timedelta(minutes=1)
+    early = dataset_of(frame, contract(), until=until)
+    assert early.rows == usual.rows
+    assert early.digest() == usual.digest()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.4])
+def test_labels_that_never_come_for_some_of_the_rows_leave_the_others_as_they_are(share: float) -> None:
+    frame = table(rows=2000)
+    never = np.random.default_rng(1).random(2000) < share
+    frame["defaulted"] = frame["defaulted"].astype(float).mask(never)
+    assert dataset_of(frame, contract()).rows > 0.97 * (~never).sum()
+    young = frame["applied"] > frame["applied"].max() - timedelta(days=50)
+    immature = frame.assign(defaulted=frame["defaulted"].mask(young & (frame["defaulted"] == 0)))
+    data = dataset_of(immature, contract())
+    assert data.positives / data.rows < 0.12
+    assert data.rows > 0.95 * (~never & ~young).sum()
+
+
+def test_when_all_labels_are_known_every_row_is_used() -> None:
+    frame = table(rows=1000)
+    frame.loc[995:, "defaulted"] = 1
+    data = dataset_of(frame, contract())
+    assert (data.rows, data.notices) == (1000, ())
+
+
+def test_a_training_part_with_labels_of_the_test_s_time_says_so() -> None:
+    (notice,) = split_by_time(dataset_of(table(), contract())).notices
+    assert "of the train part became known only after the test part had begun" in notice
+    assert split_by_time(dataset_of(table(), contract({"delay": "0s"}))).notices == ()
+
+
+def test_rows_that_serving_would_refuse_are_told_of_and_refused_when_they_are_many() -> None:
+    frame = table()
+    frame.loc[:7, "income"] = 2e6
+    data = dataset_of(frame, contract())
+    assert data.notices == ("1.00% of 800 rows would be refused in serving: income out of range in 1.00%",)
+    with pytest.raises(InputError, match=r"loans.csv: 100.00% of 800 rows would be refused.*income out of range in 100.00%"):
+        dataset_of(frame.assign(income=frame["income"] * 100 + 1e6), contract(), source="loans.csv")
+    needed = contract(more=[{"name": "sum", "description": "s", "dtype": "float", "range": [0, 9], "missing": "reject"}])
+    with pytest.raises(InputError, match=r"sum missing in 25.00%"):
+        dataset_of(frame.assign(sum=np.where(np.arange(800) % 4, 5.0, np.nan)), needed)
+    assert dataset_of(frame.assign(sum=np.nan), needed, compared_only=True).rows == 800
 
 
 def drop(column: str) -> Any:
@@ -130,12 +210,15 @@ def setting(column: str, value: Any) -> Any:
     (drop("defaulted"), None, "defaulted"),
     (drop("applied"), None, "applied"),
     (drop("known"), None, "known"),
+    (lambda f: f.rename(columns={"age_band": "age_bnd"}), None, r"age_band \(is it age_bnd\?\)"),
+    (setting("home_type", "Rent"), None, "no value is a category of home: it holds 'Rent', …; the contract names 'rent'"),
     (setting("income", "much"), None, "income"),
     (setting("defaulted", 2), None, "0 or 1"),
     (lambda f: f, START + timedelta(days=1), "no negative label is known by"),
     (lambda f: f, START + timedelta(days=70), "choose a later --until"),
     (lambda f: f, datetime(2026, 1, 5), "has no time zone"),  # noqa: DTZ001 - that is the mistake
 ], ids=["no-positives", "no-negatives", "few-rows", "no-feature", "no-request-field", "no-label", "no-event-time", "no-label-time",
+        "no-protected-attribute", "unknown-categories",
         "text-for-number", "label-2", "nothing-known-yet", "too-early", "naive-time"])
 def test_unusable_data_is_refused_with_the_reason(change: Any, until: datetime | None, expected: str) -> None:
     with pytest.raises(InputError, match=expected) as found:
@@ -150,8 +233,14 @@ def test_a_part_without_positives_is_named() -> None:
         split_by_time(dataset_of(frame, contract({"delay": "0s"})))
 
 
+def test_a_part_with_too_few_of_a_kind_to_measure_anything_is_named() -> None:
+    data = dataset_of(table(rows=400), contract({"delay": "0s"}))
+    with pytest.raises(InputError, match=r"validation part .*has 6 positive labels and 54 negative ones; each part needs 10 of both"):
+        split_by_time(data)
+
+
 def test_rows_without_a_label_yet_are_not_used() -> None:
     frame = table()
     frame["defaulted"] = frame["defaulted"].astype(float)
     frame.loc[frame.index[-50:], "defaulted"] = np.nan
-    assert dataset_of(frame, contract()).rows == 350
+    assert dataset_of(frame, contract()).rows == 750

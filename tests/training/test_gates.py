@@ -11,14 +11,15 @@ import pytest
 from hafnium_training_cases import lender, lender_table
 
 from hafnium_contract.errors import HafniumError
-from hafnium_training.dataset import Dataset, dataset_of
-from hafnium_training.evaluation import Comparison, Measured, compare, evaluate
+from hafnium_training.dataset import POSITIVES_MIN, Dataset, dataset_of
+from hafnium_training.evaluation import Comparison, Measured, bootstrap, compare, evaluate
 from hafnium_training.export import Parity
 from hafnium_training.fairness import Group, fairness_of, groups_of
 from hafnium_training.gates import Findings, Gate, GatesFailed, judge, require
 from hafnium_training.latency import Latency
 from hafnium_training.losses import causes, moved
 from hafnium_training.model_card import make_card
+from hafnium_training.ranking import Ranked, roc_auc
 from hafnium_training.robustness import Monotonicity, Robustness, measure_robustness
 
 
@@ -58,6 +59,29 @@ def test_a_sound_model_passes_and_what_was_not_measured_says_so(data: Dataset) -
     assert {found[n] for n in ("parity", "monotone_violations", "better_than_chance", "calibration")} == {"pass"}
     assert found["production.latency"] == "not measured"
     require(judge(findings(data)))
+
+
+@pytest.mark.parametrize("positives", [1, 2, 5, 9])
+def test_with_fewer_than_ten_positives_or_negatives_no_model_goes_out(data: Dataset, positives: int) -> None:
+    few = (np.arange(data.rows) < positives).astype(np.int8)
+    perfect = np.where(few == 1, 0.9, 0.001).astype(np.float32)
+    for y, score in ((few, perfect), (1 - few, 1 - perfect)):
+        quality = evaluate(dataclasses.replace(data, y=y), score, band(score), 0.3, 0)
+        gates = judge(findings(data, quality=quality))
+        assert {g.name: g.verdict for g in gates}["better_than_chance"] == "not enough data"
+        with pytest.raises(GatesFailed, match=r"better_than_chance: .*give data over a longer time") as error:
+            require(gates)
+        assert "better_than_chance" in {g.name for g in error.value.failed}
+
+
+def test_scores_of_pure_noise_seldom_pass_for_skill(data: Dataset) -> None:
+    passed = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        y = np.zeros(400, np.int8)
+        y[rng.choice(400, POSITIVES_MIN, replace=False)] = 1
+        passed += bootstrap(Ranked(y, rng.random(400)), roc_auc, rng, 200).lower > 0.5
+    assert passed <= 6  # 3.5 % expected; 45 % where one positive was enough
 
 
 def change_metric(found: Findings, name: str, value: Measured) -> Findings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +231,94 @@ def test_limits_hold(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_table(csv, contract())
     with pytest.raises(InputError, match="3 rows, at most 2"):
         read_table(parquet)
+    monkeypatch.setattr(tables, "ROWS_MAX", 3)
+    monkeypatch.setattr(tables, "PARQUET_BYTES_MAX", 10)
+    with pytest.raises(InputError, match=r"GiB in memory.*give a part of the rows"):
+        read_table(parquet)
+    pq.write_table(pa.table({name: [1] for name in "abcd"}), parquet)
     monkeypatch.setattr(tables, "COLUMNS_MAX", 3)
+    with pytest.raises(InputError, match="4 columns, at most 3"):
+        read_table(parquet)
     with pytest.raises(InputError, match="9 columns, at most 3"):
         read_table(csv, contract())
     monkeypatch.setattr(tables, "CSV_BYTES_MAX", 10)
     with pytest.raises(InputError, match="convert it to Parquet"):
         read_table(csv, contract())
+
+
+def mixed(rows: int = 6) -> pd.DataFrame:
+    """Columns as programs keep them that have no gaps in whole numbers, or no blank in text."""
+    gap = np.arange(rows) == 2
+    return pd.DataFrame({
+        "application": np.arange(100, 100 + rows), "at": [datetime(2026, 1, 1 + i, tzinfo=UTC) for i in range(rows)],
+        "applicant_no": np.where(gap, np.nan, 7.0), "amount": np.where(gap, np.nan, 1.25),
+        "Months": pd.array([12] * rows, "Int64"), "country": np.where(gap, "", "DE"), "returning": pd.array(~gap, "boolean"),
+        "defaulted": gap.astype(np.int8), "known_at": datetime(2026, 2, 1), "comment": [["a", "list"]] * rows,  # noqa: DTZ001
+    })
+
+
+def test_parquet_and_csv_of_the_same_rows_give_the_same_table(tmp_path: Path) -> None:
+    frame = mixed()
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.drop(columns="comment").to_csv(tmp_path / "t.csv", index=False)
+    c = contract()
+    one, other = (read_table(tmp_path / name, c) for name in ("t.parquet", "t.csv"))
+    assert "comment" not in one.columns
+    for name in ("applicant_no", "amount", "Months", "country", "returning"):
+        pd.testing.assert_series_equal(one[name], other[name], check_dtype=False)
+    assert one["applicant_no"].tolist() == ["7", "7", None, "7", "7", "7"]
+    assert one["country"].tolist()[1:3] == ["DE", None]
+    for read in (request_ids, event_times, label_times, labels):
+        assert list(read(c, one)) == list(read(c, other))
+
+
+@pytest.mark.parametrize("stored", [
+    pd.Series([5411.0, np.nan, 7995.0]), pd.Series([5411, None, 7995], dtype="Int64"), pd.Series(["5411", "", "7995"]),
+    pd.Series(["5411", None, "7995"], dtype="category"),
+], ids=["float", "nullable", "text", "dictionary"])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_categories_that_look_like_numbers_are_texts_in_every_file(tmp_path: Path, stored: pd.Series[Any], ending: str) -> None:
+    file = tmp_path / f"t{ending}"
+    frame = pd.DataFrame({"country": stored, "other": 1})
+    frame.to_csv(file, index=False) if ending == ".csv" else frame.to_parquet(file)
+    assert read_table(file, contract())["country"].tolist() == ["5411", None, "7995"]
+
+
+@pytest.mark.parametrize(("column", "values", "message"), [
+    ("amount", [datetime(2026, 1, 1, tzinfo=UTC)] * 3, "column amount: expected numbers, got timestamp"),
+    ("amount", [timedelta(days=1)] * 3, "column amount: expected numbers, got duration"),
+    ("amount", [True, False, True], "column amount: expected numbers, got bool"),
+    ("amount", [[1.0]] * 3, "column amount: expected one value a row, got list"),
+    ("amount", [{"x": 1}] * 3, "column amount: expected one value a row, got struct"),
+    ("amount", ["1", "a lot", ""], "column amount: expected a number; 1 of 3 rows"),
+    ("country", [b"DE"] * 3, "column country: expected one value a row, got binary"),
+    ("returning", [0, 1, 2], "column returning: expected 0 or 1"),
+], ids=["time", "duration", "bool", "list", "struct", "text", "bytes", "bool-of-2"])
+def test_a_parquet_column_of_another_type_is_refused(tmp_path: Path, column: str, values: Any, message: str) -> None:
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table({column: values, "other": [1, 2, 3]}), file)
+    with pytest.raises(InputError, match=message) as found:
+        read_table(file, contract())
+    assert str(file) in str(found.value)
+
+
+def test_a_column_twice_in_parquet_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.parquet"
+    twice = pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0]), pa.array([3.0])], names=["amount", "b", "amount"])
+    pq.write_table(twice, file)
+    with pytest.raises(InputError, match="names a column twice: amount"):
+        read_table(file, contract())
+
+
+def test_columns_of_another_contract_are_read_when_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "t.parquet"
+    mixed().assign(score2=1, amount_of="x").to_parquet(file)
+    other = contract().model_copy(update={"features": (contract().features[0].model_copy(update={"name": "score2"}),)})
+    assert "score2" not in read_table(file, contract()).columns
+    frame = read_table(file, contract(), also=other)
+    assert {"score2", "Months"} <= set(frame.columns)
+    assert "amount_of" not in frame.columns
+    assert frame["score2"].dtype == np.float64
 
 
 def test_parquet_is_read_as_it_is_and_a_broken_one_refused(tmp_path: Path) -> None:

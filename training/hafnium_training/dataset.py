@@ -3,14 +3,16 @@
 Two ways to fool oneself are closed here. A label that was not known at the cut-off must not be used, although the file has it.
 And frauds often become known sooner than non-frauds do (a charge-back comes after weeks, its absence is only certain after
 months), so "rows whose label was known" alone would keep the early-known frauds of a time whose normal rows are not known yet:
-the newest weeks would look like nothing but fraud. Rows after the newest known negative are therefore left out too.
+the newest weeks would look like nothing but fraud. So the rows are cut where the share of known labels falls (`mature_until`), rows
+whose label is blank included, with a cut-off and without one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from datetime import datetime
+import math
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -18,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hafnium_contract.encoding import Floats, Matrix, assemble, encode_column
+from hafnium_contract.encoding import UNKNOWN_CATEGORY, Floats, Matrix, assemble, encode_column
 from hafnium_contract.errors import FeatureError, InputError
-from hafnium_contract.model_contract import ModelContract
+from hafnium_contract.model_contract import Feature, ModelContract
 from hafnium_training.tables import (
+    as_keys,
     event_times,
     feature_column,
     label_times,
@@ -38,6 +41,15 @@ if TYPE_CHECKING:
 
 ROWS_MIN = 200
 """Below this, a calibration and a test part of 15 % hold fewer than 30 rows each: nothing can be measured on them."""
+POSITIVES_MIN = 10
+"""Of each kind of label in each part. With fewer an interval around the ROC-AUC of the test part is too narrow: noise then passes for
+skill in 45 % of trainings (1 positive), 23 % (2) or 6 % (5), instead of in 2.5 %."""
+KNOWN_DROP_MAX = 0.05
+"""Share of known labels may be so much lower, relatively, than among the oldest ones before rows count as not mature. Where 5 % of the
+negatives are still to come, the share of frauds is 5 % too high: less than the share itself moves from week to week."""
+REFUSED_SHARE_MAX = 0.05
+"""Of the rows, that serving would refuse. Some dirt is in every history; more means that the contract describes other data (another unit,
+another range), and the model would learn from rows of a kind that it is never asked about."""
 SHARES = (0.7, 0.15, 0.15)
 """Train, validation (early stopping and calibration), test: oldest to newest."""
 
@@ -60,11 +72,13 @@ class Dataset:
     label_time: Times
     request_ids: npt.NDArray[np.object_]
     protected: Mapping[str, npt.NDArray[np.object_]]
-    """Attribute → text per row (None = not known). Only those that the file has."""
+    """Attribute → text per row (None = not known)."""
     values: Mapping[str, Floats]
     """Encoded features before derivation (name → float64 [rows]): what a derived column is computed from."""
     keys: Mapping[str, npt.NDArray[np.object_]]
     """Join key → text per row. Only those that the file has."""
+    notices: tuple[str, ...] = ()
+    """What whoever uses them should know of these rows."""
 
     @property
     def rows(self) -> int:
@@ -81,19 +95,22 @@ class Dataset:
             _frozen(self.label_time[index]), _frozen(self.request_ids[index]),
             MappingProxyType({k: _frozen(v[index]) for k, v in self.protected.items()}),
             MappingProxyType({k: _frozen(v[index]) for k, v in self.values.items()}),
-            MappingProxyType({k: _frozen(v[index]) for k, v in self.keys.items()}),
+            MappingProxyType({k: _frozen(v[index]) for k, v in self.keys.items()}), self.notices,
         )
 
     def digest(self) -> str:
-        """`sha256:…` over values, labels, times and protected attributes: CSV and Parquet of the same rows agree."""
+        """`sha256:…` over all that a training or an evaluation reads of the rows: values (those that only feed others, too), labels, times,
+        protected attributes and join keys. CSV and Parquet of the same rows agree."""
         h = hashlib.sha256(self.contract.digest.encode())
         # NaN has many bit patterns and -0.0 equals 0.0: one of each, or equal data would differ
-        canonical = np.where(np.isnan(self.X), np.float32(np.nan), self.X + np.float32(0.0))
-        for part in (canonical, self.y, self.event_time, self.label_time):
+        columns = [self.X, *(self.values[name] for name in sorted(self.values))]
+        canonical = (np.where(np.isnan(c), c.dtype.type(np.nan), c + c.dtype.type(0.0)) for c in columns)
+        for part in (*canonical, self.y, self.event_time, self.label_time):
             h.update(np.ascontiguousarray(part).tobytes())
-        for name in sorted(self.protected):
-            h.update(name.encode())
-            h.update("\x1f".join("" if v is None else str(v) for v in self.protected[name]).encode())
+        for kind, texts in (("protected", self.protected), ("key", self.keys)):
+            for name in sorted(texts):
+                h.update(f"\x1e{kind}\x1e{name}\x1e".encode())
+                h.update("\x1f".join("" if v is None else str(v) for v in texts[name]).encode())
         return "sha256:" + h.hexdigest()
 
 
@@ -104,6 +121,8 @@ class Split:
     train: Dataset
     validation: Dataset
     test: Dataset
+    notices: tuple[str, ...] = ()
+    """What whoever trains on it, or reads the model card, should know of the data."""
 
     def parts(self) -> tuple[tuple[SplitName, Dataset], ...]:
         return (("train", self.train), ("validation", self.validation), ("test", self.test))
@@ -114,29 +133,45 @@ def load_dataset(path: Path, contract: ModelContract, *, until: datetime | None 
     return dataset_of(read_table(path, contract), contract, until=until, source=str(path))
 
 
-def dataset_of(frame: pd.DataFrame, contract: ModelContract, *, until: datetime | None = None, source: str = "data") -> Dataset:
+def dataset_of(
+    frame: pd.DataFrame, contract: ModelContract, *, until: datetime | None = None, source: str = "data", compared_only: bool = False,
+) -> Dataset:
     """Table → Dataset of the rows whose labels were known at `until`, oldest first (ties in the table's order).
 
-    `until` (aware; None: no cut-off): a row is used iff event_time < until, label_time ≤ until, and it is not later than
-    the newest event whose negative label was known by then. Rows with a blank label or a blank label time are not known yet.
-    Raises InputError: a column is missing or of another type, too few rows, or labels of one kind only.
+    `until` (aware; None: no cut-off): a row is used iff event_time < until, label_time ≤ until, and it is not newer than the moment up to
+    which labels are mature (`mature_until`). Rows with a blank label or a blank label time are not known yet.
+    `compared_only`: rows for a model that is only compared with; what its contract would refuse is then no hindrance.
+    Raises InputError: a column is missing or of another type, too few rows, labels of one kind only, a category without a known value,
+    or more than REFUSED_SHARE_MAX of rows that serving would refuse.
     """
     if until is not None and until.tzinfo is None:
         raise InputError(f"--until {until.isoformat()}: has no time zone; write for example {until.isoformat()}Z")
     wanted = [c for f in contract.features if (c := feature_column(f)) is not None]
-    require_columns(frame, [contract.data.event_time.column, contract.data.label.column, *wanted], source)
+    attributes = [] if compared_only else [p.name for p in contract.protected]
+    require_columns(frame, [contract.data.event_time.column, contract.data.label.column, *wanted, *attributes], source)
 
     truth = labels(contract, frame, source)
     events = _micros(event_times(contract, frame, source))
     known_at, known = _known(label_times(contract, frame, source))
-    used = known & ~np.isnan(truth)
+    used, asked = known & ~np.isnan(truth), np.ones(len(frame), bool)
     if until is not None:
         cut = round(until.timestamp() * 1e6)
-        used &= (events < cut) & (known_at <= cut)
-        negatives = events[used & (truth == 0.0)]
-        if len(negatives) == 0:
+        asked = events < cut
+        used &= asked & (known_at <= cut)
+        if not (truth[used] == 0.0).any():
             raise InputError(f"{source}: no negative label is known by {until.isoformat()}; choose a later --until")
-        used &= events <= negatives.max()
+    notices: list[str] = []
+    newest = mature_until(events[asked], used[asked])
+    if newest is not None and (too_new := used & (events > newest)).any():
+        share = float(too_new.sum() / (asked & (events > newest)).sum())
+        notices.append(
+            f"{too_new.sum()} rows after {_moment(newest)} are left out although their labels are known: labels of only {share:.1%} of the "
+            "rows since then are, and those that are known early are not like the others"
+        )
+        used &= ~too_new
+        negatives = events[used & (truth == 0.0)]
+        if len(negatives):  # what follows the newest one is positives only, however few
+            used &= events <= negatives.max()
 
     index = np.flatnonzero(used)
     index = index[np.argsort(events[index], kind="stable")]
@@ -151,35 +186,146 @@ def dataset_of(frame: pd.DataFrame, contract: ModelContract, *, until: datetime 
             values[f.name] = encode_column(f, part[column].to_numpy())
         except FeatureError as e:
             raise InputError(f"{source}: column {column}: {e}") from e
+        if not compared_only:
+            _some_category_known(f, values[f.name], part[column], f"{source}: column {column}")
+    X = assemble(contract, values, events[index] / 1e6)
+    if not compared_only:
+        notices += _refused_by_serving(contract, values, X, source)
     return Dataset(
         contract=contract,
-        X=_frozen(assemble(contract, values, events[index] / 1e6)),
+        X=_frozen(X),
         y=_frozen(truth[index].astype(np.int8)),
         event_time=_frozen(events[index]),
         label_time=_frozen(known_at[index]),
         request_ids=_frozen(request_ids(contract, frame, source).to_numpy(object)[index]),
-        protected=MappingProxyType({p.name: _texts(part[p.name]) for p in contract.protected if p.name in part.columns}),
+        protected=MappingProxyType({p: _texts(part[p]) for p in attributes}),
         values=MappingProxyType({k: _frozen(v) for k, v in values.items()}),
         keys=MappingProxyType({e.join_key: _texts(part[e.join_key]) for e in contract.entities if e.join_key in part.columns}),
+        notices=tuple(notices),
     )
+
+
+def mature_until(events: Times, known: npt.NDArray[np.bool_]) -> int | None:
+    """Up to which moment labels are as well known as they are among the oldest rows. None: there is nothing to measure it by.
+
+    In time order every row with a known label counts for, every other one against: as much as makes the sum rise while the share of
+    known ones is what it was in the beginning (the oldest tenth of the known ones), less KNOWN_DROP_MAX and less what chance may do.
+    The sum is largest where the labels stop being known. One row cleared early changes nothing, and neither do labels that are never
+    known for a share of all rows. When all are known this is the newest row.
+    """
+    order = np.argsort(events, kind="stable")
+    in_order = known[order]
+    at = np.flatnonzero(in_order)
+    if len(at) < ROWS_MIN // 2:
+        return None
+    oldest = max(len(at) // 10, ROWS_MIN // 2)
+    rows = int(at[oldest - 1] - at[0]) + 1
+    usual = oldest / rows
+    floor = usual - max(KNOWN_DROP_MAX * usual, 3.0 * math.sqrt(usual * (1.0 - usual) / rows))
+    sums = np.cumsum(in_order - floor)
+    last = len(sums) - 1 - int(np.argmax(sums[::-1]))
+    return int(events[order[last]])
+
+
+def _some_category_known(feature: Feature, codes: Floats, column: pd.Series[Any], where: str) -> None:
+    if feature.dtype != "category" or not (codes == UNKNOWN_CATEGORY).any() or (codes >= 0.0).any():
+        return
+    found = list(dict.fromkeys(str(v) for v in column[codes == UNKNOWN_CATEGORY].head(1000)))[:3]
+    raise InputError(
+        f"{where}: no value is a category of {feature.name}: it holds {', '.join(map(repr, found))}, …; the contract names "
+        f"{', '.join(map(repr, feature.categories[:3]))}{', …' if len(feature.categories) > 3 else ''}"
+    )
+
+
+def _refused_by_serving(contract: ModelContract, values: Mapping[str, Floats], X: Matrix, source: str) -> list[str]:
+    """A notice of the rows that serving would refuse, if there are any. Raises InputError when they are too many."""
+    refused = np.zeros(len(X), bool)
+    why: list[str] = []
+    at = {f.name: j for j, f in enumerate(contract.inputs)}
+    for f in contract.features:
+        found = values[f.name] if f.name in values else X[:, at[f.name]] if f.name in at else None
+        if found is None:
+            continue
+        looked_up = f.request_field is None and f.name in values
+        outside = np.zeros(len(X), bool)
+        if f.range is not None and f.out_of_range == "reject" and f.name in values:
+            outside = (found < f.range[0]) | (found > f.range[1])
+            if looked_up:  # such a value in the store counts as a missing one
+                outside &= f.missing == "reject"
+        missing = np.isnan(found) & (f.missing == "reject")
+        for rows, what in ((missing, "missing"), (outside, "out of range")):
+            if rows.any():
+                why.append(f"{f.name} {what} in {rows.mean():.2%}")
+                refused |= rows
+    if not why:
+        return []
+    text = f"{refused.mean():.2%} of {len(X)} rows would be refused in serving: {', '.join(why)}"
+    if float(refused.mean()) > REFUSED_SHARE_MAX:
+        raise InputError(
+            f"{source}: {text}; at most {REFUSED_SHARE_MAX:.0%} may be: correct the data or, if such rows are normal, the contract "
+            "(range, outOfRange, missing)"
+        )
+    return [text]
 
 
 def split_by_time(data: Dataset, shares: tuple[float, float, float] = SHARES) -> Split:
     """Oldest rows to train, newest to test. Rows of one moment stay together, so no part looks into the next one.
 
-    Raises InputError when a part would be empty or hold labels of one kind only.
+    Raises InputError when a part would have fewer than POSITIVES_MIN labels of a kind, or when an input has no value in the train part.
     """
     first = _boundary(data.event_time, shares[0])
     second = _boundary(data.event_time, shares[0] + shares[1])
     rows = np.arange(data.rows, dtype=np.int64)
     split = Split(data.take(rows[:first]), data.take(rows[first:second]), data.take(rows[second:]))
     for name, part in split.parts():
-        if part.rows == 0 or part.positives in (0, part.rows):
+        if min(part.positives, part.rows - part.positives) < POSITIVES_MIN:
             raise InputError(
                 f"the {name} part of the data ({part.rows} rows, oldest to newest) has {part.positives} positive labels and "
-                f"{part.rows - part.positives} negative ones; each part needs both: give data over a longer time"
+                f"{part.rows - part.positives} negative ones; each part needs {POSITIVES_MIN} of both: give data over a longer time"
             )
-    return split
+    return replace(split, notices=(*data.notices, *_constant_inputs(split), *_known_late(split)))
+
+
+def _constant_inputs(split: Split) -> tuple[str, ...]:
+    """Notices of inputs that have one value in the whole train part. Raises InputError for one that has none at all there.
+
+    Nothing can be learnt from either. A constant is harmless (the network is blind to it) and often right (a flag that has not been
+    raised yet). No value at all means that something is broken: a lookup that finds nothing, a column of another file.
+    """
+    nothing: list[str] = []
+    notices: list[str] = []
+    rest = np.concatenate([split.validation.X, split.test.X])
+    for j, f in enumerate(split.train.contract.inputs):
+        column = split.train.X[:, j]
+        present = column[~np.isnan(column)]
+        if len(present) == 0:
+            later = float(np.mean(~np.isnan(rest[:, j])))
+            nothing.append(f"{f.name} (0 of {len(column)} rows; {later:.0%} of the newer ones)")
+        elif float(present.min()) == float(present.max()):
+            shown = f"{float(present[0]):g}" if f.dtype != "category" else _category(f, float(present[0]))
+            notices.append(f"{f.name} is {shown} in every row of the train part: the model learns nothing from it and ignores other values")
+    if nothing:
+        raise InputError(
+            f"inputs without a single value in the train part (oldest {split.train.rows} rows): {', '.join(nothing)}; is the lookup or the "
+            "column right? An input without values has to leave the contract"
+        )
+    return tuple(notices)
+
+
+def _known_late(split: Split) -> tuple[str, ...]:
+    """The evaluation is split by event time alone: how much of the training it could not have had when the test part began."""
+    began = split.test.event_time[0]
+    late = float((split.train.label_time > began).mean())
+    if late == 0.0:
+        return ()
+    return (
+        f"labels of {late:.0%} of the train part became known only after the test part had begun: a model trained at that moment could not "
+        "have used them, so the evaluation is optimistic where the world changes quickly",
+    )
+
+
+def _category(feature: Feature, code: float) -> str:
+    return "unknown" if code == UNKNOWN_CATEGORY else repr(feature.categories[int(code)])
 
 
 def _boundary(times: Times, share: float) -> int:
@@ -213,10 +359,11 @@ def _known(times: pd.Series[pd.Timestamp]) -> tuple[Times, npt.NDArray[np.bool_]
 
 
 def _texts(column: pd.Series[Any]) -> npt.NDArray[np.object_]:
-    missing = column.isna().to_numpy(bool)
-    text = column.astype(str).to_numpy(object)
-    text[missing] = None
-    return _frozen(text)
+    return _frozen(as_keys(column).to_numpy(object, copy=True))
+
+
+def _moment(micros: int) -> str:
+    return datetime.fromtimestamp(micros / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _frozen(array: _A) -> _A:

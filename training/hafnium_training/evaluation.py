@@ -104,7 +104,10 @@ def evaluate(data: Dataset, score: Scores, interval: npt.NDArray[np.float32], th
 
 
 def bootstrap(ranked: Ranked, metric: Metric, rng: np.random.Generator, count: int) -> Measured:
-    """Metric with the percentile interval over `count` resamples of the rows (those without both classes don't count)."""
+    """Metric with the percentile interval over `count` resamples of the rows (those without both classes don't count).
+
+    With fewer than ten rows of a class the interval is too narrow: its rows are the same few in all resamples.
+    """
     rows = len(ranked.y)
     found = [metric(ranked, rng.multinomial(rows, np.full(rows, 1.0 / rows)).astype(np.float64)) for _ in range(count)]
     return Measured(metric(ranked, None), *_quantiles(np.array(found)))

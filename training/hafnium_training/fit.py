@@ -146,6 +146,7 @@ def _fit(
     batch = min(hyper.batch_rows, rows)
     per_epoch = min(math.ceil(rows / batch), STEPS_PER_EPOCH_MAX)
     hidden = _Hidden(data.preprocessing)
+    unseen = _unseen(data)
     hints = data.hints if hyper.monotonicity > 0 else ()
 
     step = 0
@@ -181,6 +182,7 @@ def _fit(
         if not math.isfinite(total):
             raise HafniumError(f"training diverged in epoch {number} (loss {total}); lower learningRate ({hyper.learning_rate:g})")
         with descent.averaged():
+            _as_unknown(network, unseen)
             recent.append(average_precision(data.validation_y, logits(network, data.validation)))
         score = sum(recent) / len(recent)
         history.append(Epoch(number, total / per_epoch, score))
@@ -194,8 +196,24 @@ def _fit(
     if best is None:
         raise HafniumError(f"epochs must be at least 1, got {epochs}")
     descent.weights.copy_(best_weights)
+    _as_unknown(network, unseen)
     network.requires_grad_(False)
     return Fitted(network, prior_correction(weight), tuple(history), best)
+
+
+def _unseen(data: Prepare) -> tuple[Tensor, ...]:
+    """Codes of each category that no row of the training part has. Missing and unknown are taught by hiding."""
+    return tuple(
+        torch.nonzero(torch.bincount(data.train.codes[:, i], minlength=size + 2)[:size] == 0)[:, 0]
+        for i, size in enumerate(data.preprocessing.category_sizes)
+    )
+
+
+def _as_unknown(network: MonotoneNetwork, unseen: tuple[Tensor, ...]) -> None:
+    """What training never saw scores as the unknown does: its row of the table is still the random one that it began with."""
+    with torch.no_grad():
+        for table, codes in zip(network.tables, unseen, strict=True):
+            table[codes] = table[-1].clone()
 
 
 class _AdamW:

@@ -1,6 +1,7 @@
 """Which measurements let a model out. Pure: numbers in, verdicts out.
 
-A gate fails only on what was measured well enough to say so. Where the data are too few the verdict is "not enough data", and
+A gate fails only on what was measured well enough to say so. Where the data are too few the verdict is "not enough data" (which stops
+a model only where nothing else says that it is any good: "better_than_chance"), and
 where a limit is crossed by less than the uncertainty it is "advisory": both are shown, in the error, the evaluation and the model
 card, and neither passes silently as "pass". Without that rule the gates would be dice: with eighty frauds in the test rows, the
 PR-AUC of the same model trained with another seed differs by 5 %, and one of two equally good models would always be refused.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hafnium_contract.errors import HafniumError
+from hafnium_training.dataset import POSITIVES_MIN
 from hafnium_training.evaluation import SLICE_ROWS_MIN, Comparison, Measured, Quality
 from hafnium_training.export import PARITY_LIMIT, Parity
 from hafnium_training.fairness import Fairness
@@ -43,6 +45,12 @@ class Gate:
     limit: str
     message: str
     reproducible: bool = True
+    needed: bool = False
+    """Without an answer to it no model goes out: "not enough data" stops it as "fail" does."""
+
+    @property
+    def stops(self) -> bool:
+        return self.verdict == "fail" or (self.needed and self.verdict == "not enough data")
 
 
 class GatesFailed(HafniumError):  # noqa: N818 - named for what happened, like the command's exit message
@@ -50,7 +58,7 @@ class GatesFailed(HafniumError):  # noqa: N818 - named for what happened, like t
 
     def __init__(self, gates: Sequence[Gate]) -> None:
         self.gates = tuple(gates)
-        self.failed = tuple(g for g in gates if g.verdict == "fail")
+        self.failed = tuple(g for g in gates if g.stops)
         lines = "\n".join(f"  {g.name}: {g.message} (limit: {g.limit})" for g in self.failed)
         count = len(self.failed)
         super().__init__(f"{count} gate{'s' if count != 1 else ''} failed, so no bundle was written\n{lines}")
@@ -77,14 +85,14 @@ def judge(found: Findings) -> tuple[Gate, ...]:
 
 
 def require(gates: Sequence[Gate]) -> None:
-    """Raises GatesFailed when any gate failed."""
-    if any(g.verdict == "fail" for g in gates):
+    """Raises GatesFailed when any gate failed, or one has no answer without which no model goes out."""
+    if any(g.stops for g in gates):
         raise GatesFailed(gates)
 
 
 def _soundness(found: Findings) -> tuple[Gate, ...]:
     metrics = found.quality.metrics
-    auc, ece, chance = metrics["roc_auc"], metrics["ece"], metrics["ece_by_chance"]
+    ece, chance = metrics["ece"], metrics["ece_by_chance"]
     mono = found.robustness.monotonicity
     worst = max(mono.features, key=lambda n: mono.features[n], default="")
     return (
@@ -94,10 +102,24 @@ def _soundness(found: Findings) -> tuple[Gate, ...]:
         Gate("monotone_violations", _pass(mono.violations == 0), mono.violations, "0",
              f"{mono.violations} of {mono.pairs} pairs break a direction of the contract"
              + (f", most for {worst}; largest fall {mono.largest:.2g}" if mono.violations else "")),
-        Gate("better_than_chance", _pass(auc.lower > 0.5), auc.value, "lower end of the 95 % interval > 0.5",
-             f"ROC-AUC {auc.value:.3f} [{auc.lower:.3f}, {auc.upper:.3f}]"),
+        _better_than_chance(found.quality),
         Gate("calibration", _calibration(ece, chance), ece.value, f"≤ {ECE_MAX:g}",
              f"expected calibration error {ece.value:.4f} (bins of equal mass); perfect calibration would show {chance.value:.4f}"),
+    )
+
+
+def _better_than_chance(quality: Quality) -> Gate:
+    auc = quality.metrics["roc_auc"]
+    negatives = quality.rows - quality.positives
+    limit = "lower end of the 95 % interval > 0.5"
+    if min(quality.positives, negatives) < POSITIVES_MIN:
+        return Gate(
+            "better_than_chance", "not enough data", None, f"{limit}, measured on at least {POSITIVES_MIN} rows of each label",
+            f"{quality.positives} positives and {negatives} negatives: give data over a longer time", needed=True,
+        )
+    return Gate(
+        "better_than_chance", _pass(auc.lower > 0.5), auc.value, limit, f"ROC-AUC {auc.value:.3f} [{auc.lower:.3f}, {auc.upper:.3f}]",
+        needed=True,
     )
 
 

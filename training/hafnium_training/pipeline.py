@@ -151,7 +151,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             tracker = stack.enter_context(HelperProcess("hafnium_training.tracking", options.tracking))
 
         with watch.stage("load"):
-            frame = read_table(options.data, contract)
+            frame = read_table(options.data, contract, also=None if production is None else production.contract)
             data = dataset_of(frame, contract, until=options.until, source=str(options.data))
             split = split_by_time(data)
             digest = data.digest()
@@ -160,6 +160,8 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             prepared = prepare(split, options.seed)
             rivals = None if production is None else _rival_rows(frame, production, options, split)
             progress.event(f"{data.rows} rows, {data.positives} positive: " + ", ".join(f"{n} {p.rows}" for n, p in split.parts()))
+            for notice in split.notices:
+                progress.event(f"note: {notice}")
 
         searched, key = Searched(given or Hyperparameters(), ()), ""
         folder = options.work or options.out.parent / f".{options.out.name}.search"
@@ -272,7 +274,7 @@ def _rival_rows(frame: pd.DataFrame, production: Bundle, options: TrainOptions, 
     if production.contract.digest == split.test.contract.digest:
         return split.test.X
     try:
-        theirs = dataset_of(frame, production.contract, until=options.until, source=str(options.data))
+        theirs = dataset_of(frame, production.contract, until=options.until, source=str(options.data), compared_only=True)
     except InputError as e:
         raise InputError(
             f"--production {production.path}: its contract (version {production.contract.version}) can't be read from {options.data}: {e}"
@@ -353,7 +355,7 @@ def _run_record(
     tags = {
         "hafnium.git_commit": facts.git_commit, "hafnium.data_digest": facts.data_digest,
         "hafnium.contract_digest": facts.contract.digest, "hafnium.model_version": facts.model_version,
-        "hafnium.gates_failed": ", ".join(g.name for g in gates if g.verdict == "fail"),
+        "hafnium.gates_failed": ", ".join(g.name for g in gates if g.stops),
     }
     if bundle is not None:
         tags[DIGEST_TAG] = bundle.manifest.digest

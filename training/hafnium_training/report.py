@@ -129,7 +129,9 @@ def card(facts: Facts, split: Split, found: Findings, gates: tuple[Gate, ...]) -
             "validation rows."
         ),
         interval=METHOD,
-        limitations=("The interval describes how well similar scores were supported by validation rows. It does not cover drift.",),
+        limitations=(
+            "The interval describes how well similar scores were supported by validation rows. It does not cover drift.", *split.notices,
+        ),
     )
 
 
@@ -212,7 +214,7 @@ def foreign_card(facts: Foreign, data: Dataset, found: Findings, gates: tuple[Ga
         training_data=f"Not known here. {facts.origin}",
         evaluation_data=f"{_sentence(data)} Whoever made the bundle says that the model was not trained on them.",
         calibration="The model's own; none was fitted here.", interval="the model's own",
-        limitations=("What the model was trained on, and how, was not checked.",),
+        limitations=("What the model was trained on, and how, was not checked.", *data.notices),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from hafnium_contract.errors import InputError
-from hafnium_contract.model_contract import Feature, FromDerived, ModelContract
+from hafnium_contract.model_contract import Feature, FromDerived, FromView, ModelContract
 
 CSV_BYTES_MAX = 4 * 1024**3
 """A CSV is held in memory at about twice its size; beyond this, Parquet is the right format."""
+PARQUET_BYTES_MAX = 16 * 1024**3
+"""In memory, of the columns that are read: ROWS_MAX rows of forty columns."""
 ROWS_MAX = 50_000_000
 """50 million rows of 20 features are 8 GB as float64: more than one training machine should be asked to hold."""
 COLUMNS_MAX = 10_000
@@ -53,20 +56,23 @@ def data_file(path: Path) -> Path:
     return file
 
 
-def read_table(path: Path, contract: ModelContract | None = None, *, text: Iterable[str] = ()) -> pd.DataFrame:
+def read_table(
+    path: Path, contract: ModelContract | None = None, *, text: Iterable[str] = (), also: ModelContract | None = None,
+) -> pd.DataFrame:
     """Reads a CSV or Parquet file (or a data folder's transactions) whole.
 
-    With a contract, numeric features are float64, keys, categories and ids are text (blank = missing), bool features are
-    0.0, 1.0 or NaN; other CSV columns become numbers when all their values are. Without one, that rule holds for all columns.
-    `text` names more columns that stay text whatever they look like.
+    With a contract, numeric features are float64, keys, categories, protected attributes and ids are text (blank = missing), bool
+    features are 0.0, 1.0 or NaN, whatever the file's own types are; other CSV columns become numbers when all their values are, other
+    Parquet columns are not read. Without one, that rule holds for all CSV columns, and Parquet columns stay as they are.
+    `text` names more columns that stay text whatever they look like; `also` is another contract whose columns are read, too.
     Raises InputError when the file is absent, empty, malformed or over the limits.
     """
     file = data_file(path)
     suffix = file.suffix.lower()
     if suffix == ".csv":
-        frame = _read_csv(file, contract, set(text))
+        frame = _read_csv(file, contract, set(text), also)
     elif suffix in (".parquet", ".pq"):
-        frame = _read_parquet(file)
+        frame = _read_parquet(file, contract, set(text), also)
     else:
         raise InputError(f"{file}: expected a .csv or .parquet file, got {suffix or 'no extension'}")
     if frame.empty:
@@ -167,16 +173,42 @@ def as_keys(column: pd.Series[Any]) -> pd.Series[str]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def _read_csv(file: Path, contract: ModelContract | None, text_columns: set[str]) -> pd.DataFrame:
+@dataclass(frozen=True)
+class _Meanings:
+    """What the contracts say of columns, and all that they name."""
+
+    numbers: frozenset[str]
+    bools: frozenset[str]
+    texts: frozenset[str]
+    literal: frozenset[str]
+    """Texts whose contract knows a category like `1.0`: no whole number is meant."""
+    named: frozenset[str]
+
+
+def _meanings(contract: ModelContract | None, text: set[str], also: ModelContract | None) -> _Meanings:
+    numbers, bools = _typed_columns(contract)
+    texts = set() if contract is None else _text_columns(contract)
+    literal = _literal_columns(contract)
+    named = set() if contract is None else _all_columns(contract)
+    if also is not None:  # the first contract says what its own columns are
+        n, b = _typed_columns(also)
+        numbers, bools, texts = numbers | (n - named), bools | (b - named), texts | (_text_columns(also) - named)
+        literal, named = literal | (_literal_columns(also) - named), named | _all_columns(also)
+    texts |= text
+    numbers, bools = numbers - text, bools - text
+    return _Meanings(frozenset(numbers), frozenset(bools), frozenset(texts), frozenset(literal), frozenset(named | text))
+
+
+def _read_csv(file: Path, contract: ModelContract | None, text_columns: set[str], also: ModelContract | None) -> pd.DataFrame:
     size = file.stat().st_size
     if size == 0:
         raise InputError(f"{file}: is empty; expected a header line and rows")
     if size > CSV_BYTES_MAX:
         limit = f"at most {CSV_BYTES_MAX // 1024**3} GiB of CSV"
         raise InputError(f"{file}: {size / 1024**3:.1f} GiB, {limit}; convert it to Parquet")
-    numbers, bools = _typed_columns(contract)
+    meanings = _meanings(contract, text_columns, also)
     header = _header(file)
-    types = {name: pa.float64() if name in numbers else pa.string() for name in header}
+    types = {name: pa.float64() if name in meanings.numbers else pa.string() for name in header}
     try:
         table = pacsv.read_csv(
             file,
@@ -187,16 +219,26 @@ def _read_csv(file: Path, contract: ModelContract | None, text_columns: set[str]
     if table.num_rows > ROWS_MAX:
         raise InputError(f"{file}: {table.num_rows} rows, at most {ROWS_MAX}; give a part of them")
     frame = table.to_pandas()
-    known = text_columns if contract is None else text_columns | _text_columns(contract)
+    times = _time_columns(contract) | _time_columns(also)
     for name in header:
-        if name in numbers:
+        if name in meanings.numbers:
             continue
         text = frame[name].where(frame[name] != "", None)
-        if name in bools:
+        if name in meanings.bools:
             frame[name] = truths(text, f"{file}: column {name}")
+        elif name in meanings.texts:
+            frame[name] = text if name in times or name in meanings.literal else _without_fractions(text)
         else:
-            frame[name] = text if name in known else _numbers_if_all_are(text)
+            frame[name] = _numbers_if_all_are(text)
     return frame
+
+
+def _without_fractions(text: pd.Series[Any]) -> pd.Series[Any]:
+    """`12.0` → `12` when all values look so: whole numbers with a gap, as a program wrote them that has no gaps in whole numbers."""
+    present = text.dropna()
+    if len(present) == 0 or not present.iloc[0].endswith(".0") or not present.str.fullmatch(r"-?\d{1,15}\.0").all():
+        return text
+    return text.str.removesuffix(".0")
 
 
 def _header(file: Path) -> list[str]:
@@ -226,17 +268,96 @@ def _csv_problem(message: str, header: list[str]) -> str:
     return f"malformed CSV: {text}"
 
 
-def _read_parquet(file: Path) -> pd.DataFrame:
+def _read_parquet(file: Path, contract: ModelContract | None, text: set[str], also: ModelContract | None) -> pd.DataFrame:
+    meanings = _meanings(contract, text, also)
     try:
-        found = pq.read_metadata(file)
-        if found.num_rows > ROWS_MAX:
-            raise InputError(f"{file}: {found.num_rows} rows, at most {ROWS_MAX}; give a part of them")
         # ParquetFile and not read_table: a folder called `region=1` above the file is no column.
         # ignore_metadata: an index that pandas had stored stays a column.
         with pq.ParquetFile(file) as reader:
-            return reader.read().to_pandas(ignore_metadata=True)
+            columns = _parquet_columns(file, reader, None if contract is None else meanings.named)
+            table = reader.read(columns=columns)
+        for name in table.column_names:
+            _refuse_kind(table.schema.field(name).type, f"{file}: column {name}", number=name in meanings.numbers)
+        frame = table.to_pandas(ignore_metadata=True)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as e:
         raise InputError(f"{file}: not a readable Parquet file: {str(e).splitlines()[0]}") from e
+    keep = _time_columns(contract) | _time_columns(also)
+    keep |= {c.data.label.column for c in (contract, also) if c is not None}
+    for name in columns:
+        where = f"{file}: column {name}"
+        if name in meanings.numbers:
+            frame[name] = _numbers(frame[name], where)
+        elif name in meanings.bools:
+            frame[name] = truths(frame[name], where)
+        elif name in meanings.texts and name not in keep:
+            frame[name] = as_keys(frame[name])
+    return frame
+
+
+def _parquet_columns(file: Path, reader: pq.ParquetFile, wanted: frozenset[str] | None) -> list[str]:
+    """Columns to read (None: all). Raises InputError when there are too many, or one of them is there twice."""
+    found, names = reader.metadata, reader.schema_arrow.names
+    if found.num_rows > ROWS_MAX:
+        raise InputError(f"{file}: {found.num_rows} rows, at most {ROWS_MAX}; give a part of them")
+    if len(names) > COLUMNS_MAX:
+        raise InputError(f"{file}: {len(names)} columns, at most {COLUMNS_MAX}")
+    columns = [n for n in names if wanted is None or n in wanted]
+    repeated = sorted({n for n in columns if columns.count(n) > 1})
+    if repeated:
+        raise InputError(f"{file}: names a column twice: {', '.join(repeated)}")
+    stored = sum(
+        group.column(j).total_uncompressed_size
+        for group in (found.row_group(i) for i in range(found.num_row_groups)) for j in range(group.num_columns)
+        if group.column(j).path_in_schema.split(".")[0] in columns
+    )
+    size = max(stored, found.num_rows * len(columns) * 8)
+    if size > PARQUET_BYTES_MAX:
+        raise InputError(
+            f"{file}: {size / 1024**3:.1f} GiB in memory, at most {PARQUET_BYTES_MAX / 1024**3:.0f} GiB; give a part of the rows"
+        )
+    return columns
+
+
+def _refuse_kind(kind: pa.DataType, where: str, *, number: bool) -> None:
+    """Raises InputError for a type that no column of a flat table has, or that is no number."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        raise InputError(f"{where}: expected one value a row, got {kind}")
+    if number and not (
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+        or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    ):
+        raise InputError(f"{where}: expected numbers, got {kind}")
+
+
+def _numbers(column: pd.Series[Any], where: str) -> npt.NDArray[np.float64]:
+    """float64, blank → NaN; text is read as in a CSV."""
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return column.to_numpy(np.float64, na_value=np.nan)
+    blank = column.isna() | column.isin(_MISSING_NUMBERS)
+    found = pd.to_numeric(column.mask(blank), errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    _refuse(np.isnan(found) & ~blank.to_numpy(bool), column, where, "a number")
+    return found
+
+
+def _time_columns(contract: ModelContract | None) -> set[str]:
+    if contract is None:
+        return set()
+    times = {contract.data.event_time.column, contract.data.label_time.column}
+    return {t for t in times if t is not None}
+
+
+def _literal_columns(contract: ModelContract | None) -> set[str]:
+    features = () if contract is None else contract.features
+    return {c for f in features if any(k.endswith(".0") for k in f.categories) and (c := feature_column(f)) is not None}
+
+
+def _all_columns(contract: ModelContract) -> set[str]:
+    """All that the contract names: a flat file may also have a view's columns under the names of its fields."""
+    numbers, bools = _typed_columns(contract)
+    fields = {f.source.field for f in contract.features if isinstance(f.source, FromView)}
+    return numbers | bools | _text_columns(contract) | fields
 
 
 def _typed_columns(contract: ModelContract | None) -> tuple[set[str], set[str]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hafnium_contract.encoding import FLOAT_MAX
-from hafnium_contract.model_contract import Feature
+from hafnium_contract.model_contract import FLOAT_MAX, Feature
 from hafnium_contract.wire import BATCH_ROWS_MAX, PROBLEM_JSON
 from hafnium_transformer.plan import ENTITY_TEXT, Plan
 from hafnium_transformer.rows import TEXT_MAX
