@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from hafnium_contract.bundle import BYTES_MAX, MODEL, Bundle, bytes_digest, write_bundle
@@ -19,7 +20,7 @@ from hafnium_contract.graph import check_graph
 from hafnium_training import report
 from hafnium_training.dataset import Dataset, load_dataset
 from hafnium_training.evaluation import evaluate
-from hafnium_training.export import Scorer, difficult_rows, measure_parity
+from hafnium_training.export import Scorer, Scores, difficult_rows, measure_parity
 from hafnium_training.fairness import fairness_of, groups_of
 from hafnium_training.gates import Findings, Gate, judge, require
 from hafnium_training.model_card import markdown
@@ -102,6 +103,7 @@ def _measured(path: Path, data: Dataset, scorer: Scorer, seed: int) -> tuple[Fin
     try:
         parity = measure_parity(None, scorer, difficult_rows(data.contract, data.X, seed))
         score, interval = scorer.both(data.X)
+        _require_sound(data, score, interval)
     except HafniumError as e:
         raise BundleError(f"{path}: {e}") from e
     except Exception as e:  # a graph may fail on any row
@@ -111,3 +113,31 @@ def _measured(path: Path, data: Dataset, scorer: Scorer, seed: int) -> tuple[Fin
     return Findings(
         evaluate(data, score, interval, threshold, seed), fairness, measure_robustness(data, scorer, threshold, seed), parity, None, None,
     ), groups
+
+
+def _require_sound(data: Dataset, score: Scores, interval: Scores) -> None:
+    """Raises HafniumError when any row's score is not a probability or its interval doesn't hold it.
+
+    Of every row, since a graph can go wrong for a narrow range of one input only, and metrics over ranks don't show it.
+    """
+    checks = (
+        ("a score that is not finite", ~np.isfinite(score), score),
+        ("a score outside [0, 1]", (score < 0.0) | (score > 1.0), score),
+        ("an interval that is not finite", ~np.isfinite(interval).all(axis=1), interval),
+        ("an interval outside [0, 1]", ((interval < 0.0) | (interval > 1.0)).any(axis=1), interval),
+        ("an interval without the score", (score < interval[:, 0]) | (score > interval[:, 1]), interval),
+    )
+    for what, wrong, values in checks:
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            first = int(rows[0])
+            raise HafniumError(
+                f"gives {what} for {len(rows)} of {data.rows} given rows (first: {_row_name(data, first)}: {values[first].tolist()})"
+            )
+
+
+def _row_name(data: Dataset, row: int) -> str:
+    """Datasets are sorted by time, so a place in them says nothing: the id, or the number in the file (from 1, without the header)."""
+    column = data.contract.data.request_id
+    given = str(data.request_ids[row])
+    return f"row {int(given) + 1}" if column is None else f"{column} {given}"
