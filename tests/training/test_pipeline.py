@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,19 +242,47 @@ def test_wrong_options_are_refused_before_any_work(folder: Path) -> None:
         train(options(folder, epochs=0), Silent())
     with pytest.raises(InputError, match="no such bundle"):
         train(options(folder, production=folder / "absent"), Silent())
+    (folder / "afile").write_text("x")
+    for change, said in (
+        ({"version": "v 1"}, "--model-version 'v 1'"), ({"seed": -1}, "--seed -1: expected 0 to"), ({"seed": 2**32}, "--seed 4294967296"),
+        ({"out": folder / "afile" / "b"}, r"--out .*afile is a file"), ({"tracking": "ftp://h"}, "--tracking"),
+        ({"work": "s3://b"}, "--trial-storage"),
+    ):
+        told = Stages()
+        with pytest.raises(InputError, match=said):
+            train(dataclasses.replace(options(folder, "never", trials=2), **change), told)
+        assert told.names == []
+
+
+class Stages(Silent):
+    """Remembers the stages' names, and does something when one begins."""
+
+    def __init__(self, **actions: Callable[[], object]) -> None:
+        self.names: list[str] = []
+        self.actions = actions
+
+    def stage(self, name: str, total: int) -> None:
+        del total
+        self.names.append(name)
+        self.actions.get(name, lambda: None)()
+
+
+def test_a_contract_that_is_edited_while_training_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    contract = tmp_path / "contract.yaml"
+    contract.write_bytes((folder / "contract.yaml").read_bytes())
+    before = contract.read_bytes()
+    edit = Stages(train=lambda: contract.write_bytes(before.replace(b'"threshold": 0.3', b'"threshold": 0.6')))
+    result = train(options(folder, contract=contract, out=tmp_path / "b", epochs=2), edit)
+    assert contract.read_bytes() != before
+    assert (result.bundle.path / "contract.yaml").read_bytes() == before
+    assert open_bundle(result.bundle.path).contract.decision.threshold == 0.3
 
 
 def test_a_bundle_is_never_replaced_by_another(folder: Path, trained: TrainResult) -> None:
-    stages: list[str] = []
-
-    class Told(Silent):
-        def stage(self, name: str, total: int) -> None:
-            del total
-            stages.append(name)
-
+    told = Stages()
     with pytest.raises(InputError, match=r"holds another bundle already .*other version, seed.*a bundle never changes"):
-        train(options(folder, seed=9, until=days(55), trials=2), Told())
-    assert stages == ["load"], "refused before the search, not after it"
+        train(options(folder, seed=9, until=days(55), trials=2), told)
+    assert told.names == ["load"], "refused before the search, not after it"
     with pytest.raises(HafniumError, match="a bundle never changes"):
         train(options(folder, epochs=1, until=days(55)), Silent())  # its manifest is the same up to the end
     assert open_bundle(trained.bundle.path).manifest.digest == trained.bundle.manifest.digest

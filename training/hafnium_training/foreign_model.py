@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from hafnium_contract.bundle import BYTES_MAX, MODEL, Bundle, bytes_digest, write_bundle
-from hafnium_contract.contract_file import load_contract
+from hafnium_contract.bundle import BYTES_MAX, MODEL, Bundle, bytes_digest, check_destination, write_bundle
+from hafnium_contract.contract_file import read_contract
 from hafnium_contract.errors import BundleError, HafniumError, InputError
 from hafnium_contract.graph import check_graph
 from hafnium_training import report
@@ -24,7 +24,7 @@ from hafnium_training.export import Scorer, Scores, difficult_rows, measure_pari
 from hafnium_training.fairness import fairness_of, groups_of
 from hafnium_training.gates import Findings, Gate, judge, require
 from hafnium_training.model_card import markdown
-from hafnium_training.pipeline import git_commit, reference
+from hafnium_training.pipeline import check_seed, git_commit, reference
 from hafnium_training.robustness import measure_robustness
 
 
@@ -50,7 +50,9 @@ def make_bundle_of(options: ForeignOptions) -> tuple[Bundle, tuple[Gate, ...]]:
     Raises InputError or BundleError for a file that can't be used, GatesFailed (a HafniumError) when the model may not go out; then no
     bundle was written.
     """
-    contract = load_contract(options.contract)
+    contract, contract_bytes = read_contract(options.contract)
+    check_seed(options.seed)
+    check_destination(options.out, options.version)
     model = _bytes(options.model)
     scorer = _scorer(options.model, model)
     check_graph(options.model, contract, scorer.session)
@@ -67,7 +69,7 @@ def make_bundle_of(options: ForeignOptions) -> tuple[Bundle, tuple[Gate, ...]]:
     card = report.foreign_card(facts, data, found, gates)
     files = {
         MODEL: model,
-        "contract.yaml": options.contract.read_bytes(),
+        "contract.yaml": contract_bytes,
         "evaluation.json": report.foreign_evaluation(facts, data, found, groups, gates),
         "model_card.json": report.to_json(card.model_dump(mode="json")),
         "model_card.md": markdown(card).encode(),

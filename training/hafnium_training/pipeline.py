@@ -23,8 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafnium_contract.bundle import Bundle, open_bundle, write_bundle
-from hafnium_contract.contract_file import load_contract
+from hafnium_contract.bundle import Bundle, check_destination, open_bundle, write_bundle
+from hafnium_contract.contract_file import read_contract
 from hafnium_contract.encoding import Matrix
 from hafnium_contract.errors import InputError
 from hafnium_contract.inference_log import FEATURE_PREFIX, logged_features
@@ -47,7 +47,7 @@ from hafnium_training.onnx_graph import OPSET
 from hafnium_training.robustness import measure_robustness
 from hafnium_training.search import Searched, Trial, search, search_key, searching, trial_storage
 from hafnium_training.tables import read_table
-from hafnium_training.tracking import DIGEST_TAG, RunRecord, TrialRecord
+from hafnium_training.tracking import DIGEST_TAG, RunRecord, TrialRecord, is_server
 
 EPOCHS = 40
 """Of at most 400 batches; early stopping ends most trainings before."""
@@ -55,6 +55,8 @@ SEARCH_EPOCHS = 15
 REFERENCE_ROWS_MAX = 10_000
 RECENT_SHARE = 0.3
 LATENCY_ROWS = 256
+SEED_MAX = 2**32 - 1
+"""Optuna's and NumPy's older generators take no more."""
 STAGES = ("load", "search", "train", "export", "evaluate", "compare", "write", "track")
 
 
@@ -135,10 +137,16 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
     Raises InputError for unusable data or options, GatesFailed (a HafniumError) when the model may not go out; then no bundle
     was written. The same data, contract, options and machine give the same bundle digest.
     """
-    contract = load_contract(options.contract)
+    contract, contract_bytes = read_contract(options.contract)
     given = parse_hyperparameters(options.params, "--params") if isinstance(options.params, dict) else options.params
     if options.epochs < 1:
         raise InputError(f"--epochs {options.epochs}: expected at least 1")
+    check_seed(options.seed)
+    check_destination(options.out, options.version)
+    if options.tracking is not None:
+        is_server(options.tracking)
+    if options.work is not None:
+        trial_storage(options.work)
     there = open_bundle(options.out) if options.out.exists() else None
     needs_search = given is None and options.trials > 1
     watch = _Watch(progress)
@@ -191,7 +199,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
         with watch.stage("write"):
             try:
                 require(gates)
-                bundle = _write(options, trained, findings, gates, data, split)
+                bundle = _write(options, contract_bytes, trained, findings, gates, data, split)
             except GatesFailed as e:
                 error = e
         run_id = registered = None
@@ -214,6 +222,12 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             bundle, {k: m.value for k, m in findings.quality.metrics.items()}, searched.best, searched.trials, gates, latency,
             watch.seconds, run_id, registered,
         )
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that one of the generators would refuse, or take for another one."""
+    if not 0 <= seed <= SEED_MAX:
+        raise InputError(f"--seed {seed}: expected 0 to {SEED_MAX}")
 
 
 def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract, digest: str) -> None:
@@ -299,13 +313,14 @@ def _against_production(
 
 
 def _write(
-    options: TrainOptions, trained: _Trained, findings: Findings, gates: tuple[Gate, ...], data: Dataset, split: Split,
+    options: TrainOptions, contract_bytes: bytes, trained: _Trained, findings: Findings, gates: tuple[Gate, ...], data: Dataset,
+    split: Split,
 ) -> Bundle:
     facts = trained.facts
     card = report.card(facts, split, findings, gates)
     files = {
         "model.onnx": trained.model,
-        "contract.yaml": options.contract.read_bytes(),
+        "contract.yaml": contract_bytes,
         "evaluation.json": report.evaluation(facts, split, findings, trained.groups, gates),
         "model_card.json": report.to_json(card.model_dump(mode="json")),
         "model_card.md": markdown(card).encode(),
