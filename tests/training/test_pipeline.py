@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hafnium_servers import free_port
 from hafnium_training_cases import LENDER, days, lender, lender_table, random_model, write_lender
 
 from hafnium_contract.bundle import open_bundle
@@ -32,7 +34,7 @@ from hafnium_training.gates import GatesFailed
 from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters, read_hyperparameters
 from hafnium_training.latency import measure_latency
-from hafnium_training.pipeline import TrainOptions, TrainResult, git_commit, train
+from hafnium_training.pipeline import NotRecordedError, TrainOptions, TrainResult, git_commit, train
 
 EPOCHS = 12
 pytestmark = pytest.mark.slow
@@ -171,6 +173,35 @@ def test_a_model_without_skill_makes_no_bundle_and_is_recorded_as_failed(tmp_pat
     run = client.search_runs([experiment.experiment_id])[0]
     assert "better_than_chance" in run.data.tags["hafnium.gates_failed"]
     assert client.search_registered_models() == []
+
+
+def test_when_mlflow_is_away_the_gates_are_told_first_and_a_written_bundle_is_recorded_by_the_next_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = f"http://127.0.0.1:{free_port()}"
+    said = rf"bundle written at .*not recorded in MLflow \({away}: MLflow did not start.*run again"
+    with pytest.raises(NotRecordedError, match=said) as unrecorded:
+        train(options(folder, out=tmp_path / "b", epochs=4, tracking=away), Silent())
+    assert unrecorded.value.exit_status == 3
+    assert open_bundle(tmp_path / "b").manifest.digest == unrecorded.value.bundle.manifest.digest
+    again = train(options(folder, out=tmp_path / "b", epochs=4, tracking=tmp_path / "tracking"), Silent())
+    assert again.registered_version == "1"
+    write_lender(tmp_path / "noise", skill=0.0)
+    with pytest.raises(GatesFailed, match="better_than_chance") as found:
+        train(options(tmp_path / "noise", epochs=2, tracking=away), Silent())
+    assert [n for n in found.value.__notes__ if away in n]
+
+
+def test_a_tracking_store_that_is_there_only_when_it_is_needed_is_enough(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "tracking"
+    place.write_text("not a folder yet")
+
+    def appear() -> None:
+        time.sleep(1.0)
+        place.unlink()
+    result = train(options(folder, out=tmp_path / "b", epochs=2, tracking=place), Stages(write=appear))
+    assert result.registered_version == "1"
 
 
 def test_a_model_much_worse_than_production_stays_out(folder: Path, trained: TrainResult, tmp_path: Path) -> None:
@@ -322,6 +353,43 @@ def test_another_process_exports_the_same_bytes_and_passes_errors_on(folder: Pat
             helper.call("export_onnx", model, 6, timeout_s=0.0)
     with HelperProcess("hafnium_training.no_such_module") as broken, pytest.raises(HafniumError, match="no_such_module"):
         broken.call("anything")
+
+
+WARM_UP_TWICE = """
+from pathlib import Path
+from hafnium_contract.errors import HafniumError
+
+def warm_up(log):
+    tries = Path(log).read_text().count("warm") + 1 if Path(log).exists() else 1
+    with Path(log).open("a") as f:
+        f.write("warm")
+    if tries in (1, 3, 4):
+        raise HafniumError(f"start {tries} failed")
+
+def echo(x, *, progress=None):
+    return x
+
+def slow_but_talking(*, progress):
+    import time
+    for _ in range(8):
+        time.sleep(0.25)
+        progress.advance(0)
+    return "done"
+"""
+
+
+def test_a_start_that_failed_is_tried_once_more_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hafnium_warm_up_twice.py").write_text(WARM_UP_TWICE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    log = tmp_path / "log"
+    with HelperProcess("hafnium_warm_up_twice", str(log)) as helper:
+        assert helper.call("echo", 5) == 5
+        assert log.read_text() == "warm" * 2
+        assert helper.call("slow_but_talking", timeout_s=1.0, progress=Silent()) == "done", "the time is for a silence, not for the whole"
+    with HelperProcess("hafnium_warm_up_twice", str(log)) as helper:
+        with pytest.raises(HafniumError, match="start 4 failed"):
+            helper.call("echo", 5)
+        assert helper.call("echo", 6) == 6, "a later call starts it anew"
 
 
 def test_a_killed_helper_process_is_started_and_asked_again() -> None:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from hafnium_contract.bundle import Bundle, check_destination, open_bundle, write_bundle
 from hafnium_contract.contract_file import read_contract
 from hafnium_contract.encoding import Matrix
-from hafnium_contract.errors import InputError
+from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.inference_log import FEATURE_PREFIX, logged_features
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.progress import Progress
@@ -58,6 +58,18 @@ LATENCY_ROWS = 256
 SEED_MAX = 2**32 - 1
 """Optuna's and NumPy's older generators take no more."""
 STAGES = ("load", "search", "train", "export", "evaluate", "compare", "write", "track")
+
+
+class NotRecordedError(HafniumError):
+    """The bundle was written, and MLflow could not be told of it."""
+
+    exit_status = 3
+
+    def __init__(self, bundle: Bundle, cause: HafniumError) -> None:
+        self.bundle = bundle
+        super().__init__(
+            f"bundle written at {bundle.path} ({bundle.manifest.digest}), not recorded in MLflow ({cause}); run again to record it"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,8 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
     """Trains, measures, judges and writes a bundle.
 
     Raises InputError for unusable data or options, GatesFailed (a HafniumError) when the model may not go out; then no bundle
-    was written. The same data, contract, options and machine give the same bundle digest.
+    was written. Raises NotRecordedError when one was written but MLflow failed; the same call again records it.
+    The same data, contract, options and machine give the same bundle digest.
     """
     contract, contract_bytes = read_contract(options.contract)
     given = parse_hyperparameters(options.params, "--params") if isinstance(options.params, dict) else options.params
@@ -202,17 +215,24 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
                 bundle = _write(options, contract_bytes, trained, findings, gates, data, split)
             except GatesFailed as e:
                 error = e
-        run_id = registered = None
+        run_id = registered = untracked = None
         if tracker is not None:
             with watch.stage("track"):
-                tracked = tracker.call(
-                    "record", options.tracking, _run_record(trained, findings, gates, searched, bundle, watch.seconds),
-                )
-                run_id, registered = tracked.run_id, tracked.model_version
+                try:
+                    tracked = tracker.call(
+                        "record", options.tracking, _run_record(trained, findings, gates, searched, bundle, watch.seconds),
+                    )
+                    run_id, registered = tracked.run_id, tracked.model_version
+                except HafniumError as e:
+                    untracked = e
         if error is not None:
+            if untracked is not None:
+                error.add_note(f"This run is not in MLflow either: {untracked}")
             raise error
         if bundle is None:
             raise AssertionError("gates passed, so a bundle was written")
+        if untracked is not None:
+            raise NotRecordedError(bundle, untracked) from untracked
         # the last: until here a killed training goes on with it
         if options.work is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -40,7 +40,8 @@ def train(
 ) -> None:
     """Data → search → monotone network → gates → bundle. The same data, config and seed give the same bundle digest.
 
-    Exit status: 0 a bundle was written, 1 a gate says no (each one is named, and nothing is written), 2 wrong input.
+    Exit status: 0 a bundle was written, 1 a gate says no (each one is named, and nothing is written), 2 wrong input, 3 a bundle was
+    written, but MLflow (--tracking) could not be told; the same command again records it.
 
     Example: hafnium train --contract C.yaml --data build/training.parquet --out build/v1 --trials 4
     """
