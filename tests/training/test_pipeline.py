@@ -160,6 +160,19 @@ def test_other_data_or_another_seed_make_another_bundle(folder: Path, trained: T
     assert earlier.bundle.manifest.data_digest != trained.bundle.manifest.data_digest
 
 
+def test_whatever_decides_the_model_is_in_its_default_version_and_the_number_of_processors_decides_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made(name: str, **changes: Any) -> TrainResult:
+        return train(options(folder, out=tmp_path / name, **{"epochs": 2, **changes}), Silent())
+    first = made("first")
+    others = [made("epochs", epochs=3), made("params", params={"hidden": 8}), made("production", production=first.bundle.path)]
+    assert len({r.bundle.manifest.model_version for r in (first, *others)}) == 4
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    again = made("again", params={})  # the defaults, said aloud
+    assert again.bundle.manifest == first.bundle.manifest
+
+
 def test_a_model_without_skill_makes_no_bundle_and_is_recorded_as_failed(tmp_path: Path) -> None:
     write_lender(tmp_path, skill=0.0)
     with pytest.raises(GatesFailed, match="better_than_chance") as found:

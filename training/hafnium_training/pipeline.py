@@ -82,7 +82,7 @@ class TrainOptions:
     out: Path
     """The bundle's folder; must not hold another bundle."""
     version: str | None = None
-    """Model version; without it a short hash of data, contract and seed."""
+    """Model version; without it a short hash of all that decides the bundle: data, contract, commit, and every option."""
     trials: int = 1
     """1: no search (and no Ray), the model is trained with `params` or the defaults."""
     seed: int = 0
@@ -176,8 +176,9 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             data = dataset_of(frame, contract, until=options.until, source=str(options.data))
             split = split_by_time(data)
             digest = data.digest()
+            version = options.version or _short_version(digest, contract, options, given, production)
             if there is not None:
-                _same_training(there, options, contract, digest)
+                _same_training(there, options, contract, digest, version)
             prepared = prepare(split, options.seed)
             rivals = None if production is None else _rival_rows(frame, production, options, split)
             progress.event(f"{data.rows} rows, {data.positives} positive: " + ", ".join(f"{n} {p.rows}" for n, p in split.parts()))
@@ -197,7 +198,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
                 prepared, searched.best, epochs=options.epochs, seed=options.seed, on_epoch=lambda _: progress.advance(),
             )
             progress.event(f"best epoch {fitted.best.number}: validation PR-AUC {fitted.best.validation_pr_auc:.4f}")
-        trained = _measure(options, contract, data, split, prepared, fitted, searched.best, digest, watch)
+        trained = _measure(options, contract, version, data, split, prepared, fitted, searched.best, digest, watch)
         comparison = latency = None
         if production is not None and rivals is not None:
             with watch.stage("compare"):
@@ -250,15 +251,15 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed {seed}: expected 0 to {SEED_MAX}")
 
 
-def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract, digest: str) -> None:
+def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract, digest: str, version: str) -> None:
     """Raises InputError when `out` holds what this training can't have made: before the search, and not an hour later.
 
     A bundle of the same training is fine, so that one that was killed at its very end may run again. What a manifest doesn't say (trials,
-    epochs, hyperparameters) is noticed when the bundle is written.
+    epochs, hyperparameters) is in a version that nobody chose; with a chosen one it is noticed when the bundle is written.
     """
     found = there.manifest
     ours = {
-        "model": contract.name, "version": options.version or _short_version(digest, contract, options.seed), "contract": contract.digest,
+        "model": contract.name, "version": version, "contract": contract.digest,
         "data": digest, "seed": options.seed, "commit": git_commit(Path.cwd()),
     }
     theirs = {
@@ -274,7 +275,7 @@ def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract
 
 
 def _measure(
-    options: TrainOptions, contract: ModelContract, data: Dataset, split: Split, prepared: Prepare, fitted: Fitted,
+    options: TrainOptions, contract: ModelContract, version: str, data: Dataset, split: Split, prepared: Prepare, fitted: Fitted,
     hyper: Hyperparameters, digest: str, watch: _Watch,
 ) -> _Trained:
     """Calibrates, exports, and measures the exported model."""
@@ -294,7 +295,7 @@ def _measure(
         fairness = tuple(f for a, g in groups.items() for f in fairness_of(a, g, seed))
         robustness = measure_robustness(split.test, scorer, threshold, seed)
     facts = report.Facts(
-        contract=contract, model_version=options.version or _short_version(digest, contract, seed), data_digest=digest,
+        contract=contract, model_version=version, data_digest=digest,
         git_commit=git_commit(Path.cwd()), seed=seed, until=options.until, epochs=options.epochs, hyperparameters=hyper,
         fit=calibration, parameters=sum(p.numel() for p in fitted.network.parameters()),
     )
@@ -421,5 +422,16 @@ def git_commit(folder: Path) -> str:
     return done.stdout.strip() or "unknown" if done.returncode == 0 else "unknown"
 
 
-def _short_version(digest: str, contract: ModelContract, seed: int) -> str:
-    return hashlib.sha256(f"{digest}\n{contract.digest}\n{seed}".encode()).hexdigest()[:10]
+def _short_version(
+    digest: str, contract: ModelContract, options: TrainOptions, given: Hyperparameters | None, production: Bundle | None,
+) -> str:
+    """Of all that decides the bundle: two arms of a rollout are told apart by it, in metrics and logs."""
+    if given is None and options.trials > 1:
+        hyper = f"search {options.trials} {options.search_epochs} {options.at_once}"
+    else:
+        hyper = (given or Hyperparameters()).model_dump_json()
+    facts = (
+        digest, contract.digest, options.seed, options.epochs, hyper, git_commit(Path.cwd()),
+        "" if production is None else production.manifest.digest,
+    )
+    return hashlib.sha256("\n".join(str(f) for f in facts).encode()).hexdigest()[:10]
