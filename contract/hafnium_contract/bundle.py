@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ SCORE_OUTPUT = "score"
 INTERVAL_OUTPUT = "interval"
 BYTES_MAX = 2 * 1024**3
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
+_VERSION = r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 
 
 class Manifest(Strict):
@@ -38,7 +40,7 @@ class Manifest(Strict):
 
     schema_version: Literal[1]
     model_name: Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
-    model_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
+    model_version: Annotated[str, Field(pattern=_VERSION)]
     """Also a Kubernetes label value."""
     contract_digest: Annotated[str, Field(pattern=_DIGEST)]
     data_digest: str
@@ -84,13 +86,32 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return bytes_digest(json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
+def check_destination(out: Path, model_version: str | None = None) -> None:
+    """Raises InputError when no bundle could be written at `out`, or none with this version: an hour before it would be."""
+    if model_version is not None and re.fullmatch(_VERSION, model_version) is None:
+        raise InputError(
+            f"--model-version {model_version!r}: expected at most 63 letters, digits, `-`, `_` and `.`, a letter or digit first and last"
+        )
+    folder = out.absolute().parent
+    try:
+        while not folder.exists():
+            folder = folder.parent
+    except OSError as e:
+        raise InputError(f"--out {out}: can't be written: {folder}: {e.strerror}") from e
+    if not folder.is_dir():
+        raise InputError(f"--out {out}: can't be written: {folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: can't be written: no permission to write in {folder}")
+
+
 def write_bundle(
     out: Path, files: Mapping[str, bytes], *, contract: ModelContract, model_version: str, data_digest: str,
     git_commit: str, seed: int, opset: int,
 ) -> Bundle:
     """Writes a bundle at `out` atomically. `files` maps each of REQUIRED (and any more) to its bytes.
 
-    Writing the same bundle again is fine; writing another one over it is a BundleError, since a bundle never changes.
+    Writing the same bundle again is fine; writing another one over it is a BundleError, since a bundle never changes. It is opened, and
+    so checked, before it gets its name: what could not be opened is not left behind.
     """
     missing = [name for name in REQUIRED if name not in files]
     if missing:
@@ -112,20 +133,30 @@ def write_bundle(
                 f"{out}: holds another bundle ({existing.manifest.digest}); a bundle never changes: choose another --out"
             )
         return existing
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    staging: Path | None = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         for name, data in files.items():
             _write_synced(staging / name, data)
         _write_synced(staging / MANIFEST, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+        found = _checked(staging, out)
         staging.chmod(0o755)
         staging.rename(out)
         _sync_directory(out.parent)
     except OSError as e:
         raise BundleError(f"bundle {out}: can't be written: {e.strerror}; nothing was left behind") from e
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return open_bundle(out)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return replace(found, path=out)
+
+
+def _checked(staging: Path, out: Path) -> Bundle:
+    try:
+        return open_bundle(staging)
+    except BundleError as e:
+        raise BundleError(f"bundle {out}: {str(e).replace(f'{staging}/', '')}; nothing was left behind") from e
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -67,12 +67,21 @@ def dotted(path: tuple[str | int, ...]) -> str:
 
 def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
     """Data and nodes of a YAML file. Raises InputError or ContractError (with the line) when it can't be read."""
+    return _parsed(_bytes(path), path)
+
+
+def _bytes(path: Path) -> bytes:
     try:
         if path.stat().st_size > BYTES_MAX:
             raise InputError(f"{path}: larger than {BYTES_MAX} bytes; a contract is a small YAML file")
-        text = path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except OSError as e:
         raise InputError(f"{path}: can't be read: {e.strerror}") from e
+
+
+def _parsed(raw: bytes, path: Path) -> tuple[Any, yaml.Node | None]:
+    try:
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 text (byte {e.start})") from e
     try:
@@ -113,5 +122,11 @@ def _message(text: str, kind: str, value: Any) -> str:
 
 def load_contract(path: Path) -> ModelContract:
     """Reads and checks a contract file."""
-    data, node = read_yaml(path)
-    return parse_contract(data, str(path), node)
+    return read_contract(path)[0]
+
+
+def read_contract(path: Path) -> tuple[ModelContract, bytes]:
+    """A checked contract and the bytes that it was read from: who copies the file later may copy another one."""
+    raw = _bytes(path)
+    data, node = _parsed(raw, path)
+    return parse_contract(data, str(path), node), raw

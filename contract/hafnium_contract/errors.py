@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 
 class HafniumError(Exception):
-    """Base of every error that a user can act on. `exit_status`: 1 the thing checked is wrong, 2 the input is wrong."""
+    """Base of every error that a user can act on. `exit_status`: 1 the thing checked is wrong, 2 the input is wrong, 3 the thing
+    asked for is done, but not all that goes with it. Notes (`add_note`) are lines that belong to the message."""
 
     exit_status = 1
 

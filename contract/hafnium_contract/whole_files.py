@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -12,11 +15,18 @@ def write_atomically(path: Path, text: str) -> None:
 
     Makes the folder when it is missing. Raises OSError; the old file is then still whole.
     """
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[IO[bytes]]:
+    """A file to write bytes to that becomes `path` at the end of `with`; see `write_atomically`. Any error leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(fd, "wb") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         Path(staging).chmod(0o644)

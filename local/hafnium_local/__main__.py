@@ -37,7 +37,7 @@ def guarded(command: Callable[[], object]) -> None:
     try:
         command()
     except HafniumError as e:
-        fail(str(e))
+        fail("\n".join([str(e), *getattr(e, "__notes__", ())]))
         sys.exit(e.exit_status)
     except ModuleNotFoundError as e:
         missing = (e.name or "").split(".")[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hafnium_contract.bundle import MANIFEST, REQUIRED, Bundle, manifest_digest, open_bundle, write_bundle
-from hafnium_contract.contract_file import load_contract
+from hafnium_contract.bundle import MANIFEST, REQUIRED, Bundle, check_destination, manifest_digest, open_bundle, write_bundle
+from hafnium_contract.contract_file import load_contract, read_contract
 from hafnium_contract.errors import BundleError, HafniumError, InputError
 
 CONTRACT = Path(__file__).parents[2] / "examples" / "unified-risk" / "contract.yaml"
@@ -36,6 +36,38 @@ def test_another_bundle_is_never_written_over_one(tmp_path: Path) -> None:
     write(tmp_path / "b")
     with pytest.raises(BundleError, match="a bundle never changes"):
         write(tmp_path / "b", version="v2")
+
+
+def test_a_contract_file_that_is_not_the_contract_s_leaves_no_bundle_behind(tmp_path: Path) -> None:
+    other = CONTRACT.read_bytes().replace(b"threshold: 0.", b"threshold: 0.0")
+    assert other != CONTRACT.read_bytes()
+    with pytest.raises(BundleError, match=r"bundle .*/b: contract\.yaml: has digest .*; nothing was left behind") as e:
+        write(tmp_path / "b", files() | {"contract.yaml": other})
+    assert "/." not in str(e.value), "the staging folder's name says nothing to anybody"
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "b")
+
+
+def test_a_contract_is_read_once_with_its_bytes(tmp_path: Path) -> None:
+    found, raw = read_contract(CONTRACT)
+    assert found == load_contract(CONTRACT)
+    assert raw == CONTRACT.read_bytes()
+    (tmp_path / "c.yaml").write_bytes(b"name: \xff")
+    with pytest.raises(InputError, match=r"not UTF-8 text \(byte 6\)"):
+        read_contract(tmp_path / "c.yaml")
+
+
+def test_a_place_or_a_version_that_no_bundle_can_have_is_an_input_error_before_anything_is_written(tmp_path: Path) -> None:
+    check_destination(tmp_path / "not" / "there" / "yet", "v1.2")
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "b", tmp_path / "file" / "deep" / "b"):
+        with pytest.raises(InputError, match=r"--out .*/b: can't be written: .*/file is a file"):
+            check_destination(out)
+        with pytest.raises(BundleError, match="can't be written"):
+            write(out)
+    for version in ("v 1", "", "-v", "v" * 64, "v1\n"):
+        with pytest.raises(InputError, match="--model-version"):
+            check_destination(tmp_path / "b", version)
 
 
 @pytest.mark.parametrize("name", [*REQUIRED, MANIFEST])

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hafnium_contract.contract_file import load_contract, parse_contract
-from hafnium_contract.errors import InputError
+from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.model_contract import FromView, ModelContract
 from hafnium_contract.progress import Silent
 from hafnium_training.feature_store import (
@@ -86,7 +86,7 @@ def write_data(folder: Path, requests: list[tuple[Any, ...]], history: list[tupl
 def joined(tmp_path: Path, data: Path, c: ModelContract | None = None) -> pd.DataFrame:
     c = c or contract()
     repo = write_repo(c, data, tmp_path / "repo")
-    report = join(c, repo, data, tmp_path / "flat.parquet")
+    report = join(c, repo, data, tmp_path / "flat.parquet", allow_missing=True)
     out = pd.read_parquet(tmp_path / "flat.parquet")
     assert report.rows_in == report.rows_out == len(out)
     return out
@@ -157,6 +157,48 @@ def test_the_report_says_how_much_is_missing(tmp_path: Path) -> None:
     text = (tmp_path / "flat.csv").read_text().splitlines()
     assert len(text) == 3
     assert "007" in text[1]
+
+
+def test_the_table_never_replaces_what_it_is_made_from(small: Path, tmp_path: Path) -> None:
+    c = contract()
+    repo = write_repo(c, small, tmp_path / "repo")
+    (tmp_path / "link.parquet").symlink_to(small / "transactions.parquet")
+    for out in (small / "transactions.parquet", small / "history.parquet", repo.path / "sources" / "history.parquet",
+                tmp_path / "link.parquet"):
+        before = out.read_bytes()
+        with pytest.raises(InputError, match="is read here"):
+            join(c, repo, small, out)
+        assert out.read_bytes() == before
+
+
+def test_a_looked_up_feature_without_a_single_value_is_refused_with_the_likely_reason(tmp_path: Path) -> None:
+    c = contract()
+    data = write_data(tmp_path / "keys", [request(1, T0, "A-7")], [("7", T0, 3, True, "smith")], [("b", T0, 50.0)])
+    repo = write_repo(c, data, tmp_path / "repo")
+    said = r"no row has a value of earlier_loans, bounced, job\.(.|\n)*history: 0 of 1 values of applicant_no .*'A-7' here and '7' there"
+    with pytest.raises(InputError, match=said):
+        join(c, repo, data, tmp_path / "flat.parquet")
+    assert not (tmp_path / "flat.parquet").exists()
+    assert join(c, repo, data, tmp_path / "flat.parquet", allow_missing=True).missing["job"] == 1.0
+    old = write_data(tmp_path / "old", [request(1, T0 + 9 * DAY)], [("007", T0, 3, True, "smith")], [("b", T0 + 9 * DAY, 50.0)])
+    with pytest.raises(InputError, match=r"1 of 1 values of applicant_no .* older than maxAge"):
+        join(c, write_repo(c, old, tmp_path / "repo"), old, tmp_path / "flat.parquet")
+
+
+def test_a_protected_attribute_that_the_file_lacks_is_named(tmp_path: Path) -> None:
+    c = contract(protected=[{"name": "sexe"}])
+    data = write_data(tmp_path / "data", [request(1, T0)], [("007", T0, 3, True, "smith")], [("b", T0, 50.0)])
+    with pytest.raises(InputError, match=r"column missing: sexe \(is it sex\?\)"):
+        join(c, write_repo(c, data, tmp_path / "repo"), data, tmp_path / "flat.parquet")
+
+
+def test_a_table_that_can_not_be_written_leaves_the_old_one(small: Path, tmp_path: Path) -> None:
+    c = contract()
+    repo = write_repo(c, small, tmp_path / "repo")
+    (tmp_path / "flat.parquet").mkdir()
+    with pytest.raises(HafniumError, match=r"flat\.parquet: can't be written: .*; nothing was left behind"):
+        join(c, repo, small, tmp_path / "flat.parquet")
+    assert not list(tmp_path.glob(".flat*"))
 
 
 def naive(c: ModelContract, requests: pd.DataFrame, views: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -209,3 +209,52 @@ def test_a_model_that_fails_on_missing_values_is_refused(
     onnx.save(model, tmp_path / "mean.onnx")
     with pytest.raises(BundleError, match="not finite for a row of extremes"):
         make_bundle_of(replace(boosted[0].options, model=tmp_path / "mean.onnx", out=tmp_path / "b"))
+
+
+def model_that_fails_for_a_debt(between: tuple[float, float], bad: float, wide: float = 0.0) -> bytes:
+    """A plausible score, but `bad` (and an interval wider by `wide`) for a narrow range of the first input."""
+    def number(name: str, values: Any, kind: int = TensorProto.FLOAT) -> onnx.TensorProto:
+        array = np.atleast_1d(np.asarray(values))
+        return helper.make_tensor(name, kind, array.shape, array.ravel().tolist())
+    nodes = [
+        helper.make_node("Gather", ["features", "first"], ["debt"], axis=1), helper.make_node("IsNaN", ["debt"], ["blank"]),
+        helper.make_node("Where", ["blank", "middle", "debt"], ["known"]), helper.make_node("Clip", ["known", "zero", "most"], ["clipped"]),
+        helper.make_node("Mul", ["clipped", "slope"], ["logit"]), helper.make_node("Sigmoid", ["logit"], ["usual"]),
+        helper.make_node("Greater", ["clipped", "low"], ["above"]), helper.make_node("Less", ["clipped", "high"], ["below"]),
+        helper.make_node("And", ["above", "below"], ["hit"]), helper.make_node("Where", ["hit", "bad", "usual"], ["p"]),
+        helper.make_node("Squeeze", ["p", "axis"], ["score"]), helper.make_node("Where", ["hit", "wide", "nothing"], ["more"]),
+        helper.make_node("Add", ["p", "more"], ["upper"]), helper.make_node("Concat", ["p", "upper"], ["interval"], axis=1),
+    ]
+    given = [
+        number("first", 0, TensorProto.INT64), number("axis", 1, TensorProto.INT64), number("middle", 30_000.0), number("slope", -4e-5),
+        helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]), helper.make_tensor("most", TensorProto.FLOAT, [], [1e6]),
+        number("low", between[0]), number("high", between[1]), number("bad", bad), number("wide", wide), number("nothing", 0.0),
+    ]
+    graph = helper.make_graph(
+        nodes, "narrow", [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
+         helper.make_tensor_value_info("interval", TensorProto.FLOAT, ["batch", 2])], given,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize(("bad", "wide", "said"), [
+    (float("nan"), 0.0, r"a score that is not finite for 1 of \d+ given rows \(first: {row}: nan\)"),
+    (1.7, 0.0, r"a score outside \[0, 1\] for 1 of \d+ given rows \(first: {row}: 1\.7"),
+    (-3.0, 0.0, r"a score outside \[0, 1\] for 1 of \d+ given rows \(first: {row}: -3\.0\)"),
+    (0.5, 0.6, r"an interval outside \[0, 1\] for 1 of \d+ given rows \(first: {row}: \[0\.5, 1\.1"),
+    (0.5, -0.1, r"an interval without the score for 1 of \d+ given rows \(first: {row}: \[0\.5, 0\.4"),
+], ids=["nan", "above", "below", "wide-interval", "interval-without-score"])
+def test_one_bad_score_among_all_given_rows_is_refused_and_its_row_named(tmp_path: Path, bad: float, wide: float, said: str) -> None:
+    found = case(tmp_path / "narrow", NO_DIRECTIONS)
+    debt = np.sort(found.test.X[:, 0][np.isfinite(found.test.X[:, 0])])
+    at = len(debt) // 3
+    found.options.model.write_bytes(model_that_fails_for_a_debt(
+        ((debt[at - 1] + debt[at]) / 2, (debt[at] + debt[at + 1]) / 2), bad, wide,
+    ))
+    place = int(np.flatnonzero(found.test.X[:, 0] == debt[at])[0])
+    column = found.test.contract.data.request_id
+    row = f"row {int(found.test.request_ids[place]) + 1}" if column is None else f"{column} {found.test.request_ids[place]}"
+    with pytest.raises(BundleError, match=said.format(row=row)):
+        make_bundle_of(found.options)
+    assert not found.options.out.exists()

@@ -10,7 +10,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hafnium_servers import free_port
 from hafnium_training_cases import LENDER, days, lender, lender_table, random_model, write_lender
 
 from hafnium_contract.bundle import open_bundle
@@ -32,7 +34,7 @@ from hafnium_training.gates import GatesFailed
 from hafnium_training.helper_process import HelperProcess
 from hafnium_training.hyperparameters import Hyperparameters, read_hyperparameters
 from hafnium_training.latency import measure_latency
-from hafnium_training.pipeline import TrainOptions, TrainResult, git_commit, train
+from hafnium_training.pipeline import NotRecordedError, TrainOptions, TrainResult, git_commit, train
 
 EPOCHS = 12
 pytestmark = pytest.mark.slow
@@ -158,6 +160,19 @@ def test_other_data_or_another_seed_make_another_bundle(folder: Path, trained: T
     assert earlier.bundle.manifest.data_digest != trained.bundle.manifest.data_digest
 
 
+def test_whatever_decides_the_model_is_in_its_default_version_and_the_number_of_processors_decides_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made(name: str, **changes: Any) -> TrainResult:
+        return train(options(folder, out=tmp_path / name, **{"epochs": 2, **changes}), Silent())
+    first = made("first")
+    others = [made("epochs", epochs=3), made("params", params={"hidden": 8}), made("production", production=first.bundle.path)]
+    assert len({r.bundle.manifest.model_version for r in (first, *others)}) == 4
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    again = made("again", params={})  # the defaults, said aloud
+    assert again.bundle.manifest == first.bundle.manifest
+
+
 def test_a_model_without_skill_makes_no_bundle_and_is_recorded_as_failed(tmp_path: Path) -> None:
     write_lender(tmp_path, skill=0.0)
     with pytest.raises(GatesFailed, match="better_than_chance") as found:
@@ -171,6 +186,35 @@ def test_a_model_without_skill_makes_no_bundle_and_is_recorded_as_failed(tmp_pat
     run = client.search_runs([experiment.experiment_id])[0]
     assert "better_than_chance" in run.data.tags["hafnium.gates_failed"]
     assert client.search_registered_models() == []
+
+
+def test_when_mlflow_is_away_the_gates_are_told_first_and_a_written_bundle_is_recorded_by_the_next_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = f"http://127.0.0.1:{free_port()}"
+    said = rf"bundle written at .*not recorded in MLflow \({away}: MLflow did not start.*run again"
+    with pytest.raises(NotRecordedError, match=said) as unrecorded:
+        train(options(folder, out=tmp_path / "b", epochs=4, tracking=away), Silent())
+    assert unrecorded.value.exit_status == 3
+    assert open_bundle(tmp_path / "b").manifest.digest == unrecorded.value.bundle.manifest.digest
+    again = train(options(folder, out=tmp_path / "b", epochs=4, tracking=tmp_path / "tracking"), Silent())
+    assert again.registered_version == "1"
+    write_lender(tmp_path / "noise", skill=0.0)
+    with pytest.raises(GatesFailed, match="better_than_chance") as found:
+        train(options(tmp_path / "noise", epochs=2, tracking=away), Silent())
+    assert [n for n in found.value.__notes__ if away in n]
+
+
+def test_a_tracking_store_that_is_there_only_when_it_is_needed_is_enough(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "tracking"
+    place.write_text("not a folder yet")
+
+    def appear() -> None:
+        time.sleep(1.0)
+        place.unlink()
+    result = train(options(folder, out=tmp_path / "b", epochs=2, tracking=place), Stages(write=appear))
+    assert result.registered_version == "1"
 
 
 def test_a_model_much_worse_than_production_stays_out(folder: Path, trained: TrainResult, tmp_path: Path) -> None:
@@ -242,19 +286,47 @@ def test_wrong_options_are_refused_before_any_work(folder: Path) -> None:
         train(options(folder, epochs=0), Silent())
     with pytest.raises(InputError, match="no such bundle"):
         train(options(folder, production=folder / "absent"), Silent())
+    (folder / "afile").write_text("x")
+    for change, said in (
+        ({"version": "v 1"}, "--model-version 'v 1'"), ({"seed": -1}, "--seed -1: expected 0 to"), ({"seed": 2**32}, "--seed 4294967296"),
+        ({"out": folder / "afile" / "b"}, r"--out .*afile is a file"), ({"tracking": "ftp://h"}, "--tracking"),
+        ({"work": "s3://b"}, "--trial-storage"),
+    ):
+        told = Stages()
+        with pytest.raises(InputError, match=said):
+            train(dataclasses.replace(options(folder, "never", trials=2), **change), told)
+        assert told.names == []
+
+
+class Stages(Silent):
+    """Remembers the stages' names, and does something when one begins."""
+
+    def __init__(self, **actions: Callable[[], object]) -> None:
+        self.names: list[str] = []
+        self.actions = actions
+
+    def stage(self, name: str, total: int) -> None:
+        del total
+        self.names.append(name)
+        self.actions.get(name, lambda: None)()
+
+
+def test_a_contract_that_is_edited_while_training_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    contract = tmp_path / "contract.yaml"
+    contract.write_bytes((folder / "contract.yaml").read_bytes())
+    before = contract.read_bytes()
+    edit = Stages(train=lambda: contract.write_bytes(before.replace(b'"threshold": 0.3', b'"threshold": 0.6')))
+    result = train(options(folder, contract=contract, out=tmp_path / "b", epochs=2), edit)
+    assert contract.read_bytes() != before
+    assert (result.bundle.path / "contract.yaml").read_bytes() == before
+    assert open_bundle(result.bundle.path).contract.decision.threshold == 0.3
 
 
 def test_a_bundle_is_never_replaced_by_another(folder: Path, trained: TrainResult) -> None:
-    stages: list[str] = []
-
-    class Told(Silent):
-        def stage(self, name: str, total: int) -> None:
-            del total
-            stages.append(name)
-
+    told = Stages()
     with pytest.raises(InputError, match=r"holds another bundle already .*other version, seed.*a bundle never changes"):
-        train(options(folder, seed=9, until=days(55), trials=2), Told())
-    assert stages == ["load"], "refused before the search, not after it"
+        train(options(folder, seed=9, until=days(55), trials=2), told)
+    assert told.names == ["load"], "refused before the search, not after it"
     with pytest.raises(HafniumError, match="a bundle never changes"):
         train(options(folder, epochs=1, until=days(55)), Silent())  # its manifest is the same up to the end
     assert open_bundle(trained.bundle.path).manifest.digest == trained.bundle.manifest.digest
@@ -294,6 +366,43 @@ def test_another_process_exports_the_same_bytes_and_passes_errors_on(folder: Pat
             helper.call("export_onnx", model, 6, timeout_s=0.0)
     with HelperProcess("hafnium_training.no_such_module") as broken, pytest.raises(HafniumError, match="no_such_module"):
         broken.call("anything")
+
+
+WARM_UP_TWICE = """
+from pathlib import Path
+from hafnium_contract.errors import HafniumError
+
+def warm_up(log):
+    tries = Path(log).read_text().count("warm") + 1 if Path(log).exists() else 1
+    with Path(log).open("a") as f:
+        f.write("warm")
+    if tries in (1, 3, 4):
+        raise HafniumError(f"start {tries} failed")
+
+def echo(x, *, progress=None):
+    return x
+
+def slow_but_talking(*, progress):
+    import time
+    for _ in range(8):
+        time.sleep(0.25)
+        progress.advance(0)
+    return "done"
+"""
+
+
+def test_a_start_that_failed_is_tried_once_more_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hafnium_warm_up_twice.py").write_text(WARM_UP_TWICE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    log = tmp_path / "log"
+    with HelperProcess("hafnium_warm_up_twice", str(log)) as helper:
+        assert helper.call("echo", 5) == 5
+        assert log.read_text() == "warm" * 2
+        assert helper.call("slow_but_talking", timeout_s=1.0, progress=Silent()) == "done", "the time is for a silence, not for the whole"
+    with HelperProcess("hafnium_warm_up_twice", str(log)) as helper:
+        with pytest.raises(HafniumError, match="start 4 failed"):
+            helper.call("echo", 5)
+        assert helper.call("echo", 6) == 6, "a later call starts it anew"
 
 
 def test_a_killed_helper_process_is_started_and_asked_again() -> None:

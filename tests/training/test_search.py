@@ -21,9 +21,18 @@ from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.progress import Silent
 from hafnium_training.dataset import dataset_of, split_by_time
 from hafnium_training.fit import Prepare, fit, prepare
-from hafnium_training.helper_process import HelperProcess
+from hafnium_training.helper_process import HelperProcess, HelperTimeoutError
 from hafnium_training.hyperparameters import Hyperparameters, parse_hyperparameters, read_hyperparameters
-from hafnium_training.search import Searched, Trial, search, search_key, searching, trial_storage
+from hafnium_training.search import (
+    SILENCE_S_MAX,
+    DamagedSearchError,
+    Searched,
+    Trial,
+    search,
+    search_key,
+    searching,
+    trial_storage,
+)
 
 TRIALS, EPOCHS = 2, 6
 
@@ -126,17 +135,35 @@ def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: P
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    events: list[str] = []
-
-    class Heard(Silent):
-        def event(self, text: str) -> None:
-            events.append(text)
+    heard = Heard()
     with searching() as ray:
-        found = search(
-            ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=Heard(),
-        )
-    assert "going on with a search that was interrupted" in events
+        found = search(ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=heard)
+    assert "going on with a search that was interrupted" in heard.events
     assert found == undisturbed
+    assert heard.ended == TRIALS, "trials that a search that goes on has run are told, too"
+    # What a full disk leaves: files that are there, and cut off
+    for damaged in ("experiment_state*.json", "searcher-state-*.pkl", "tuner.pkl"):
+        (file, *_) = (tmp_path / "k").glob(damaged)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+        heard = Heard()
+        with searching() as ray:
+            found = search(ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=heard)
+        assert found == undisturbed
+        assert heard.ended == TRIALS
+        if damaged != "searcher-state-*.pkl":  # a search that has ended may not need it any more
+            assert any("search k is damaged" in e and "searching anew (1 of 2)" in e for e in heard.events), damaged
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.ended = 0
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+    def advance(self, count: int = 1) -> None:
+        self.ended += count
 
 
 class Losing(HelperProcess):
@@ -163,6 +190,40 @@ def test_a_search_that_lost_trials_is_run_anew_and_whole(tmp_path: Path, times: 
     found = search(helper, prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Silent())
     assert (helper.restarts, len(found.trials)) == (restarts, trials)
     assert (tmp_path / "k").exists() == (restarts == 0)
+
+
+class Stuck(Losing):
+    """Says nothing in its first searches, or tells a damaged state."""
+
+    def __init__(self, times: int, error: HafniumError) -> None:
+        super().__init__(0, 2)
+        self.times, self.error = times, error
+
+    def call(self, function: str, *args: Any, **more: Any) -> Any:
+        if function == "ready":
+            return None
+        assert more["timeout_s"] == SILENCE_S_MAX, "however many trials there are"
+        more["progress"].stage("search", 2)
+        more["progress"].advance(1)
+        self.times -= 1
+        if self.times >= 0:
+            raise self.error
+        more["progress"].advance(1)
+        return super().call(function, *args, **more)
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (HelperTimeoutError("no answer"), "no trial has told anything for 900 s"), (DamagedSearchError("the state is damaged"), "is damaged"),
+], ids=["silence", "damage"])
+def test_a_search_that_hangs_or_can_not_go_on_is_named_and_run_anew(tmp_path: Path, error: HafniumError, said: str) -> None:
+    (tmp_path / "k").mkdir()
+    helper, heard = Stuck(1, error), Heard()
+    found = search(helper, prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=heard)
+    assert (len(found.trials), helper.restarts, heard.ended) == (2, 1, 2)
+    assert said in heard.events[0]
+    assert not (tmp_path / "k").exists()
+    with pytest.raises(HafniumError, match=said):
+        search(Stuck(9, error), prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Heard())
 
 
 def test_a_search_whose_trials_all_fail_says_why(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +77,43 @@ def test_a_bundle_is_registered_once_whoever_asks_again(server: str) -> None:
     nested = client.search_runs([experiment.experiment_id], "tags.`mlflow.parentRunId` != ''")
     assert [r.data.tags[NODE_TAG] for r in nested] == ["pod-1"]
     assert {a.path for a in client.list_artifacts(first.run_id)} >= {"model_card.md"}
+
+
+KILLED = """
+import os, pickle, signal, sys
+from mlflow import MlflowClient
+from hafnium_training import tracking
+
+def die(*a, **k):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+owner, name = sys.argv[2].split(".")
+setattr({"MlflowClient": MlflowClient, "tracking": tracking}[owner], name, die)
+tracking.record(sys.argv[1], pickle.load(sys.stdin.buffer))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["MlflowClient.log_text", "tracking._register", "MlflowClient._create_model_version",
+                                "MlflowClient.set_registered_model_alias"])
+def test_a_recording_that_is_killed_anywhere_leaves_one_run_and_one_version_with_all_tags(tmp_path: Path, at: str) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), at], input=pickle.dumps(RUN), capture_output=True, check=False, timeout=200,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    done = record(tmp_path, RUN)
+    assert done.model_version == "1"
+    from mlflow import MlflowClient
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (version,) = client.search_model_versions("name = 'lender'")
+    assert {k: version.tags[k] for k in RUN.tags} == dict(RUN.tags)
+    assert client.get_model_version_by_alias("lender", "candidate").version == version.version
+    experiment = client.get_experiment_by_name("lender")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(str(r.info.run_name) for r in runs) == ["lender-1", "trial-0"]
+    assert len(client.search_logged_models([experiment.experiment_id])) == 1
+    assert version.run_id == done.run_id or at == "MlflowClient.set_registered_model_alias"
 
 
 def test_a_server_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

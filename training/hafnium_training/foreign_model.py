@@ -10,20 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
-from hafnium_contract.bundle import BYTES_MAX, MODEL, Bundle, bytes_digest, write_bundle
-from hafnium_contract.contract_file import load_contract
+from hafnium_contract.bundle import BYTES_MAX, MODEL, Bundle, bytes_digest, check_destination, write_bundle
+from hafnium_contract.contract_file import read_contract
 from hafnium_contract.errors import BundleError, HafniumError, InputError
 from hafnium_contract.graph import check_graph
 from hafnium_training import report
 from hafnium_training.dataset import Dataset, load_dataset
 from hafnium_training.evaluation import evaluate
-from hafnium_training.export import Scorer, difficult_rows, measure_parity
+from hafnium_training.export import Scorer, Scores, difficult_rows, measure_parity
 from hafnium_training.fairness import fairness_of, groups_of
 from hafnium_training.gates import Findings, Gate, judge, require
 from hafnium_training.model_card import markdown
-from hafnium_training.pipeline import git_commit, reference
+from hafnium_training.pipeline import check_seed, git_commit, reference
 from hafnium_training.robustness import measure_robustness
 
 
@@ -49,7 +50,9 @@ def make_bundle_of(options: ForeignOptions) -> tuple[Bundle, tuple[Gate, ...]]:
     Raises InputError or BundleError for a file that can't be used, GatesFailed (a HafniumError) when the model may not go out; then no
     bundle was written.
     """
-    contract = load_contract(options.contract)
+    contract, contract_bytes = read_contract(options.contract)
+    check_seed(options.seed)
+    check_destination(options.out, options.version)
     model = _bytes(options.model)
     scorer = _scorer(options.model, model)
     check_graph(options.model, contract, scorer.session)
@@ -66,7 +69,7 @@ def make_bundle_of(options: ForeignOptions) -> tuple[Bundle, tuple[Gate, ...]]:
     card = report.foreign_card(facts, data, found, gates)
     files = {
         MODEL: model,
-        "contract.yaml": options.contract.read_bytes(),
+        "contract.yaml": contract_bytes,
         "evaluation.json": report.foreign_evaluation(facts, data, found, groups, gates),
         "model_card.json": report.to_json(card.model_dump(mode="json")),
         "model_card.md": markdown(card).encode(),
@@ -102,6 +105,7 @@ def _measured(path: Path, data: Dataset, scorer: Scorer, seed: int) -> tuple[Fin
     try:
         parity = measure_parity(None, scorer, difficult_rows(data.contract, data.X, seed))
         score, interval = scorer.both(data.X)
+        _require_sound(data, score, interval)
     except HafniumError as e:
         raise BundleError(f"{path}: {e}") from e
     except Exception as e:  # a graph may fail on any row
@@ -111,3 +115,31 @@ def _measured(path: Path, data: Dataset, scorer: Scorer, seed: int) -> tuple[Fin
     return Findings(
         evaluate(data, score, interval, threshold, seed), fairness, measure_robustness(data, scorer, threshold, seed), parity, None, None,
     ), groups
+
+
+def _require_sound(data: Dataset, score: Scores, interval: Scores) -> None:
+    """Raises HafniumError when any row's score is not a probability or its interval doesn't hold it.
+
+    Of every row, since a graph can go wrong for a narrow range of one input only, and metrics over ranks don't show it.
+    """
+    checks = (
+        ("a score that is not finite", ~np.isfinite(score), score),
+        ("a score outside [0, 1]", (score < 0.0) | (score > 1.0), score),
+        ("an interval that is not finite", ~np.isfinite(interval).all(axis=1), interval),
+        ("an interval outside [0, 1]", ((interval < 0.0) | (interval > 1.0)).any(axis=1), interval),
+        ("an interval without the score", (score < interval[:, 0]) | (score > interval[:, 1]), interval),
+    )
+    for what, wrong, values in checks:
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            first = int(rows[0])
+            raise HafniumError(
+                f"gives {what} for {len(rows)} of {data.rows} given rows (first: {_row_name(data, first)}: {values[first].tolist()})"
+            )
+
+
+def _row_name(data: Dataset, row: int) -> str:
+    """Datasets are sorted by time, so a place in them says nothing: the id, or the number in the file (from 1, without the header)."""
+    column = data.contract.data.request_id
+    given = str(data.request_ids[row])
+    return f"row {int(given) + 1}" if column is None else f"{column} {given}"

@@ -30,6 +30,8 @@ from hafnium_contract.progress import Progress
 CALL_TIMEOUT_S = 600.0
 CLOSE_TIMEOUT_S = 10.0
 ERROR_TEXT_MAX = 2_000
+STARTS_MAX = 2
+"""Of a process whose `warm_up` fails: what was away when it began may be back when it is needed."""
 RESTARTS_MAX = 3
 """A library that ends its process every time is not bad luck any more."""
 ANSWERED, FAILED, TOLD = range(3)
@@ -52,6 +54,7 @@ class HelperTimeoutError(HafniumError):
 class HelperProcess:
     """Runs functions of `module` elsewhere. `module.warm_up(*args)`, if there is one, is called at once, without waiting for it.
 
+    The first call waits for it. Where it failed, it is tried once more in a new process; its second failure is that call's.
     Start it from the main thread (see lifeline.py).
     """
 
@@ -68,6 +71,7 @@ class HelperProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment, preexec_fn=tied_to_parent(),
         )
         self._pending = 0
+        self._warm: bool | None = None  # None: `warm_up` has not answered yet
         with contextlib.suppress(HelperDiedError):  # the first call will see it too, and start it again
             self._send(WARM_UP, self._warm_up)
 
@@ -75,7 +79,8 @@ class HelperProcess:
         """Result of `module.function(*args)`. A HafniumError there is raised here; anything else becomes one, with its text.
 
         With `progress` the function gets one too, as the keyword `progress`; what it tells there is told here. When the process
-        dies, it is started and asked again, RESTARTS_MAX times; then HelperDiedError. `timeout_s` is for each attempt.
+        dies, it is started and asked again, RESTARTS_MAX times; then HelperDiedError. `timeout_s` is for each attempt, and begins anew
+        whenever the function tells something: HelperTimeoutError means so long a silence.
         """
         for attempt in range(RESTARTS_MAX + 1):
             try:
@@ -94,20 +99,40 @@ class HelperProcess:
         self._start()
 
     def _ask(self, function: str, args: tuple[Any, ...], timeout_s: float, progress: Progress | None) -> Any:
+        self._await_warm_up(timeout_s)
         self._send(function, args, heard=progress is not None)
-        deadline = time.monotonic() + timeout_s
-        answer: Any = None
-        while self._pending:
-            kind, answer = self._receive(deadline)
-            if kind == TOLD:
-                name, told = answer
-                if progress is not None:
-                    getattr(progress, name)(*told)
-                continue
-            self._pending -= 1
-            if kind == FAILED:
-                raise answer if isinstance(answer, HafniumError) else HafniumError(f"{self.module}: {answer}")
+        kind, answer = FAILED, None
+        while self._pending:  # an earlier call that ran out of time is answered first
+            kind, answer = self._answer(timeout_s, progress)
+        if kind == FAILED:
+            raise self._error(answer)
         return answer
+
+    def _await_warm_up(self, timeout_s: float) -> None:
+        answer: Any = None
+        for _ in range(STARTS_MAX):
+            if self._warm is False:
+                self.restart()
+            if self._warm:
+                return
+            kind, answer = self._answer(timeout_s, None)
+            self._warm = kind == ANSWERED
+        if not self._warm:
+            raise self._error(answer)
+
+    def _answer(self, timeout_s: float, progress: Progress | None) -> tuple[int, Any]:
+        """The next answer; what is told before it is passed on."""
+        while True:
+            kind, answer = self._receive(time.monotonic() + timeout_s)
+            if kind != TOLD:
+                self._pending -= 1
+                return kind, answer
+            name, told = answer
+            if progress is not None:
+                getattr(progress, name)(*told)
+
+    def _error(self, answer: Any) -> HafniumError:
+        return answer if isinstance(answer, HafniumError) else HafniumError(f"{self.module}: {answer}")
 
     def _send(self, function: str, args: tuple[Any, ...], *, heard: bool = False) -> None:
         data = pickle.dumps((function, args, heard))

@@ -23,10 +23,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafnium_contract.bundle import Bundle, open_bundle, write_bundle
-from hafnium_contract.contract_file import load_contract
+from hafnium_contract.bundle import Bundle, check_destination, open_bundle, write_bundle
+from hafnium_contract.contract_file import read_contract
 from hafnium_contract.encoding import Matrix
-from hafnium_contract.errors import InputError
+from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.inference_log import FEATURE_PREFIX, logged_features
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.progress import Progress
@@ -47,7 +47,7 @@ from hafnium_training.onnx_graph import OPSET
 from hafnium_training.robustness import measure_robustness
 from hafnium_training.search import Searched, Trial, search, search_key, searching, trial_storage
 from hafnium_training.tables import read_table
-from hafnium_training.tracking import DIGEST_TAG, RunRecord, TrialRecord
+from hafnium_training.tracking import DIGEST_TAG, RunRecord, TrialRecord, is_server
 
 EPOCHS = 40
 """Of at most 400 batches; early stopping ends most trainings before."""
@@ -55,7 +55,21 @@ SEARCH_EPOCHS = 15
 REFERENCE_ROWS_MAX = 10_000
 RECENT_SHARE = 0.3
 LATENCY_ROWS = 256
+SEED_MAX = 2**32 - 1
+"""Optuna's and NumPy's older generators take no more."""
 STAGES = ("load", "search", "train", "export", "evaluate", "compare", "write", "track")
+
+
+class NotRecordedError(HafniumError):
+    """The bundle was written, and MLflow could not be told of it."""
+
+    exit_status = 3
+
+    def __init__(self, bundle: Bundle, cause: HafniumError) -> None:
+        self.bundle = bundle
+        super().__init__(
+            f"bundle written at {bundle.path} ({bundle.manifest.digest}), not recorded in MLflow ({cause}); run again to record it"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class TrainOptions:
     out: Path
     """The bundle's folder; must not hold another bundle."""
     version: str | None = None
-    """Model version; without it a short hash of data, contract and seed."""
+    """Model version; without it a short hash of all that decides the bundle: data, contract, commit, and every option."""
     trials: int = 1
     """1: no search (and no Ray), the model is trained with `params` or the defaults."""
     seed: int = 0
@@ -133,12 +147,19 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
     """Trains, measures, judges and writes a bundle.
 
     Raises InputError for unusable data or options, GatesFailed (a HafniumError) when the model may not go out; then no bundle
-    was written. The same data, contract, options and machine give the same bundle digest.
+    was written. Raises NotRecordedError when one was written but MLflow failed; the same call again records it.
+    The same data, contract, options and machine give the same bundle digest.
     """
-    contract = load_contract(options.contract)
+    contract, contract_bytes = read_contract(options.contract)
     given = parse_hyperparameters(options.params, "--params") if isinstance(options.params, dict) else options.params
     if options.epochs < 1:
         raise InputError(f"--epochs {options.epochs}: expected at least 1")
+    check_seed(options.seed)
+    check_destination(options.out, options.version)
+    if options.tracking is not None:
+        is_server(options.tracking)
+    if options.work is not None:
+        trial_storage(options.work)
     there = open_bundle(options.out) if options.out.exists() else None
     needs_search = given is None and options.trials > 1
     watch = _Watch(progress)
@@ -155,8 +176,9 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
             data = dataset_of(frame, contract, until=options.until, source=str(options.data))
             split = split_by_time(data)
             digest = data.digest()
+            version = options.version or _short_version(digest, contract, options, given, production)
             if there is not None:
-                _same_training(there, options, contract, digest)
+                _same_training(there, options, contract, digest, version)
             prepared = prepare(split, options.seed)
             rivals = None if production is None else _rival_rows(frame, production, options, split)
             progress.event(f"{data.rows} rows, {data.positives} positive: " + ", ".join(f"{n} {p.rows}" for n, p in split.parts()))
@@ -178,7 +200,7 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
                 prepared, searched.best, epochs=options.epochs, seed=options.seed, on_epoch=lambda _: progress.advance(),
             )
             progress.event(f"best epoch {fitted.best.number}: validation PR-AUC {fitted.best.validation_pr_auc:.4f}")
-        trained = _measure(options, contract, data, split, prepared, fitted, searched.best, digest, watch)
+        trained = _measure(options, contract, version, data, split, prepared, fitted, searched.best, digest, watch)
         comparison = latency = None
         if production is not None and rivals is not None:
             with watch.stage("compare"):
@@ -193,20 +215,27 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
         with watch.stage("write"):
             try:
                 require(gates)
-                bundle = _write(options, trained, findings, gates, data, split)
+                bundle = _write(options, contract_bytes, trained, findings, gates, data, split)
             except GatesFailed as e:
                 error = e
-        run_id = registered = None
+        run_id = registered = untracked = None
         if tracker is not None:
             with watch.stage("track"):
-                tracked = tracker.call(
-                    "record", options.tracking, _run_record(trained, findings, gates, searched, bundle, watch.seconds),
-                )
-                run_id, registered = tracked.run_id, tracked.model_version
+                try:
+                    tracked = tracker.call(
+                        "record", options.tracking, _run_record(trained, findings, gates, searched, bundle, watch.seconds),
+                    )
+                    run_id, registered = tracked.run_id, tracked.model_version
+                except HafniumError as e:
+                    untracked = e
         if error is not None:
+            if untracked is not None:
+                error.add_note(f"This run is not in MLflow either: {untracked}")
             raise error
         if bundle is None:
             raise AssertionError("gates passed, so a bundle was written")
+        if untracked is not None:
+            raise NotRecordedError(bundle, untracked) from untracked
         # the last: until here a killed training goes on with it
         if options.work is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -218,15 +247,21 @@ def train(options: TrainOptions, progress: Progress) -> TrainResult:
         )
 
 
-def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract, digest: str) -> None:
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that one of the generators would refuse, or take for another one."""
+    if not 0 <= seed <= SEED_MAX:
+        raise InputError(f"--seed {seed}: expected 0 to {SEED_MAX}")
+
+
+def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract, digest: str, version: str) -> None:
     """Raises InputError when `out` holds what this training can't have made: before the search, and not an hour later.
 
     A bundle of the same training is fine, so that one that was killed at its very end may run again. What a manifest doesn't say (trials,
-    epochs, hyperparameters) is noticed when the bundle is written.
+    epochs, hyperparameters) is in a version that nobody chose; with a chosen one it is noticed when the bundle is written.
     """
     found = there.manifest
     ours = {
-        "model": contract.name, "version": options.version or _short_version(digest, contract, options.seed), "contract": contract.digest,
+        "model": contract.name, "version": version, "contract": contract.digest,
         "data": digest, "seed": options.seed, "commit": git_commit(Path.cwd()),
     }
     theirs = {
@@ -242,7 +277,7 @@ def _same_training(there: Bundle, options: TrainOptions, contract: ModelContract
 
 
 def _measure(
-    options: TrainOptions, contract: ModelContract, data: Dataset, split: Split, prepared: Prepare, fitted: Fitted,
+    options: TrainOptions, contract: ModelContract, version: str, data: Dataset, split: Split, prepared: Prepare, fitted: Fitted,
     hyper: Hyperparameters, digest: str, watch: _Watch,
 ) -> _Trained:
     """Calibrates, exports, and measures the exported model."""
@@ -262,7 +297,7 @@ def _measure(
         fairness = tuple(f for a, g in groups.items() for f in fairness_of(a, g, seed))
         robustness = measure_robustness(split.test, scorer, threshold, seed)
     facts = report.Facts(
-        contract=contract, model_version=options.version or _short_version(digest, contract, seed), data_digest=digest,
+        contract=contract, model_version=version, data_digest=digest,
         git_commit=git_commit(Path.cwd()), seed=seed, until=options.until, epochs=options.epochs, hyperparameters=hyper,
         fit=calibration, parameters=sum(p.numel() for p in fitted.network.parameters()),
     )
@@ -301,13 +336,14 @@ def _against_production(
 
 
 def _write(
-    options: TrainOptions, trained: _Trained, findings: Findings, gates: tuple[Gate, ...], data: Dataset, split: Split,
+    options: TrainOptions, contract_bytes: bytes, trained: _Trained, findings: Findings, gates: tuple[Gate, ...], data: Dataset,
+    split: Split,
 ) -> Bundle:
     facts = trained.facts
     card = report.card(facts, split, findings, gates)
     files = {
         "model.onnx": trained.model,
-        "contract.yaml": options.contract.read_bytes(),
+        "contract.yaml": contract_bytes,
         "evaluation.json": report.evaluation(facts, split, findings, trained.groups, gates),
         "model_card.json": report.to_json(card.model_dump(mode="json")),
         "model_card.md": markdown(card).encode(),
@@ -388,5 +424,16 @@ def git_commit(folder: Path) -> str:
     return done.stdout.strip() or "unknown" if done.returncode == 0 else "unknown"
 
 
-def _short_version(digest: str, contract: ModelContract, seed: int) -> str:
-    return hashlib.sha256(f"{digest}\n{contract.digest}\n{seed}".encode()).hexdigest()[:10]
+def _short_version(
+    digest: str, contract: ModelContract, options: TrainOptions, given: Hyperparameters | None, production: Bundle | None,
+) -> str:
+    """Of all that decides the bundle: two arms of a rollout are told apart by it, in metrics and logs."""
+    if given is None and options.trials > 1:
+        hyper = f"search {options.trials} {options.search_epochs} {options.at_once}"
+    else:
+        hyper = (given or Hyperparameters()).model_dump_json()
+    facts = (
+        digest, contract.digest, options.seed, options.epochs, hyper, git_commit(Path.cwd()),
+        "" if production is None else production.manifest.digest,
+    )
+    return hashlib.sha256("\n".join(str(f) for f in facts).encode()).hexdigest()[:10]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -284,7 +283,6 @@ def environment(facts: Facts) -> bytes:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "processors": os.cpu_count(),
         "packages": {name: v for name in PACKAGES if (v := package_version(name)) is not None},
         "seed": facts.seed,
         "threads": 1,

@@ -5,7 +5,9 @@ those that *have* reported, and Optuna learns from those that *have* finished, s
 which worker was quicker. On one machine trials therefore follow each other in one worker, which also imports torch only once. On a
 Ray cluster (`at_once` above 1) they run in batches: Optuna proposes a whole batch and learns when all of it has finished, in the order of
 its proposals, and no trial is ended early. That too depends on nobody's speed, and costs the epochs that ASHA would have saved.
-Ray does the rest: a killed worker's trial is run again, and a killed search goes on where it was.
+Ray does the rest: a killed worker's trial is run again, and a killed search goes on where its state was last saved. Tune saves it every
+ten seconds (less often where saving is slow), so trials of the last seconds are run again. A state that is damaged (a full disk) is told,
+forgotten and searched anew: the result is the same, it only takes longer.
 
 Ray's driver is a process of its own (helper_process.py): Ray ends its driver when one of its daemons dies, and a training must not
 end with it. `searching` and `search` are for the trainer's side, `warm_up` and `run_search` run in that process.
@@ -29,7 +31,7 @@ from typing import Any
 import psutil
 
 from hafnium_contract.errors import HafniumError, InputError
-from hafnium_contract.progress import Progress, Silent
+from hafnium_contract.progress import Progress
 from hafnium_training.fit import Epoch, Prepare, fit
 from hafnium_training.helper_process import HelperProcess, HelperTimeoutError
 from hafnium_training.hyperparameters import Hyperparameters
@@ -46,8 +48,8 @@ SOCKET_SUFFIX = 64
 """What Ray adds to its folder: session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store."""
 START_TIMEOUT_S = 120.0
 LEFT_BEHIND_S = 86_400.0
-TRIAL_S_MAX = 1800.0
-"""A trial that takes longer hangs: trainings take seconds."""
+SILENCE_S_MAX = 900.0
+"""Without a report of any trial the search hangs: an epoch takes seconds, and a node that a cluster has yet to start some minutes."""
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -56,8 +58,33 @@ METRIC = "best_pr_auc"
 GRACE_EPOCHS = 3
 
 
-_LISTENERS: dict[str, Progress] = {}
+class DamagedSearchError(HafniumError):
+    """The state of an interrupted search can't be gone on with."""
+
+
+class _Listener:
+    """Tells how many trials have ended, each once, also those that had before the search went on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._told = progress, 0
+
+    def hear(self, ended: int) -> None:
+        # A report that ends nothing is told as well, as 0: it is how the other process knows that the search doesn't hang.
+        more = max(0, ended - self._told)
+        self._told += more
+        self._progress.advance(more)
+
+
+_LISTENERS: dict[str, _Listener] = {}
 """Search's key → who hears of its trials."""
+
+
+def _hear(key: str, tune_controller: Any, trial: Any, *, ends: bool) -> None:
+    """A function of this module, and not a method of the schedulers: those are pickled with copies of the globals that they name, and
+    a search that goes on would tell a copy."""
+    if key in _LISTENERS:
+        others = sum(t.is_finished() for t in tune_controller.get_trials() if t.trial_id != trial.trial_id)
+        _LISTENERS[key].hear(others + ends)
 
 
 @dataclass(frozen=True)
@@ -106,29 +133,24 @@ def search(
     """Runs `trials` trials (the first one has the defaults) and returns the best by validation PR-AUC.
 
     `place`: where Ray keeps the state, a folder (that every node of a cluster has) or s3://BUCKET/PREFIX; a search of the same `key` that
-    was killed there goes on. A trial whose worker died is
-    run again up to WORKER_FAILURES_MAX times, a search whose trials are not all there ATTEMPTS times; what fails even then is left
-    out and told. Raises HafniumError when every trial failed.
+    was killed there goes on, unless its state is damaged. A trial whose worker died is run again up to WORKER_FAILURES_MAX times; a search
+    whose trials are not all there, or that tells nothing for SILENCE_S_MAX, is searched ATTEMPTS times. What fails even then is left out
+    and told. Raises HafniumError when every trial failed.
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
     if not 1 <= at_once <= trials:
         raise InputError(f"--at-once {at_once}: expected 1 to the number of trials, {trials}")
     where = trial_storage(place)
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            helper.call("ready", timeout_s=START_TIMEOUT_S)
-        except HelperTimeoutError as e:
-            raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
-        found: Searched = helper.call(
-            "run_search", prepared, trials, epochs, seed, where, key, at_once, timeout_s=TRIAL_S_MAX * trials, progress=progress,
-        )
-        if len(found.trials) == trials or attempt == ATTEMPTS:
+    found, heard = Searched(Hyperparameters(), ()), _Once(progress)
+    for attempt in range(1, ATTEMPTS + 1):
+        _wait_for_ray(helper)
+        found, why = _attempt(helper, (prepared, trials, epochs, seed, where, key, at_once), heard, last=attempt == ATTEMPTS)
+        missing = trials - len(found.trials)
+        if not missing or attempt == ATTEMPTS:
             break
         # A dying raylet can take trials with it, and a search without them would have another result. It is run anew, and whole.
-        progress.event(f"{trials - len(found.trials)} of {trials} trials failed; searching anew ({attempt} of {ATTEMPTS - 1})")
+        progress.event(f"{why or f'{missing} of {trials} trials failed'}; searching anew ({attempt} of {ATTEMPTS - 1})")
         helper.restart()
         where.forget(key)
     if found.error:
@@ -136,6 +158,48 @@ def search(
     if not found.trials:
         raise HafniumError(f"the search failed: all {trials} trials ended with an error: {found.error or 'no trial reported'}")
     return found
+
+
+class _Once:
+    """Passes on each trial's end once, however often the search begins again: it then tells a stage, and counts from 0."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._ended, self._told = progress, 0, 0
+
+    def stage(self, name: str, total: int) -> None:
+        del name, total
+        self._ended = 0
+
+    def advance(self, count: int = 1) -> None:
+        self._ended += count
+        if self._ended > self._told:
+            self._progress.advance(self._ended - self._told)
+            self._told = self._ended
+
+    def event(self, text: str) -> None:
+        self._progress.event(text)
+
+
+def _wait_for_ray(helper: HelperProcess) -> None:
+    try:
+        helper.call("ready", timeout_s=START_TIMEOUT_S)
+    except HelperTimeoutError as e:
+        raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
+
+
+def _attempt(helper: HelperProcess, search: tuple[Any, ...], progress: Progress, *, last: bool) -> tuple[Searched, str]:
+    """What one attempt found, or (nothing found, why). The last one raises."""
+    try:
+        return helper.call("run_search", *search, timeout_s=SILENCE_S_MAX, progress=progress), ""
+    except HelperTimeoutError as e:
+        why = f"no trial has told anything for {SILENCE_S_MAX:g} s"
+        if last:
+            raise HafniumError(f"the search failed: {why}, {ATTEMPTS} times; with --trials 1 training needs no search") from e
+    except DamagedSearchError as e:
+        why = str(e)
+        if last:
+            raise
+    return Searched(Hyperparameters(), ()), why
 
 
 @dataclass(frozen=True)
@@ -201,7 +265,7 @@ def run_search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     class Watched(ASHAScheduler):
-        """Tells of finished trials (by name: Tune pickles its schedulers, and a progress bar can't be).
+        """Tells of reports and of finished trials (by name: Tune pickles its schedulers, and a progress bar can't be).
 
         It is not a Tune callback, because one of those makes Tune import MLflow, to see whether it is its own.
         """
@@ -210,7 +274,11 @@ def run_search(
 
         def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
             super().on_trial_complete(tune_controller, trial, result)
-            _LISTENERS.get(self.search_key, Silent()).advance()
+            _hear(self.search_key, tune_controller, trial, ends=True)
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            _hear(self.search_key, tune_controller, trial, ends=False)
+            return super().on_trial_result(tune_controller, trial, result)
 
     class WatchedBatches(FIFOScheduler):
         """The same for trials side by side: none is ended early."""
@@ -219,7 +287,11 @@ def run_search(
 
         def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
             super().on_trial_complete(tune_controller, trial, result)
-            _LISTENERS.get(self.search_key, Silent()).advance()
+            _hear(self.search_key, tune_controller, trial, ends=True)
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            _hear(self.search_key, tune_controller, trial, ends=False)
+            return super().on_trial_result(tune_controller, trial, result)
 
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, prepared=prepared, epochs=epochs, seed=seed), {"cpu": 1},
@@ -239,10 +311,13 @@ def run_search(
         "smoothness": tune.loguniform(1e-2, 2e-1),
     }
     path, filesystem = where.open()
-    if tune.Tuner.can_restore(f"{path}/{key}", storage_filesystem=filesystem):
+    progress.stage("search", trials)
+    going_on = tune.Tuner.can_restore(f"{path}/{key}", storage_filesystem=filesystem)
+    if going_on:
         progress.event("going on with a search that was interrupted")
-        tuner = tune.Tuner.restore(
-            f"{path}/{key}", trainable=trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=filesystem)
+        with _damage_named(key):
+            tuner = tune.Tuner.restore(
+                f"{path}/{key}", trainable=trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=filesystem)
     else:
         early: dict[str, Any] = {
             "time_attr": "epoch", "max_t": max(epochs, GRACE_EPOCHS), "grace_period": min(GRACE_EPOCHS, epochs), "reduction_factor": 3,
@@ -262,9 +337,10 @@ def run_search(
                 failure_config=tune.FailureConfig(max_failures=WORKER_FAILURES_MAX),
             ),
         )
-    _LISTENERS[key] = progress
+    _LISTENERS[key] = listener = _Listener(progress)
     try:
-        results = tuner.fit()
+        with _damage_named(key) if going_on else contextlib.nullcontext():
+            results = tuner.fit()
     finally:
         del _LISTENERS[key]
     done: list[Trial] = []
@@ -275,9 +351,19 @@ def run_search(
             done.append(Trial(
                 number, hyper, float(result.metrics[METRIC]), int(result.metrics["epoch"]), str(result.metrics.get("hostname", "")),
             ))
+    listener.hear(len(done))
     error = next((str(e).strip().splitlines()[-1] for i in range(len(results)) if (e := results[i].error) is not None), "")
     best = max(done, key=lambda t: (t.validation_pr_auc, -t.number), default=None)
     return Searched(defaults if best is None else best.hyperparameters, tuple(done), error if len(done) < trials else "")
+
+
+@contextlib.contextmanager
+def _damage_named(key: str) -> Generator[None]:
+    """Whatever Tune raises over a saved state, as one error: it reads several files, of which any may be cut off."""
+    try:
+        yield
+    except Exception as e:
+        raise DamagedSearchError(f"the saved state of the interrupted search {key} is damaged ({type(e).__name__}: {str(e)[:200]})") from e
 
 
 def warm_up(folder: str, at_once: int = 1) -> None:

@@ -68,8 +68,17 @@ class Tracked:
 
 
 def warm_up(place: Path | str) -> None:
-    """Imports MLflow and creates (or migrates) the database in a folder, or asks the server whether it is there."""
-    _client(place)
+    """Imports MLflow and creates (or migrates) the database in a folder, or asks the server whether it is there.
+
+    Raises HafniumError when it is not.
+    """
+    _quiet()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(place)
+    except (MlflowException, OSError) as e:
+        raise HafniumError(f"{place}: MLflow did not start: {e}") from e
 
 
 def is_server(place: Path | str) -> bool:
@@ -85,12 +94,16 @@ def is_server(place: Path | str) -> bool:
     return True
 
 
-def _client(place: Path | str) -> Any:
+def _quiet() -> None:
+    """Before MLflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", REQUEST_TRIES_MAX)
+
+
+def _client(place: Path | str) -> Any:
     server = is_server(place)
     if not server:
         Path(place).mkdir(parents=True, exist_ok=True)
@@ -108,8 +121,10 @@ def _client(place: Path | str) -> Any:
 def record(place: Path | str, run: RunRecord) -> Tracked:
     """Writes the run, its trials and its model. A bundle that is registered already is found by its digest and not added again.
 
+    A run of the same bundle that was killed half-way is found by its digest too, and finished: what it has is not written twice.
     Raises HafniumError when MLflow can't write.
     """
+    _quiet()
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -123,16 +138,22 @@ def record(place: Path | str, run: RunRecord) -> Tracked:
         if known is not None:
             client.set_registered_model_alias(run.experiment, ALIAS, known.version)
             return Tracked(known.run_id or "", str(known.version), True)
-        with mlflow.start_run(experiment_id=identity, run_name=run.name, tags=dict(run.tags)) as active:
+        half = None if run.onnx is None else _half_recorded(client, identity, run.tags[DIGEST_TAG])
+        there = set[str]() if half is None else _trials_of(client, identity, half)
+        begun: dict[str, Any] = {"run_name": run.name, "tags": dict(run.tags)} if half is None else {"run_id": half}
+        with mlflow.start_run(experiment_id=identity, **begun) as active:
             run_id = active.info.run_id
-            _log(client, run_id, run.parameters, run.metrics)
+            if half is None:
+                _log(client, run_id, run.parameters, run.metrics)
             for trial in run.trials:
+                if trial.name in there:
+                    continue
                 nested = client.create_run(identity, run_name=trial.name, tags={"mlflow.parentRunId": run_id, NODE_TAG: trial.node})
                 _log(client, nested.info.run_id, trial.parameters, trial.metrics)
                 client.set_terminated(nested.info.run_id)
             for name, text in run.files.items():
                 client.log_text(run_id, text, name)
-            version = None if run.onnx is None else _register(client, run, run.onnx)
+            version = None if run.onnx is None else _register(client, identity, run_id, run, run.onnx)
         return Tracked(run_id, version)
     except (MlflowException, OSError) as e:
         raise HafniumError(f"{place}: MLflow could not record the run: {e}") from e
@@ -153,7 +174,32 @@ def _registered(client: Any, name: str, digest: str) -> Any | None:
     return found[0] if found else None
 
 
-def _register(client: Any, run: RunRecord, model: bytes) -> str:
+def _half_recorded(client: Any, experiment: str, digest: str) -> str | None:
+    """Id of the newest run of this bundle, whose model can't have been registered (see `record`); None when there is no run."""
+    found = client.search_runs([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'", max_results=1, order_by=["attributes.start_time DESC"])
+    return found[0].info.run_id if found else None
+
+
+def _trials_of(client: Any, experiment: str, run_id: str) -> set[str]:
+    """Names of the trials below a run that are whole."""
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'")
+    return {str(r.info.run_name) for r in found}
+
+
+def _register(client: Any, experiment: str, run_id: str, run: RunRecord, model: bytes) -> str:
+    """Logs the model, unless the run has it already, and registers it. Returns the version's number."""
+    import mlflow
+
+    # MLflow's own filter over `status` compares with a number
+    logged = [m for m in client.search_logged_models([experiment], f"source_run_id = '{run_id}'") if m.status == "READY"]
+    identity = logged[0].model_id if logged else _log_model(run, model)
+    # one call with all tags: a version that was killed before its digest was on it would never be found again
+    version = str(mlflow.register_model(f"models:/{identity}", run.experiment, tags=dict(run.tags)).version)
+    client.set_registered_model_alias(run.experiment, ALIAS, version)
+    return version
+
+
+def _log_model(run: RunRecord, model: bytes) -> str:
     import numpy as np
     import onnx
     from mlflow import onnx as mlflow_onnx
@@ -165,11 +211,7 @@ def _register(client: Any, run: RunRecord, model: bytes) -> str:
         Schema([TensorSpec(np.dtype("float32"), (-1,), "score"), TensorSpec(np.dtype("float32"), (-1, 2), "interval")]),
     )
     logged = mlflow_onnx.log_model(
-        onnx.load_from_string(model), name="model", signature=signature, registered_model_name=run.experiment,
-        pip_requirements=list(run.requirements), onnx_execution_providers=["CPUExecutionProvider"], save_as_external_data=False,
+        onnx.load_from_string(model), name="model", signature=signature, pip_requirements=list(run.requirements),
+        onnx_execution_providers=["CPUExecutionProvider"], save_as_external_data=False,
     )
-    version = str(logged.registered_model_version)
-    for key, value in run.tags.items():
-        client.set_model_version_tag(run.experiment, version, key, value)
-    client.set_registered_model_alias(run.experiment, ALIAS, version)
-    return version
+    return str(logged.model_id)

@@ -68,15 +68,20 @@ def apply(contract: Contract, data: Data, repo: Repo, redis: Annotated[
 
 
 @features.command()
-def join(contract: Contract, data: Data, repo: Repo, out: Table, as_json: Json = False) -> None:
+def join(contract: Contract, data: Data, repo: Repo, out: Table, allow_missing: Annotated[
+    bool, typer.Option("--allow-missing", help="Write it also when a looked-up feature has no value on any row.")] = False,
+    as_json: Json = False,
+) -> None:
     """The training table: each transaction with the values that were known at its time, and no row lost.
+
+    A looked-up feature without a single value is refused: mostly the keys of the two files differ.
 
     Example: hafnium features join --contract C.yaml --data build/simulated --repo build/features --out build/training.parquet
     """
     from hafnium_training.feature_store import join as run
 
     with Bars() as bars:
-        report = run(load_contract(contract), repo, data, out, progress=bars)
+        report = run(load_contract(contract), repo, data, out, progress=bars, allow_missing=allow_missing)
     _tell_join(report, out, as_json)
 
 

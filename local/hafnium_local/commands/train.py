@@ -18,7 +18,7 @@ def train(
     data: Annotated[Path, typer.Option(help="Training table (CSV or Parquet); the contract names its columns.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.", show_default=False)],
     model_version: Annotated[
-        str | None, typer.Option(help="Name of this version; a short hash of data and seed without it.", show_default=False)] = None,
+        str | None, typer.Option(help="Name of this version; a short hash of data and options without it.", show_default=False)] = None,
     trials: Annotated[int, typer.Option(help="Trials of the search (Ray Tune, Optuna); 1 trains without a search.", min=1, max=1000)] = 1,
     seed: Seed = 7,
     until: Annotated[
@@ -40,7 +40,8 @@ def train(
 ) -> None:
     """Data → search → monotone network → gates → bundle. The same data, config and seed give the same bundle digest.
 
-    Exit status: 0 a bundle was written, 1 a gate says no (each one is named, and nothing is written), 2 wrong input.
+    Exit status: 0 a bundle was written, 1 a gate says no (each one is named, and nothing is written), 2 wrong input, 3 a bundle was
+    written, but MLflow (--tracking) could not be told; the same command again records it.
 
     Example: hafnium train --contract C.yaml --data build/training.parquet --out build/v1 --trials 4
     """

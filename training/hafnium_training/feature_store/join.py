@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.progress import Progress, Silent
-from hafnium_training.feature_store.definitions import AS_OF, EVENT_TIMESTAMP, ViewSpec, field_of, view_specs
+from hafnium_contract.whole_files import replacing
+from hafnium_training.feature_store.definitions import AS_OF, EVENT_TIMESTAMP, SOURCES, ViewSpec, field_of, view_specs
 from hafnium_training.feature_store.repository import FeatureRepo, open_repo, open_store
 from hafnium_training.tables import (
     as_keys,
@@ -58,17 +59,20 @@ class JoinReport:
 
 def join(
     contract: ModelContract, repo: FeatureRepo | Path | None, data: Path, out: Path, *, progress: Progress | None = None,
+    allow_missing: bool = False,
 ) -> JoinReport:
     """Writes the flat training table (`out` is .parquet or .csv), rows in the order of the data file.
 
     A value is the newest one at or before the request's time and not older than its maximum age, else missing. Without
-    views the columns pass through and `repo` may be None. Raises LostRowsError when the store loses or repeats a row.
+    views the columns pass through and `repo` may be None. Raises LostRowsError when the store loses or repeats a row, InputError when `out`
+    is a file that is read here, or (unless `allow_missing`) when a looked-up feature has no value on any row.
     """
     listener = progress or Silent()
     began = time.perf_counter()
     if out.suffix.lower() not in (".csv", ".parquet"):
         raise InputError(f"{out}: expected a name that ends in .parquet or .csv")
     source = str(data_file(data))
+    _require_other_file(out, contract, data, repo)
     frame = read_table(data, contract)
     table = _passed_through(contract, frame, source)
     specs = view_specs(contract)
@@ -81,7 +85,12 @@ def join(
         looked_up = look_up(contract, found.path, frame, source, listener)
         for name in looked_up.columns:
             table[name] = looked_up[name].to_numpy()
-    _write(out, table)
+        if not allow_missing:
+            _require_values(contract, looked_up, frame, source, found.path)
+    try:
+        _write(out, table)
+    except OSError as e:
+        raise HafniumError(f"{out}: can't be written: {e.strerror or e}; nothing was left behind") from e
     names = {f.name: c for f in contract.features if (c := feature_column(f)) is not None}
     missing = {name: float(table[column].isna().mean()) for name, column in names.items()}
     return JoinReport(len(frame), len(table), missing, time.perf_counter() - began)
@@ -173,7 +182,8 @@ def _young_enough(
 def _passed_through(contract: ModelContract, frame: pd.DataFrame, source: str) -> pd.DataFrame:
     """Columns that need no lookup, under the names of the flat table."""
     fields = list(contract.request_fields)
-    require_columns(frame, fields, source)
+    looked_up = {f.name for spec in view_specs(contract) for f in contract.features_of(spec.view.name)}
+    require_columns(frame, [*fields, *(p.name for p in contract.protected if p.name not in looked_up)], source)
     # Parsed once to be refused here and not by the training: the columns themselves stay as they came.
     labels(contract, frame, source)
     label_times(contract, frame, source)
@@ -186,11 +196,48 @@ def _passed_through(contract: ModelContract, frame: pd.DataFrame, source: str) -
 
 
 def _write(out: Path, table: pd.DataFrame) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
-    staging = out.with_name(f".{out.name}.tmp")
-    if out.suffix.lower() == ".csv":
-        pacsv.write_csv(arrow, staging)
-    else:
-        pq.write_table(arrow, staging, compression="zstd")
-    staging.replace(out)
+    with replacing(out) as file:
+        if out.suffix.lower() == ".csv":
+            pacsv.write_csv(arrow, file)
+        else:
+            pq.write_table(arrow, file, compression="zstd")
+
+
+def _require_other_file(out: Path, contract: ModelContract, data: Path, repo: FeatureRepo | Path | None) -> None:
+    """The table has other columns than what it is made from, so writing over that would destroy it."""
+    read = [data_file(data)]
+    if data.is_dir():
+        read += [data / f"{v.name}{s}" for v in contract.views for s in (".parquet", ".csv")]
+    if repo is not None:
+        sources = (repo.path if isinstance(repo, FeatureRepo) else repo) / SOURCES
+        read += [sources / f"{v.name}.parquet" for v in contract.views]
+    for file in read:
+        if out.resolve() == file.resolve():
+            raise InputError(f"--out {out}: is read here; the table would replace it and lose its other columns: choose another name")
+
+
+def _require_values(contract: ModelContract, looked_up: pd.DataFrame, frame: pd.DataFrame, source: str, repo: Path) -> None:
+    empty = [str(name) for name in looked_up.columns if looked_up[name].isna().all()]
+    if not empty:
+        return
+    hints: list[str] = []
+    for spec in view_specs(contract):
+        if not any(f.name in empty for f in contract.features_of(spec.view.name)):
+            continue
+        asked = sorted(set(as_keys(frame[spec.join_key]).dropna()))
+        known = set(pq.read_table(repo / SOURCES / f"{spec.view.name}.parquet", columns=[spec.join_key])[spec.join_key].to_pylist())
+        same = sum(key in known for key in asked)
+        hints.append(
+            f"view {spec.view.name}: {same} of {len(asked)} values of {spec.join_key} in {source} are in it"
+            + (f"; there are {_some(asked)} here and {_some(sorted(known))} there" if same == 0 else
+               f"; its values are older than maxAge, newer than the requests, or blank (event_timestamp, maxAge {spec.view.max_age})")
+        )
+    raise InputError(
+        f"{source}: no row has a value of {', '.join(empty)}. A model trained so would be served values that it has never seen.\n  "
+        + "\n  ".join(hints) + "\n  If that is meant: --allow-missing"
+    )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(repr(k) for k in keys[:3]) + (", …" if len(keys) > 3 else "") if keys else "none"

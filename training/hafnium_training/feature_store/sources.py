@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from hafnium_contract.encoding import encode_column
 from hafnium_contract.errors import FeatureError, InputError
 from hafnium_contract.model_contract import Feature, ModelContract
+from hafnium_contract.whole_files import replacing
 from hafnium_training.feature_store.definitions import AS_OF, EVENT_TIMESTAMP, ViewSpec
 from hafnium_training.tables import as_keys, event_times, read_table, require_columns, timestamps, truths
 
@@ -39,9 +40,8 @@ def view_table(contract: ModelContract, spec: ViewSpec, data: Path) -> pd.DataFr
 def write_source(path: Path, frame: pd.DataFrame) -> None:
     """Writes a view's rows as the Parquet file that Feast reads: missing values are nulls, not NaN."""
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-    staging = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, staging, compression="zstd")
-    staging.replace(path)
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def _from_folder(spec: ViewSpec, folder: Path) -> tuple[pd.DataFrame, str]:
