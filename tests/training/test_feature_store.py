@@ -416,6 +416,7 @@ def test_views_split_out_of_one_csv_give_its_own_values_back(tmp_path: Path) -> 
                        "label": {"column": "defaulted"}, "labelTime": {"delay": "1d"}},
                  views=[{"name": "history", "entity": "applicant", "maxAge": "2d"},
                         {"name": "branch_stats", "entity": "branch", "maxAge": "36h"}],
+                 protected=[],
                  features=[{"name": "amount", "description": "a", "dtype": "float", "range": [0, 1e6]},
                            {"name": "earlier_loans", "description": "a", "dtype": "int", "range": [0, 100],
                             "source": {"view": "history", "field": "n_loans"}},

@@ -32,6 +32,8 @@ PARQUET_BYTES_MAX = 16 * 1024**3
 ROWS_MAX = 50_000_000
 """50 million rows of 20 features are 8 GB as float64: more than one training machine should be asked to hold."""
 COLUMNS_MAX = 10_000
+_IN_FILE = "columns in the file"
+"""Attribute of a frame: also those that were not read, because a misspelt column is one that no contract names."""
 TRANSACTIONS = "transactions.parquet"
 """The file of a data folder that holds one row per transaction; `transactions.csv` will do too."""
 SAMPLES_SHOWN = 3
@@ -90,15 +92,17 @@ def feature_column(feature: Feature) -> str | None:
 def require_columns(frame: pd.DataFrame, names: Iterable[str], source: str = "data") -> None:
     """Raises InputError that lists each missing column with the likeliest misspelling of it."""
     present = [str(c) for c in frame.columns]
+    in_file: tuple[str, ...] = frame.attrs.get(_IN_FILE, ())
+    there = [*present, *(c for c in in_file if c not in present)]
     problems: list[str] = []
     for name in dict.fromkeys(names):
         if name in present:
             continue
-        lower = {c.lower(): c for c in present}
+        lower = {c.lower(): c for c in there}
         near = [lower[m] for m in difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.7)]
         problems.append(f"{name} (is it {near[0]}?)" if near else name)
     if problems:
-        shown = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
+        shown = ", ".join(there[:30]) + (", …" if len(there) > 30 else "")
         raise InputError(f"{source}: column{'s' if len(problems) > 1 else ''} missing: {', '.join(problems)}; it has: {shown}")
 
 
@@ -274,6 +278,7 @@ def _read_parquet(file: Path, contract: ModelContract | None, text: set[str], al
         # ParquetFile and not read_table: a folder called `region=1` above the file is no column.
         # ignore_metadata: an index that pandas had stored stays a column.
         with pq.ParquetFile(file) as reader:
+            names = tuple(reader.schema_arrow.names)
             columns = _parquet_columns(file, reader, None if contract is None else meanings.named)
             table = reader.read(columns=columns)
         for name in table.column_names:
@@ -291,6 +296,7 @@ def _read_parquet(file: Path, contract: ModelContract | None, text: set[str], al
             frame[name] = truths(frame[name], where)
         elif name in meanings.texts and name not in keep:
             frame[name] = as_keys(frame[name])
+    frame.attrs[_IN_FILE] = names
     return frame
 
 
