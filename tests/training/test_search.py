@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,19 +114,23 @@ run_search(Path(sys.argv[1]))
 """
 
 
-@pytest.mark.slow
-def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: Path) -> None:
-    support = Path(__file__).parents[1] / "support"
-    environment = {**os.environ, "PYTHONPATH": str(support), "TUNE_GLOBAL_CHECKPOINT_S": "0"}
-    said = tmp_path / "said.log"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a search was killed after its first trial had begun."""
+    place = tmp_path_factory.mktemp("killed")
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", ""))),
+        "TUNE_GLOBAL_CHECKPOINT_S": "0",
+    }
+    said = place / "said.log"
     with said.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED_SEARCH, str(tmp_path), str(Path(__file__).parent)], env=environment, start_new_session=True,
+            [sys.executable, "-c", KILLED_SEARCH, str(place), str(Path(__file__).parent)], env=environment, start_new_session=True,
             stdout=log, stderr=log,
         )
     try:
         deadline = time.monotonic() + 200
-        state = tmp_path / "k"
+        state = place / "k"
         while time.monotonic() < deadline and process.poll() is None:
             if list(state.glob("experiment_state*.json")) and list(state.glob("run_trial_*")):
                 break
@@ -135,23 +140,28 @@ def test_a_killed_search_goes_on_where_it_was(undisturbed: Searched, tmp_path: P
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damaged", "anew"), [
+    pytest.param("", False, id="whole"), pytest.param("experiment_state*.json", True, id="experiment_state"),
+    pytest.param("searcher-state-*.pkl", True, id="searcher-state"), pytest.param("tuner.pkl", True, id="tuner"),
+])
+def test_a_killed_search_goes_on_or_is_searched_anew_where_its_state_is_cut_off(
+    undisturbed: Searched, killed: Path, tmp_path: Path, damaged: str, anew: bool,
+) -> None:
+    shutil.copytree(killed / "k", tmp_path / "k")
+    if damaged:  # what a full disk leaves: files that are there, and cut off
+        (file, *_) = (tmp_path / "k").glob(damaged)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
     heard = Heard()
     with searching() as ray:
         found = search(ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=heard)
     assert "going on with a search that was interrupted" in heard.events
     assert found == undisturbed
     assert heard.ended == TRIALS, "trials that a search that goes on has run are told, too"
-    # What a full disk leaves: files that are there, and cut off
-    for damaged in ("experiment_state*.json", "searcher-state-*.pkl", "tuner.pkl"):
-        (file, *_) = (tmp_path / "k").glob(damaged)
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
-        heard = Heard()
-        with searching() as ray:
-            found = search(ray, prepared(), trials=TRIALS, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=heard)
-        assert found == undisturbed
-        assert heard.ended == TRIALS
-        if damaged != "searcher-state-*.pkl":  # a search that has ended may not need it any more
-            assert any("search k is damaged" in e and "searching anew (1 of 2)" in e for e in heard.events), damaged
+    assert any("search k is damaged" in e and "searching anew (1 of 2)" in e for e in heard.events) == anew
 
 
 class Heard(Silent):

@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -316,6 +317,7 @@ def run_search(
     if going_on:
         progress.event("going on with a search that was interrupted")
         with _damage_named(key):
+            _refuse_cut_off(f"{path}/{key}", filesystem)
             tuner = tune.Tuner.restore(
                 f"{path}/{key}", trainable=trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=filesystem)
     else:
@@ -364,6 +366,17 @@ def _damage_named(key: str) -> Generator[None]:
         yield
     except Exception as e:
         raise DamagedSearchError(f"the saved state of the interrupted search {key} is damaged ({type(e).__name__}: {str(e)[:200]})") from e
+
+
+def _refuse_cut_off(folder: str, filesystem: Any) -> None:
+    """Raises what unpickling raises. Tune takes a searcher that it can't read for one that has nothing to suggest, and waits for ever."""
+    from pyarrow.fs import FileSelector, LocalFileSystem
+
+    opened = filesystem or LocalFileSystem()
+    for info in opened.get_file_info(FileSelector(folder)):
+        if info.base_name.startswith("searcher-state-") and info.base_name.endswith(".pkl"):
+            with opened.open_input_stream(info.path, compression=None) as stream:
+                pickle.loads(stream.read())  # noqa: S301 - Tune reads the same file in the same way
 
 
 def warm_up(folder: str, at_once: int = 1) -> None:
