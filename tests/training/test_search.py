@@ -144,6 +144,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("damaged", "anew"), [
     pytest.param("", False, id="whole"), pytest.param("experiment_state*.json", True, id="experiment_state"),
     pytest.param("searcher-state-*.pkl", True, id="searcher-state"), pytest.param("tuner.pkl", True, id="tuner"),
