@@ -111,8 +111,11 @@ def test_a_full_disk_ends_with_2_and_the_verdict_is_not_lost(world: World) -> No
     world.log("candidate", 1_200, change("geo_risk_score", lambda v: v * 0))
     world.log("stable", 1_200)
     code = (
-        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
-        "from hafnium_monitoring.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+        "import resource, sys\nfrom hafnium_monitoring.__main__ import main\n"
+        "before = resource.getrlimit(resource.RLIMIT_FSIZE)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))\n"
+        "status = main(sys.argv[1:])\n"
+        # Lifted again, or coverage couldn't write what it measured here
+        "resource.setrlimit(resource.RLIMIT_FSIZE, before)\nsys.exit(status)"
     )
     arguments = ["drift", "--bundle", str(world.candidate.path), "--stable-bundle", str(world.stable.path), "--log",
                  *map(str, world.logs), "--evidence", str(world.root / "evidence"), *WINDOW]
