@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from hafnium_contract.model_contract import ModelContract
 from hafnium_monitoring.errors import LabelError
 from hafnium_monitoring.labels import LabelLimits, known_labels
+from hafnium_training.tables import timestamps
 
 from .conftest import NOW, START
 
@@ -33,6 +35,7 @@ def read(tmp_path: Path, contract: ModelContract) -> Read:
     def run(
         rows: Sequence[tuple[Any, Any, Any]] | str, kind: str = "parquet", contract: ModelContract = contract,
         limits: LabelLimits | None = None, label_type: pa.DataType | None = None, time_type: pa.DataType | None = None,
+        now: datetime = TODAY,
     ) -> dict[str, float]:
         path = tmp_path / f"labels.{kind}"
         if isinstance(rows, str):
@@ -44,7 +47,7 @@ def read(tmp_path: Path, contract: ModelContract) -> Read:
             pq.write_table(pa.table({
                 "transaction_id": pa.array(ids), "is_fraud": pa.array(labels, label_type), "label_time": pa.array(times, time_type),
             }), path)
-        return known_labels(path, contract, TODAY, answered_by=NOW, wanted=["a", "b", "c", "7"], limits=limits)
+        return known_labels(path, contract, now, answered_by=NOW, wanted=["a", "b", "c", "7"], limits=limits)
     return run
 
 
@@ -99,6 +102,26 @@ def test_the_row_of_a_time_that_is_none_is_found_in_a_long_file(read: Read) -> N
 ], ids=["nanoseconds as text", "no zone", "day", "offset", "nanoseconds", "milliseconds", "date", "zone"])
 def test_times_of_every_precision_are_read(read: Read, time: Any, of: pa.DataType | None) -> None:
     assert read([("a", 1, time)], time_type=of) == {"a": 1.0}
+
+
+@pytest.mark.parametrize("text", [
+    "2026-01-31 12:00:00+00", "2026-01-31 12:00:00.123456+00", "2026-01-31 12:00:00-05", "2026-01-31T12:00+0530", "2026-01-31T12+02",
+    "2026-01-31 12:00:00 +02:00", "2026-01-31 12:00:00.5 Z", "2026-01-31", "2026-01-31 12:00", "2026/01/31", "2026/1/31", "2026-1-31",
+    "2026/01/31 12:00:00", "2026/1/3 2:05", "2026/01/31T12:00:00-05",
+])
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_time_as_text_means_what_it_means_in_training(read: Read, text: str, kind: str) -> None:
+    then = timestamps(pd.Series([text]), "label_time")[0].to_pydatetime()
+    assert read([("a", 1, text)], kind, now=then) == {"a": 1.0}
+    assert read([("a", 1, text)], kind, now=then - timedelta(microseconds=1)) == {}
+
+
+@pytest.mark.parametrize("text", [
+    "31/01/2026", "2026/01-31", "2026-01", "2026", "now", "2026-01-31-05", "2026-01-31 12:00:00+25", "2026/13/01",
+])
+def test_a_time_as_text_that_may_mean_another_is_refused(read: Read, text: str) -> None:
+    with pytest.raises(LabelError, match=r"'label_time': expected a time such as .*; row 2 isn't so"):
+        read([("a", 1, "2026/01/31"), ("b", 1, text)])
 
 
 def test_a_time_that_is_a_bare_number_is_refused_since_nothing_says_its_unit(read: Read) -> None:
