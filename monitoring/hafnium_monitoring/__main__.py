@@ -196,7 +196,10 @@ def _cluster(arguments: argparse.Namespace, lag: timedelta) -> Generator[cluster
 def _told(counted: cluster_job.Counted) -> int:
     """Exit status of a run over all rollouts. Fail and Error are findings, which were written: the job did what it is for."""
     verdicts = ", ".join(f"{f.verdict} {f.model_digest[:15]}" for f in counted.findings) or "none"
-    sys.stdout.write(f"written: {verdicts}; there already: {counted.there_already}; not written: {counted.problems}\n")
+    sys.stdout.write(
+        f"written: {verdicts}; there already: {counted.there_already}; judged for another rollout: {counted.judged_elsewhere}; "
+        f"not written: {counted.problems}\n"
+    )
     return 2 if counted.problems else 0
 
 

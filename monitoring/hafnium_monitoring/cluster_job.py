@@ -2,7 +2,8 @@
 
 What can't be read is a finding too (verdict Error), and the other rollouts are looked at all the same. Evidence is about a model and not
 about a rollout: where several rollouts have the same models, their rows are judged together. Where one model stands against another
-stable model in each of them, only one of these findings fits into its name; the others are problems, said and counted.
+stable model in each of them, only one of these findings fits into its name; the others are said and counted. They are no problems: the
+Job would be run again, and nothing would be different.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Counted:
 
     findings: tuple[EvidenceSpec, ...]
     there_already: int
+    judged_elsewhere: int
+    """Rollouts whose model got this window's finding for another rollout, against another stable model or none."""
     problems: int
     """Rollouts about which nothing could be written."""
 
@@ -98,7 +101,7 @@ def _each(
 ) -> Counted:
     findings: list[EvidenceSpec] = []
     watching, problems = _watching(run, whom)
-    there = 0
+    there = elsewhere = 0
     taken: dict[str, str] = {}
     for together in watching:
         names, seen = ", ".join(w.rollout for w in together), together[0]
@@ -108,8 +111,8 @@ def _each(
                 _LOG.info("%s: nothing to look at: no model of it served during the whole of the last window", names)
                 continue
             if (other := taken.setdefault(seen.model.digest, names)) != names:
-                problems += len(together)
-                _LOG.error(
+                elsewhere += len(together)
+                _LOG.warning(
                     "%s: model %s is not judged: in this window it is judged for %s, against another model or none, and one finding about "
                     "a model and window is all that there can be", names, seen.model.digest[:15], other,
                 )
@@ -138,7 +141,7 @@ def _each(
         except Exception:  # noqa: BLE001 - as above; the log has the whole of it
             problems += len(together)
             _LOG.exception("%s: nothing could be written about it", names)
-    return Counted(tuple(findings), there, problems)
+    return Counted(tuple(findings), there, elsewhere, problems)
 
 
 def _watching(run: ClusterRun, whom: Callable[[Watched], Watched]) -> tuple[list[tuple[Watched, ...]], int]:

@@ -15,6 +15,7 @@ import pytest
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.evidence import EvidenceSpec, read_evidence
 from hafnium_monitoring import cluster_job
+from hafnium_monitoring.__main__ import _told  # pyright: ignore[reportPrivateUsage]
 from hafnium_monitoring.bundle_places import bundle_places
 from hafnium_monitoring.cluster_job import ClusterRun, Counted
 from hafnium_monitoring.evidence_places import ClusterEvidence, FolderEvidence
@@ -166,8 +167,8 @@ def test_rows_of_rollouts_that_are_judged_together_begin_after_the_later_of_thei
     assert [(e.verdict, e.window_start, e.window_end) for e in counted.findings] == [("NoData", START + timedelta(minutes=20), NOW)]
 
 
-def test_a_model_against_another_one_in_each_rollout_is_a_problem_and_never_dropped_in_silence(
-    world: World, cluster: Cluster, caplog: pytest.LogCaptureFixture,
+def test_a_model_against_another_one_in_each_rollout_is_said_and_ends_no_job_as_failed(
+    world: World, cluster: Cluster, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_log(cluster.logs / "b", world.candidate, world.matrix(2_000), "candidate")
     write_log(cluster.logs / "b", world.stable, world.matrix(2_000), "stable")
@@ -176,5 +177,7 @@ def test_a_model_against_another_one_in_each_rollout_is_a_problem_and_never_drop
         promoted("a", world.candidate, "pvc://bundles/candidate"), climbing("b", model(world.stable, "pvc://bundles/stable"), candidate),
     )
     assert [(e.verdict, e.samples) for e in counted.findings] == [("Pass", 2_000)], "the climb waits for its finding"
-    assert counted.problems == 1
-    assert any("a: model" in r.getMessage() and "judged for b" in r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
+    assert (counted.judged_elsewhere, counted.problems) == (1, 0)
+    assert any("a: model" in r.getMessage() and "judged for b" in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert _told(counted) == 0, "the Job would be run again, and would find the same"
+    assert "judged for another rollout: 1;" in capsys.readouterr().out
