@@ -126,6 +126,9 @@ def _each(
                 found = _error(seen, times, now, kind, job, e)
             try:
                 written = run.evidence.write(found)
+            except WrittenError:  # nothing is lost: the window was judged before
+                remove_report(found)
+                raise
             except Exception:
                 _LOG.warning("%s: not written: %s: %s", names, found.verdict, found.message)  # so that the finding isn't lost
                 remove_report(found)

@@ -160,6 +160,18 @@ def test_rollouts_of_the_same_model_are_judged_together(world: World, cluster: C
     assert (again.findings, again.there_already, again.problems) == ((), 2, 0)
 
 
+def test_a_repeated_run_finds_its_window_written_and_warns_of_nothing(
+    world: World, cluster: Cluster, caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_log(cluster.logs / "a", world.candidate, world.matrix(2_000), "stable")
+    items = promoted("a", world.candidate, "pvc://bundles/candidate")
+    assert len(cluster.look(items).findings) == 1
+    caplog.clear()
+    again = cluster.look(items)
+    assert (again.findings, again.there_already, again.problems) == ((), 1, 0)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
 def test_rows_of_rollouts_that_are_judged_together_begin_after_the_later_of_their_steps(world: World, cluster: Cluster) -> None:
     stable, candidate = model(world.stable, "pvc://bundles/stable"), model(world.candidate, "pvc://bundles/candidate")
     late = (START + timedelta(minutes=18)).isoformat()
