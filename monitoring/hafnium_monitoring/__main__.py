@@ -26,11 +26,10 @@ from hafnium_monitoring import cluster_job
 from hafnium_monitoring.api_server import this_pod
 from hafnium_monitoring.bundle_places import bundle_places
 from hafnium_monitoring.drift import DriftOptions, run_drift
-from hafnium_monitoring.evidence_places import CLUSTER, EvidencePlace, alone, evidence_place
+from hafnium_monitoring.evidence_places import CLUSTER, EvidencePlace, alone, evidence_place, write_with_report
 from hafnium_monitoring.lock import evidence_lock
 from hafnium_monitoring.loop import FLUSH_LAG_S_DEFAULT, DriftLoop, FixedTargets, StateFolder, Target, TargetSource, run_loop
 from hafnium_monitoring.performance import PerformanceOptions, run_performance
-from hafnium_monitoring.report import remove_report
 from hafnium_monitoring.settings import DriftRules, LoopSettings, ReportSettings
 
 _EARLIEST, _LATEST = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
@@ -164,17 +163,12 @@ def _drift(arguments: argparse.Namespace) -> int:
         report=_report(arguments, None if arguments.evidence == CLUSTER else Path(arguments.evidence), ReportSettings()),
     )
     with alone(evidence):
-        return _publish(run_drift(options, now).evidence, evidence)
+        return _publish(run_drift(options, now).evidence, evidence, arguments.keep_reports)
 
 
-def _publish(evidence: EvidenceSpec, place: EvidencePlace) -> int:
+def _publish(evidence: EvidenceSpec, place: EvidencePlace, keep_reports: int) -> int:
     sys.stdout.write(f"{evidence.verdict}: {evidence.message}\n")  # before it is written: should that fail, it is known at least
-    try:
-        where = place.write(evidence)
-    except HafniumError:
-        remove_report(evidence)
-        raise
-    sys.stdout.write(f"{where}\n")
+    sys.stdout.write(f"{write_with_report(place, evidence, keep_reports)}\n")
     return 1 if evidence.verdict in ("Fail", "Error") else 0
 
 
@@ -253,7 +247,7 @@ def _performance(arguments: argparse.Namespace) -> int:
         bundle=arguments.bundle, logs=tuple(arguments.log), labels=arguments.labels, start=end - arguments.window, end=end,
         min_rows=arguments.min_rows,
     )
-    return _publish(run_performance(options, now), evidence_place(arguments.evidence))
+    return _publish(run_performance(options, now), evidence_place(arguments.evidence), ReportSettings().keep)
 
 
 if __name__ == "__main__":

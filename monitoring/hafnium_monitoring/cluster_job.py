@@ -21,10 +21,9 @@ from hafnium_monitoring.bundle_places import BundlePlaces
 from hafnium_monitoring.drift import JOB as DRIFT_JOB
 from hafnium_monitoring.drift import DriftOptions, run_drift
 from hafnium_monitoring.errors import WrittenError
-from hafnium_monitoring.evidence_places import GROUP, VERSION, EvidencePlace
+from hafnium_monitoring.evidence_places import GROUP, VERSION, EvidencePlace, write_with_report
 from hafnium_monitoring.performance import JOB as PERFORMANCE_JOB
 from hafnium_monitoring.performance import PerformanceOptions, run_performance
-from hafnium_monitoring.report import remove_report
 from hafnium_monitoring.rollouts_seen import Watched, filled, watched, window
 from hafnium_monitoring.settings import DriftRules, ReportSettings
 
@@ -70,7 +69,7 @@ def drift(run: ClusterRun, now: datetime, rules: DriftRules, report: ReportSetti
         )
         return run_drift(options, now).evidence
 
-    return _each(run, now, look, "drift", DRIFT_JOB)
+    return _each(run, now, look, "drift", DRIFT_JOB, keep_reports=(report or ReportSettings()).keep)
 
 
 def performance(run: ClusterRun, now: datetime, labels: Path, min_rows: int) -> Counted:
@@ -97,7 +96,7 @@ def _logs(run: ClusterRun, together: Sequence[Watched]) -> tuple[str, ...]:
 
 def _each(
     run: ClusterRun, now: datetime, look: Callable[[tuple[Watched, ...], datetime, datetime], EvidenceSpec], kind: str, job: str,
-    whom: Callable[[Watched], Watched] = lambda seen: seen,
+    whom: Callable[[Watched], Watched] = lambda seen: seen, keep_reports: int = ReportSettings().keep,
 ) -> Counted:
     findings: list[EvidenceSpec] = []
     watching, problems = _watching(run, whom)
@@ -125,13 +124,11 @@ def _each(
                     _LOG.exception("%s: the %s run failed", names, kind)
                 found = _error(seen, times, now, kind, job, e)
             try:
-                written = run.evidence.write(found)
-            except WrittenError:  # nothing is lost: the window was judged before
-                remove_report(found)
-                raise
+                written = write_with_report(run.evidence, found, keep_reports)
+            except WrittenError:
+                raise  # nothing is lost: the window was judged before
             except Exception:
                 _LOG.warning("%s: not written: %s: %s", names, found.verdict, found.message)  # so that the finding isn't lost
-                remove_report(found)
                 raise
             findings.append(found)
             _LOG.info("%s: %s: %s: %s", written, found.verdict, names, found.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from hafnium_contract.evidence import EvidenceSpec, Metadata, ModelEvidence, evi
 from hafnium_monitoring.api_server import JSON, ApiServer, this_pod
 from hafnium_monitoring.errors import ApiServerError, ExistsError, UnwrittenError, WrittenError
 from hafnium_monitoring.lock import evidence_lock
+from hafnium_monitoring.report import prune, remove_report
 
+_LOG = logging.getLogger("hafnium.monitoring")
 CLUSTER = "kubernetes"
 """The `--evidence` that means the API server; a folder of this name is ./kubernetes."""
 GROUP, VERSION, PLURAL = "hafnium.dev", "v1alpha1", "modelevidences"
@@ -72,6 +75,31 @@ class ClusterEvidence:
         except ExistsError as e:
             raise _exists(where) from e
         return where
+
+
+def write_with_report(place: EvidencePlace, spec: EvidenceSpec, keep_reports: int) -> str:
+    """Writes evidence whose report is written already, then removes all but the newest reports. Raises what `place.write` raises, and
+    removes the report: nothing links to it.
+
+    In this order, since a window that is judged again is refused here, and its report must not push out one that evidence links to.
+    """
+    try:
+        where = place.write(spec)
+    except Exception:
+        remove_report(spec)
+        raise
+    prune_reports(spec, keep_reports)
+    return where
+
+
+def prune_reports(spec: EvidenceSpec, keep: int) -> None:
+    """Removes all but the newest reports where this evidence, which is written, has its own. What can't be removed is only said."""
+    if spec.report:
+        folder = Path(spec.report).parent
+        try:
+            prune(folder, keep)
+        except OSError as e:
+            _LOG.warning("%s: old reports can't be removed (%s); the next run with a report tries again", folder, e.strerror or e)
 
 
 def evidence_object(spec: EvidenceSpec) -> JSON:

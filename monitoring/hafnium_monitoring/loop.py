@@ -27,7 +27,7 @@ from hafnium_contract.errors import HafniumError
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_monitoring.drift import DriftOptions, run_drift
 from hafnium_monitoring.errors import StateError, UnwrittenError
-from hafnium_monitoring.evidence_places import FolderEvidence
+from hafnium_monitoring.evidence_places import FolderEvidence, prune_reports
 from hafnium_monitoring.settings import LoopSettings
 from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
 
@@ -238,6 +238,7 @@ class DriftLoop:
         for evidence in found:
             try:
                 FolderEvidence(self._evidence).write(evidence)
+                prune_reports(evidence, self._settings.report.keep)
                 written.append(evidence)
             except UnwrittenError as e:
                 _LOG.error("%s; it is tried again", e)

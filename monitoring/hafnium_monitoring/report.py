@@ -105,9 +105,10 @@ def write_report(
     settings: ReportSettings, name: str, evidence: EvidenceSpec, contract: ModelContract, window: Sample, reference: Sample,
     rules: DriftRules,
 ) -> Path:
-    """Writes `<folder>/<name>-<time of the run>.html` and `.json` (window against reference), removes old ones; returns the HTML's path.
+    """Writes `<folder>/<name>-<time of the run>.html` and `.json` (window against reference); returns the HTML's path.
 
     Each run has its own: a window that is judged again finds its evidence written, and must not replace the report that this links to.
+    Old ones are removed once this run's evidence is written (`write_with_report`).
     Columns without any value on one side can't be plotted and are listed in the JSON under `notInReport`. Raises whatever
     Evidently raises.
     """
@@ -144,7 +145,6 @@ def write_report(
                       "rows": {"window": current.rows, "reference": base.rows}, "columns": checked},
         "notInReport": [c.name for c in columns if c not in usable],
     }, indent=2, allow_nan=False))
-    prune(settings.folder, settings.keep)
     return html
 
 

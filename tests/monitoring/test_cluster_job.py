@@ -19,7 +19,7 @@ from hafnium_monitoring.__main__ import _told  # pyright: ignore[reportPrivateUs
 from hafnium_monitoring.bundle_places import bundle_places
 from hafnium_monitoring.cluster_job import ClusterRun, Counted
 from hafnium_monitoring.evidence_places import ClusterEvidence, FolderEvidence
-from hafnium_monitoring.settings import DriftRules
+from hafnium_monitoring.settings import DriftRules, ReportSettings
 
 from .conftest import NOW, START, World, change, write_log
 from .test_api_server import Scripted, serving
@@ -170,6 +170,18 @@ def test_a_repeated_run_finds_its_window_written_and_warns_of_nothing(
     again = cluster.look(items)
     assert (again.findings, again.there_already, again.problems) == ((), 1, 0)
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.slow
+def test_the_report_of_a_repeated_window_pushes_out_none_that_evidence_links_to(world: World, cluster: Cluster) -> None:
+    write_log(cluster.logs / "a", world.candidate, world.matrix(2_000), "stable")
+    reports = ReportSettings(folder=cluster.root / "reports", keep=1)
+    for minutes in (2, 12):
+        with cluster.run([promoted("a", world.candidate, "pvc://bundles/candidate")]) as run:
+            counted = cluster_job.drift(run, NOW + timedelta(minutes=minutes), DriftRules(looks=10), reports)
+    assert counted.there_already == 1
+    [spec] = cluster.written()
+    assert {str(p) for p in (cluster.root / "reports").glob("*.html")} == {spec.report}
 
 
 def test_rows_of_rollouts_that_are_judged_together_begin_after_the_later_of_their_steps(world: World, cluster: Cluster) -> None:

@@ -133,7 +133,7 @@ def test_a_refused_run_leaves_the_report_of_the_evidence_that_is_there(world: Wo
     world.log("candidate", 1_200)
     world.log("stable", 1_200)
     arguments = ["drift", "--bundle", str(world.candidate.path), "--stable-bundle", str(world.stable.path), "--log",
-                 *map(str, world.logs), "--evidence", str(world.root / "evidence"), *WINDOW[:-1]]
+                 *map(str, world.logs), "--evidence", str(world.root / "evidence"), *WINDOW[:-1], "--keep-reports", "1"]
     assert main(arguments) == 0
     [found] = read_evidence(world.root / "evidence")
     assert not isinstance(found, Exception)

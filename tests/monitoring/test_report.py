@@ -6,17 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hafnium_contract.bundle import Bundle
+from hafnium_contract.evidence import EvidenceSpec, read_evidence
 from hafnium_contract.model_contract import ModelContract
+from hafnium_monitoring.errors import WrittenError
+from hafnium_monitoring.evidence_places import FolderEvidence, write_with_report
 from hafnium_monitoring.report import prune
 from hafnium_monitoring.settings import ReportSettings
 
-from .conftest import World, change
+from .conftest import NOW, START, World, change
 
 
 @pytest.mark.slow
@@ -77,6 +81,39 @@ def test_only_the_newest_reports_are_kept(tmp_path: Path) -> None:
     prune(tmp_path, 2)
     kept = {p.name for p in tmp_path.iterdir()}
     assert kept == {f"drift-aaaaaaaa-{i}z{s}" for i in (3, 4) for s in (".html", ".json")} | {"somebody-elses.html"}
+
+
+def finding(folder: Path, when: datetime, hours: int = 0) -> EvidenceSpec:
+    """With a report written at `when`; of a window `hours` later than the first."""
+    html = folder / f"drift-aaaaaaaa-{when:%H%M%S}.html"
+    folder.mkdir(exist_ok=True)
+    for path in (html, html.with_suffix(".json")):
+        path.write_text("x")
+        os.utime(path, (when.timestamp(), when.timestamp()))
+    return EvidenceSpec(
+        model_digest="sha256:" + "ab" * 32, kind="drift", window_start=START + timedelta(hours=hours), job="j", created_at=when,
+        window_end=NOW + timedelta(hours=hours), verdict="Pass", samples=1, message="m", report=str(html),
+    )
+
+
+def test_old_reports_go_when_evidence_is_written_and_none_goes_for_evidence_that_is_refused(tmp_path: Path) -> None:
+    place, reports = FolderEvidence(tmp_path / "evidence"), tmp_path / "reports"
+    first, second, third = (finding(reports, NOW + timedelta(minutes=i), hours=i) for i in range(3))
+    write_with_report(place, second, 3)
+    with pytest.raises(WrittenError):
+        write_with_report(place, finding(reports, NOW + timedelta(minutes=9), hours=1), 3)
+    assert {str(p) for p in reports.glob("*.html")} == {first.report, second.report, third.report}
+    write_with_report(place, third, 2)
+    assert {p.name for p in reports.iterdir()} == {Path(e.report).with_suffix(s).name for e in (second, third) for s in (".html", ".json")}
+
+
+def test_an_old_report_that_cannot_be_removed_costs_no_evidence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = finding(tmp_path / "reports", NOW)
+    (tmp_path / "reports" / "drift-bbbbbbbb-1.html").mkdir()
+    os.utime(tmp_path / "reports" / "drift-bbbbbbbb-1.html", (1_000, 1_000))
+    write_with_report(FolderEvidence(tmp_path / "evidence"), spec, 1)
+    assert len(list(read_evidence(tmp_path / "evidence"))) == 1
+    assert "old reports can't be removed" in caplog.text
 
 
 def test_without_a_report_no_heavy_library_is_imported(

@@ -46,9 +46,8 @@ def check(
     Example: hafnium drift check --bundle build/v2 --stable-bundle build/v1 --log .hafnium/state/inference-log --evidence build/evidence
     """
     from hafnium_monitoring.drift import DriftOptions, run_drift
-    from hafnium_monitoring.evidence_places import FolderEvidence
+    from hafnium_monitoring.evidence_places import FolderEvidence, write_with_report
     from hafnium_monitoring.lock import evidence_lock
-    from hafnium_monitoring.report import remove_report
     from hafnium_monitoring.settings import DriftRules, ReportSettings
 
     now = datetime.now(UTC)
@@ -59,13 +58,9 @@ def check(
     )
     with evidence_lock(evidence):
         found = run_drift(options, now).evidence
-        try:
-            path = FolderEvidence(evidence).write(found)
-        except InputError:
-            remove_report(found)  # it belongs to no evidence
-            raise
+        path = write_with_report(FolderEvidence(evidence), found, ReportSettings().keep)
     if as_json:
-        print_json(found.model_dump(mode="json") | {"file": str(path)})
+        print_json(found.model_dump(mode="json") | {"file": path})
     else:
         typer.echo(f"{found.verdict}: {found.message}\n{path}")
     raise typer.Exit(1 if found.verdict in ("Fail", "Error") else 0)
