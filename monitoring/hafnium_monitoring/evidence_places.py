@@ -88,18 +88,13 @@ def write_with_report(place: EvidencePlace, spec: EvidenceSpec, keep_reports: in
     except Exception:
         remove_report(spec)
         raise
-    prune_reports(spec, keep_reports)
-    return where
-
-
-def prune_reports(spec: EvidenceSpec, keep: int) -> None:
-    """Removes all but the newest reports where this evidence, which is written, has its own. What can't be removed is only said."""
     if spec.report:
         folder = Path(spec.report).parent
         try:
-            prune(folder, keep)
+            prune(folder, keep_reports)
         except OSError as e:
             _LOG.warning("%s: old reports can't be removed (%s); the next run with a report tries again", folder, e.strerror or e)
+    return where
 
 
 def evidence_object(spec: EvidenceSpec) -> JSON:

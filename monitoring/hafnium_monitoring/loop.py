@@ -27,7 +27,7 @@ from hafnium_contract.errors import HafniumError
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_monitoring.drift import DriftOptions, run_drift
 from hafnium_monitoring.errors import StateError, UnwrittenError
-from hafnium_monitoring.evidence_places import FolderEvidence, prune_reports
+from hafnium_monitoring.evidence_places import FolderEvidence, write_with_report
 from hafnium_monitoring.settings import LoopSettings
 from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
 
@@ -237,12 +237,12 @@ class DriftLoop:
         written: list[EvidenceSpec] = []
         for evidence in found:
             try:
-                FolderEvidence(self._evidence).write(evidence)
-                prune_reports(evidence, self._settings.report.keep)
+                write_with_report(FolderEvidence(self._evidence), evidence, self._settings.report.keep)
                 written.append(evidence)
             except UnwrittenError as e:
                 _LOG.error("%s; it is tried again", e)
-                self._unwritten.append(evidence)
+                # Its report is gone: of 100 findings that wait, reports would be 400 MB on a disk that may be full
+                self._unwritten.append(evidence.model_copy(update={"report": ""}))
             except HafniumError as e:
                 _LOG.error("%s; not written: %s of %s: %s", e, evidence.verdict, evidence.model_digest[:15], evidence.message)
         for lost in self._unwritten[:-UNWRITTEN_MAX]:

@@ -221,6 +221,25 @@ def test_a_finding_that_cannot_be_written_is_kept_and_written_later(
     assert loop.tick(at(15)) == []
 
 
+@pytest.mark.slow
+def test_no_report_stays_of_a_finding_that_is_not_written_and_none_is_linked_when_it_is_later(state: State) -> None:
+    folder, reports = state.folder / "evidence", state.folder / "reports"
+    settings = replace(SETTINGS, report=ReportSettings(folder=reports, when="always"))
+    loop = DriftLoop(StateFolder(state.folder), folder, settings)
+    folder.write_text("a file where the folder should be")
+    loop.tick(at(0))
+    for service, arm in (("risk-b", "candidate"), ("risk-a", "stable")):
+        state.traffic(service, arm, 600, at(1), 8)
+    assert loop.tick(at(12)) == []
+    assert list(reports.iterdir()) == []
+    folder.unlink()
+    assert [e.report for e in loop.tick(at(14))] == [""]
+    again = DriftLoop(StateFolder(state.folder), folder, settings)  # a loop begun anew, at the same time: its window is judged already
+    again.tick(at(0))
+    assert again.tick(at(12)) == []
+    assert list(reports.iterdir()) == []
+
+
 def test_a_loop_without_a_state_folder_waits_for_a_transformer_that_flushes_as_it_does_by_default(
     tmp_path: Path, candidate_bundle: Bundle, population: Matrix,
 ) -> None:
