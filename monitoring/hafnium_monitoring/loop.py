@@ -111,7 +111,8 @@ class StateFolder:
         return tuple(found)
 
     def _log_lag_s(self, service: str) -> float:
-        """How long the service's transformer keeps rows in memory, by its arguments; 0 when there is no transformer."""
+        """How long the service's transformer keeps rows in memory, by its arguments; 0 when there is no transformer, its default when
+        they can't be understood."""
         path = self._object(service)
         data: Any = _mapping(_load(path, yaml.safe_load), path)
         for key in ("spec", "transformer", "containers"):
@@ -129,7 +130,12 @@ class StateFolder:
         except ValueError:
             flush_s = math.nan
         if not (math.isfinite(flush_s) and flush_s > 0):
-            raise StateError(f"{path}: {FLUSH_ARGUMENT}: expected seconds above 0, got {found[-1]!r}")
+            # Said and not raised: the other routes, and this one, are better watched by a guess than not at all
+            _LOG.error(
+                "%s: %s: expected seconds above 0, got %r; taken as the transformer's default of %g s: rows that are later are missing in "
+                "its windows, so correct it", path, FLUSH_ARGUMENT, found[-1], FLUSH_S_DEFAULT,
+            )
+            return FLUSH_LAG_S_DEFAULT
         return flush_s + FLUSH_SLACK_S
 
     def _services(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -196,13 +197,24 @@ def test_the_transformers_environment_says_how_late_its_rows_are_as_well(state: 
     assert StateFolder(state.folder).targets()[0].log_lag_s == 21.0
 
 
-@pytest.mark.parametrize("given", [".", "nan", "0", "-1", "soon"])
-def test_a_flush_time_that_is_none_names_the_file(state: State, given: str) -> None:
+@pytest.mark.parametrize("given", [".", "nan", "0", "-1", "soon", "$(FLUSH)"])
+def test_a_flush_time_that_is_none_names_the_file_and_blinds_no_route(
+    state: State, loop: DriftLoop, given: str, caplog: pytest.LogCaptureFixture,
+) -> None:
     container = {"args": [f"--log_flush_seconds={given}"]}
-    spec = {"predictor": {"model": {"storageUri": "file:///x"}}, "transformer": {"containers": [container]}}
+    uri = state.bundles["risk-b"].path.resolve().as_uri()
+    spec = {"predictor": {"model": {"storageUri": uri}}, "transformer": {"containers": [container]}}
     state.write("objects/InferenceService-risk-b.yaml", yaml.safe_dump({"spec": spec}))
-    with pytest.raises(StateError, match=r"InferenceService-risk-b\.yaml: --log_flush_seconds"):
-        StateFolder(state.folder).targets()
+    state.route("risk-a", None)
+    state.write("routes/other.json", json.dumps({"name": "other", "stable": "risk-b", "candidate": None}))
+    lags = {t.name: t.log_lag_s for t in StateFolder(state.folder).targets()}
+    assert lags == {"risk": 0.0, "other": FLUSH_LAG_S_DEFAULT}
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(said) == 1
+    assert "InferenceService-risk-b.yaml: --log_flush_seconds: expected seconds above 0" in said[0]
+    loop.tick(at(0))
+    state.traffic("risk-a", "stable", 600, at(1), 8)
+    assert [e.verdict for e in loop.tick(at(12))] == ["Pass"], "the other route's window is judged"
 
 
 def test_a_finding_that_cannot_be_written_is_kept_and_written_later(
