@@ -30,6 +30,8 @@ BLOCK_BYTES = 4 << 20
 ROWS_MAX = 100_000_000
 """A minute's reading; who has more cuts the file at the event's time."""
 BYTES_MAX = 8 << 30
+POSITIVES_MAX = 1_000_000
+"""Ids that are looked up in a window's log: 50 MB, and five times as many as the rows that are then kept."""
 _TIME = pa.timestamp("us", tz="UTC")
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 """As training reads labels that are text, without case and blanks around."""
@@ -73,29 +75,20 @@ def known_labels(
     Raises LabelError: unreadable, too large, a label that isn't 0 or 1, a time that isn't one, or contradictory labels without
     a later one.
     """
-    data = contract.data
-    id_column, time_column = data.request_id or "request_id", data.label_time.column
+    data, time_column = contract.data, contract.data.label_time.column
     too_early = time_column is None and answered_by + (data.label_time.delay or timedelta(0)) > now
-    columns = [id_column, data.label.column, *([time_column] if time_column else [])]
     value_set = pa.array(wanted, pa.string())
     newest: dict[str, _Newest] = {}
-    read = 0
-    for table in _tables(path, columns, limits or LabelLimits()):
-        where = _Where(path, read)
-        label = where.parsed(table[data.label.column], data.label.column, "0 or 1", _truths)
-        ids = where.parsed(table[id_column], id_column, "text or a whole number", _texts)
-        keep = pc.and_(pc.is_in(ids, value_set=value_set), pc.and_(pc.is_valid(ids), pc.is_valid(label)))
-        times = pa.nulls(len(table), _TIME)
+    for batch in _batches(path, contract, limits or LabelLimits()):
+        keep = pc.and_(pc.is_in(batch.ids, value_set=value_set), pc.and_(pc.is_valid(batch.ids), pc.is_valid(batch.label)))
         if time_column:
-            times = where.parsed(table[time_column], time_column, "a time such as 2026-01-31T12:00:00Z", _times)
-            keep = pc.and_(keep, pc.fill_null(pc.less_equal(times, pa.scalar(now, _TIME)), False))
+            keep = pc.and_(keep, pc.fill_null(pc.less_equal(batch.times, pa.scalar(now, _TIME)), False))
         rows: npt.NDArray[np.int64] = np.flatnonzero(np.asarray(keep.to_numpy(zero_copy_only=False), np.bool_))
         chosen = pa.array(rows)
-        at = np.asarray(pc.fill_null(times.cast(pa.int64()).take(chosen), 0).to_numpy(), np.int64)
-        truth = np.asarray(label.take(chosen).to_numpy(), np.float64)
-        for i, t, y, row in zip(ids.take(chosen).to_pylist(), at.tolist(), truth.tolist(), rows.tolist(), strict=True):
-            _note(newest, i, t, y, read + row + 1)
-        read += len(table)
+        at = np.asarray(pc.fill_null(batch.times.cast(pa.int64()).take(chosen), 0).to_numpy(), np.int64)
+        truth = np.asarray(batch.label.take(chosen).to_numpy(), np.float64)
+        for i, t, y, row in zip(batch.ids.take(chosen).to_pylist(), at.tolist(), truth.tolist(), rows.tolist(), strict=True):
+            _note(newest, i, t, y, batch.before + row + 1)
     for found in newest.values():
         if found.contradicted_by is not None:
             why = "at the same label time" if time_column else "and without a label time column nothing says which is newer"
@@ -103,6 +96,25 @@ def known_labels(
                 f"{path}: column {data.label.column!r}: rows {found.row} and {found.contradicted_by} give one request two labels, {why}"
             )
     return {} if too_early else {i: found.label for i, found in newest.items()}
+
+
+def possible_positives(
+    path: Path, contract: ModelContract, now: datetime, *, since: datetime, limits: LabelLimits | None = None,
+) -> pa.Array:
+    """Request ids with a label 1 that was known between `since` and `now` (without a label time column: any), at most POSITIVES_MAX.
+
+    A later label may say otherwise: these are requests that are worth looking up. Raises LabelError as `known_labels` does.
+    """
+    found: list[pa.Array] = [pa.array([], pa.string())]
+    for batch in _batches(path, contract, limits or LabelLimits()):
+        keep = pc.fill_null(pc.equal(batch.label, 1.0), False)
+        if contract.data.label_time.column:
+            known = pc.and_(pc.greater_equal(batch.times, pa.scalar(since, _TIME)), pc.less_equal(batch.times, pa.scalar(now, _TIME)))
+            keep = pc.and_(keep, pc.fill_null(known, False))
+        found.append(batch.ids.filter(keep).drop_null())
+        if sum(len(ids) for ids in found) >= POSITIVES_MAX:
+            break
+    return pa.concat_arrays(found)[:POSITIVES_MAX]
 
 
 def _note(newest: dict[str, _Newest], request: str, time: int, label: float, row: int) -> None:
@@ -149,6 +161,33 @@ class _Where:
             except pa.ArrowException:
                 high = middle
         return self.before + low + 1
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Checked rows of a label file. Arrays have one length; without a label time column `times` are null."""
+
+    before: int
+    """Rows of earlier batches."""
+    ids: pa.Array
+    label: pa.Array
+    times: pa.Array
+
+
+def _batches(path: Path, contract: ModelContract, limits: LabelLimits) -> Iterator[_Batch]:
+    """The columns that the contract names. Raises LabelError."""
+    data = contract.data
+    id_column, time_column = data.request_id or "request_id", data.label_time.column
+    read = 0
+    for table in _tables(path, [id_column, data.label.column, *([time_column] if time_column else [])], limits):
+        where = _Where(path, read)
+        label = where.parsed(table[data.label.column], data.label.column, "0 or 1", _truths)
+        ids = where.parsed(table[id_column], id_column, "text or a whole number", _texts)
+        times = pa.nulls(len(table), _TIME)
+        if time_column:
+            times = where.parsed(table[time_column], time_column, "a time such as 2026-01-31T12:00:00Z", _times)
+        yield _Batch(read, ids, label, times)
+        read += len(table)
 
 
 def _none(array: pa.Array) -> pa.Array:

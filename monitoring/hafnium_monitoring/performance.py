@@ -16,23 +16,26 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from scipy import special
 
 from hafnium_contract.bundle import Bundle, open_bundle
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.evidence import EvidenceSpec, EvidenceValue, Verdict
-from hafnium_monitoring.labels import known_labels
+from hafnium_monitoring.labels import known_labels, possible_positives
 from hafnium_monitoring.windows import ALL_ARMS, InferenceLog, LogRows, Selection
 
 _LOG = logging.getLogger("hafnium.monitoring")
 JOB = "hafnium-monitoring performance"
 SCORE_NAME = "score"
+LABEL_DATE_SLACK = timedelta(days=1)
+"""Label times may be dates, and then lie before the request of that day."""
 BASELINE_KEYS = {"roc_auc": ("rocauc",), "pr_auc": ("prauc", "averageprecision"), "brier": ("brier", "brierscore")}
 """Metric → its names in evaluation.json, compared without case, `_` and `-`."""
 
@@ -61,6 +64,7 @@ class PerformanceOptions:
     confidence: float = 0.95
     resamples: int = 500
     rows_max: int = 200_000
+    """Rows in memory beside those that may be positive, of which it may be as many again; `LabelledSample` says which."""
     seed: int = 0
 
 
@@ -90,25 +94,30 @@ def run_performance(options: PerformanceOptions, now: datetime) -> EvidenceSpec:
 def _run(options: PerformanceOptions, bundle: Bundle, now: datetime) -> EvidenceSpec:
     manifest = bundle.manifest
     wanted = Selection(manifest.digest, manifest.model_version, ALL_ARMS, options.start, options.end)
-    rows = InferenceLog(options.logs).read(wanted, [], rows_max=options.rows_max, seed=options.seed)
+
+    def positives() -> pa.Array:
+        return possible_positives(options.labels, bundle.contract, now, since=options.start - LABEL_DATE_SLACK)
+
+    rows = InferenceLog(options.logs).read(wanted, [], rows_max=options.rows_max, seed=options.seed, positives=positives)
     if rows.kept == 0:
         return _evidence(options, bundle, now, "NoData", "no row of the model in the window", 0, ())
     scores = _scores(rows)
     known = known_labels(options.labels, bundle.contract, now, answered_by=options.end, wanted=list(scores))
-    score, truth = _join(scores, known)
-    asked, positives = len(scores), int(truth.sum())
+    score, truth, weight = _join(scores, known)
+    asked, frauds = sum(w for _, w in scores.values()), int(truth.sum())
     short = (
-        f"{len(truth)} of {asked} rows have a label by now, {options.labelled_share_min:.0%} are needed"
-        if len(truth) < options.labelled_share_min * asked else
+        f"{weight.sum():.0f} of {asked:.0f} rows have a label by now, {options.labelled_share_min:.0%} are needed"
+        if weight.sum() < options.labelled_share_min * asked else
         f"{len(truth)} labelled rows, {options.min_rows} are needed" if len(truth) < options.min_rows else
-        f"{positives} positive labels, at least {options.positives_min} of either kind are needed"
-        if min(positives, len(truth) - positives) < options.positives_min else ""
+        f"{frauds} positive labels, at least {options.positives_min} of either kind are needed"
+        if min(frauds, len(truth) - frauds) < options.positives_min else ""
     )
     if short:
         return _evidence(options, bundle, now, "NoData", short, len(truth), ())
     evaluated = evaluation(bundle)
     found = measure(
-        score, truth, confidence=options.confidence, resamples=options.resamples, seed=options.seed, share=evaluated.positive_share,
+        score, truth, weight, confidence=options.confidence, resamples=options.resamples, seed=options.seed,
+        share=evaluated.positive_share,
     )
     return _judged(options, bundle, now, found, evaluated, len(truth))
 
@@ -159,32 +168,35 @@ def difference(window: Interval, evaluated: Interval, kept: float, confidence: f
     )
 
 
-def _scores(rows: LogRows) -> dict[str, float]:
-    """Request id → score. A request counts once, also when it was asked again."""
-    return dict(zip(rows.request_id.tolist(), rows.score.astype(np.float64).tolist(), strict=True))
+def _scores(rows: LogRows) -> dict[str, tuple[float, float]]:
+    """Request id → score and weight. A request counts once, also when it was asked again."""
+    pairs = zip(rows.score.astype(np.float64).tolist(), rows.weight.tolist(), strict=True)
+    return dict(zip(rows.request_id.tolist(), pairs, strict=True))
 
 
-def _join(score: Mapping[str, float], known: Mapping[str, float]) -> tuple[Floats, Floats]:
-    """(score, label) of the requests that have a label."""
-    pairs = np.array([(s, known[i]) for i, s in score.items() if i in known], np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
+def _join(scores: Mapping[str, tuple[float, float]], known: Mapping[str, float]) -> tuple[Floats, Floats, Floats]:
+    """(score, label, weight) of the requests that have a label."""
+    found = np.array([(s, known[i], w) for i, (s, w) in scores.items() if i in known], np.float64).reshape(-1, 3)
+    return found[:, 0], found[:, 1], found[:, 2]
 
 
 def measure(
-    score: Floats, truth: Floats, *, confidence: float, resamples: int, seed: int, share: float | None = None,
+    score: Floats, truth: Floats, weight: Floats | None = None, *, confidence: float, resamples: int, seed: int, share: float | None = None,
 ) -> dict[str, Interval]:
     """ROC-AUC, PR-AUC (average precision) and Brier score with bootstrap intervals. `score`, `truth`: [rows].
 
-    `share`: PR-AUC as it were with this share of positives; None: as many as there are.
+    `weight`: how many rows each stands for (None: one); a resample draws rows with their weights, so that what a sample leaves open
+    is in the interval. `share`: PR-AUC as it were with this share of positives; None: as many as there are.
     """
+    weight = np.ones(len(score)) if weight is None else weight
     order = np.argsort(-score, kind="stable")
-    score, truth = score[order], truth[order]
+    score, truth, weight = score[order], truth[order], weight[order]
     starts = np.flatnonzero(np.r_[True, np.diff(score) != 0])  # rows of one score count as one step, not in file order
     rng = np.random.default_rng(seed)
-    point = _metrics(score, truth, np.ones(len(score)), starts, share)
+    point = _metrics(score, truth, weight, starts, share)
     rows = len(score)
     draws = np.array([
-        _metrics(score, truth, np.bincount(rng.integers(0, rows, rows), minlength=rows).astype(np.float64), starts, share)
+        _metrics(score, truth, weight * np.bincount(rng.integers(0, rows, rows), minlength=rows), starts, share)
         for _ in range(resamples)
     ])
     tail = (1.0 - confidence) / 2.0

@@ -2,13 +2,12 @@
 
 The transformer writes a small file every few seconds, so a day is thousands of files. A file whose rows all lie outside the
 window is known by its Parquet footer; `InferenceLog` remembers the footers' times, so that a later window opens new files
-only. Files are read in batches; beyond `rows_max` a uniform sample is kept (each row draws a random key, the smallest keys
-stay), so memory does not grow with traffic.
+only. Files are read in batches, and beyond `rows_max` a sample is kept (kept_rows.py), so memory does not grow with traffic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from hafnium_contract.inference_log import FEATURE_PREFIX, FIXED
 from hafnium_monitoring.errors import LogReadError
+from hafnium_monitoring.kept_rows import LabelledSample, UniformSample
 from hafnium_monitoring.log_places import LogFile, log_places
 
 CANDIDATE_ARMS = frozenset({"candidate", "shadow"})
@@ -53,12 +53,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class LogRows:
-    """Rows of one selection. Every array has `kept` rows, in the log's order."""
+    """Rows of one selection. Every array has `kept` rows, in the log's order (but for a sample with `positives`)."""
 
     total: int
     """Rows that the log holds."""
     kept: int
-    """Rows here: all, or a uniform sample of `rows_max`."""
+    """Rows here: all, or a sample."""
     features: dict[str, Float32s]
     """Feature → encoded values, NaN = missing."""
     score: Float32s
@@ -67,6 +67,8 @@ class LogRows:
     request_id: npt.NDArray[np.object_]
     time: npt.NDArray[np.float64]
     """Seconds since 1970-01-01 UTC."""
+    weight: npt.NDArray[np.float64]
+    """How many rows of the log each stands for."""
 
 
 class InferenceLog:
@@ -84,31 +86,30 @@ class InferenceLog:
         """Rows of the selection. Raises LogReadError as `read` does."""
         return sum(len(t) for t in self._tables(wanted, []))
 
-    def read(self, wanted: Selection, features: Sequence[str], *, rows_max: int, seed: int) -> LogRows:
-        """Rows of the selection with these features; the sample beyond `rows_max` depends on `seed` only.
+    def read(
+        self, wanted: Selection, features: Sequence[str], *, rows_max: int, seed: int, positives: Callable[[], pa.Array] | None = None,
+    ) -> LogRows:
+        """Rows of the selection with these features; a uniform sample beyond `rows_max`, which depends on `seed` only.
+
+        `positives`: the sample is to be judged by labels, and keeps the rows of these requests (`LabelledSample`).
 
         Raises LogReadError, which names the file, when a file of this model version is not a log file, is damaged, or holds
         rows of the model without one of the features.
         """
         columns = ["request_id", "time", "score", "degraded", *(FEATURE_PREFIX + name for name in features)]
         rng = np.random.default_rng(seed)
-        tables: list[pa.Table] = []
-        keys: list[npt.NDArray[np.float64]] = []
-        total = held = 0
+        sample = UniformSample(rows_max, rng) if positives is None else LabelledSample(rows_max, rng, positives)
+        total = 0
         for table in self._tables(wanted, columns):
             total += len(table)
-            held += len(table)
-            tables.append(table)
-            keys.append(rng.random(len(table)))
-            if held > 2 * rows_max:
-                table, key = _smallest(tables, keys, rows_max)
-                tables, keys, held = [table], [key], len(table)
-        if not tables:
+            sample.add(table)
+        kept = sample.kept()
+        if not kept:
             empty = np.zeros(0, np.float32)
             return LogRows(
-                0, 0, dict.fromkeys(features, empty), empty, empty.astype(np.bool_), np.zeros(0, np.object_), np.zeros(0),
+                0, 0, dict.fromkeys(features, empty), empty, empty.astype(np.bool_), np.zeros(0, np.object_), np.zeros(0), np.zeros(0),
             )
-        table, _ = _smallest(tables, keys, rows_max)
+        table = pa.concat_tables(t for t, _ in kept)
         lengths = pc.fill_null(pc.list_value_length(table["degraded"]), 0)
         return LogRows(
             total=total, kept=len(table),
@@ -117,6 +118,7 @@ class InferenceLog:
             degraded=np.asarray(lengths.to_numpy()) > 0,
             request_id=np.asarray(table["request_id"].to_numpy(), np.object_),
             time=np.asarray(table["time"].cast(_TIME).cast(pa.int64()).to_numpy(), np.float64) / 1e6,
+            weight=np.repeat([w for _, w in kept], [len(t) for t, _ in kept]),
         )
 
     def _tables(self, wanted: Selection, columns: list[str]) -> Iterator[pa.Table]:
@@ -221,17 +223,6 @@ def _time_range(file: pq.ParquetFile) -> tuple[datetime, datetime] | None:
 
 def _overlaps(times: tuple[datetime, datetime] | None, wanted: Selection) -> bool:
     return times is None or (times[0] < wanted.end and times[1] >= wanted.start)
-
-
-def _smallest(
-    tables: list[pa.Table], keys: list[npt.NDArray[np.float64]], rows_max: int,
-) -> tuple[pa.Table, npt.NDArray[np.float64]]:
-    """The rows with the smallest keys, in their order: a uniform sample without replacement."""
-    table, key = pa.concat_tables(tables), np.concatenate(keys)
-    if len(table) <= rows_max:
-        return table, key
-    chosen = np.sort(np.argpartition(key, rows_max)[:rows_max])
-    return table.take(pa.array(chosen)), key[chosen]
 
 
 def _floats(column: pa.ChunkedArray) -> Float32s:

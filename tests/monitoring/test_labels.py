@@ -17,7 +17,7 @@ import pytest
 
 from hafnium_contract.model_contract import ModelContract
 from hafnium_monitoring.errors import LabelError
-from hafnium_monitoring.labels import LabelLimits, known_labels
+from hafnium_monitoring.labels import LabelLimits, known_labels, possible_positives
 from hafnium_training.tables import timestamps
 
 from .conftest import NOW, START
@@ -152,6 +152,23 @@ def test_without_label_times_a_contradiction_is_refused(read: Read, contract: Mo
     assert read([("a", 1, WHEN), ("a", 1, WHEN), ("b", 0, WHEN)], contract=delayed) == {"a": 1.0, "b": 0.0}
     with pytest.raises(LabelError, match="nothing says which is newer"):
         read([("a", 1, WHEN), ("a", 0, WHEN)], contract=delayed)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_possible_positives_are_those_that_any_label_of_the_time_calls_so(
+    read: Read, tmp_path: Path, contract: ModelContract, kind: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    early, late = "2026-01-01T00:00:00Z", "2026-12-01T00:00:00Z"
+    read([("a", 1, WHEN), ("b", 0, WHEN), ("a", 0, "2026-01-21T00:00:00Z"), ("c", 1, early), ("d", 1, late), ("e", 1, WHEN),
+          ("f", None, WHEN)], kind)
+    path = tmp_path / f"labels.{kind}"
+    assert possible_positives(path, contract, TODAY, since=START).to_pylist() == ["a", "e"]
+    data = contract.model_dump()
+    data["data"]["labelTime"] = {"delay": "30d"}
+    delayed = ModelContract.model_validate(data)
+    assert possible_positives(path, delayed, TODAY, since=START).to_pylist() == ["a", "c", "d", "e"]
+    monkeypatch.setattr("hafnium_monitoring.labels.POSITIVES_MAX", 3)
+    assert possible_positives(path, delayed, TODAY, since=START).to_pylist() == ["a", "c", "d"]
 
 
 def test_whole_numbers_as_request_ids_are_compared_as_text(read: Read) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from hafnium_contract.bundle import REQUIRED, Bundle, write_bundle
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_contract.model_contract import ModelContract
+from hafnium_monitoring.kept_rows import LabelledSample
 from hafnium_monitoring.performance import Interval, PerformanceOptions, difference, measure, run_performance
 
 from .conftest import NOW, START, Matrix, write_log
@@ -174,3 +176,63 @@ def test_the_limits_of_a_difference_hold_as_often_as_they_say() -> None:
         x = difference(Interval(a, a - 0.0196, a + 0.0196), Interval(b, b - 0.0392, b + 0.0392), 0.98, 0.95)
         hits += x.lower <= 0.8 - 0.98 * 0.7 <= x.upper
     assert 0.935 < hits / 2_000 < 0.965
+
+
+def test_no_fraud_is_left_out_of_a_window_with_more_rows_than_fit(judged: Judge) -> None:
+    def numbers(spec: EvidenceSpec) -> dict[str, float]:
+        return {v.statistic: v.value for v in spec.values}
+
+    whole = judged()
+    frauds = round(0.3 * ROWS / 5)
+    one = judged(rows_max=1_000)
+    assert one.samples == pytest.approx(1_000 + frauds, abs=50)
+    found = [numbers(judged(rows_max=1_000, seed=seed)) for seed in range(6)]
+    for metric, width in (("roc_auc", 0.01), ("pr_auc", 0.01), ("brier", 0.01)):
+        assert np.mean([f[metric] for f in found]) == pytest.approx(numbers(whole)[metric], abs=width)
+    assert one.verdict == whole.verdict == "Pass"
+
+
+def test_labels_of_a_part_only_are_no_data_also_when_all_frauds_of_it_are_kept(judged: Judge) -> None:
+    spec = judged(hide=0.3, rows_max=1_000)
+    assert spec.verdict == "NoData"
+    labelled, _, asked = spec.message.split()[:3]
+    assert int(asked) == pytest.approx(ROWS, abs=1)
+    assert int(labelled) == pytest.approx(0.7 * ROWS, abs=150)
+
+
+def test_a_weight_is_as_if_a_row_had_been_there_so_often() -> None:
+    rng = np.random.default_rng(5)
+    truth = (rng.random(2_000) < 0.2).astype(np.float64)
+    score = np.round(np.clip(rng.normal(0.3 + 0.2 * truth, 0.15), 0, 1), 2)
+    weight = rng.integers(1, 4, 2_000).astype(np.float64)
+    often = np.repeat(np.arange(2_000), weight.astype(np.int64))
+    one, other = (measure(s, t, w, confidence=0.95, resamples=2, seed=0) for s, t, w in (
+        (score, truth, weight), (score[often], truth[often], None)))
+    assert {m: x.value for m, x in one.items()} == pytest.approx({m: x.value for m, x in other.items()})
+
+
+def test_the_interval_of_a_sample_covers_the_truth_about_as_often_as_it_says() -> None:
+    """Windows of 30,000 rows with 1 % frauds, of which 2,000 are kept beside the frauds."""
+    rng = np.random.default_rng(6)
+    shift, share, rows = 2.0, 0.01, 30_000
+    precisely = rng.normal(0, 1, 2_000_000)
+    of_many = np.arange(2_000_000) < share * 2_000_000
+    true_pr = average_precision_score(of_many, precisely + shift * of_many)
+    hits = {"roc_auc": 0, "pr_auc": 0}
+    for i in range(100):
+        truth = (rng.random(rows) < share).astype(np.float64)
+        score = rng.normal(0, 1, rows) + shift * truth
+        table = pa.table({"request_id": [str(n) for n in range(rows)], "score": score, "truth": truth})
+        suspected = [str(n) for n in np.flatnonzero(truth)]
+        sample = LabelledSample(2_000, rng, partial(pa.array, suspected))
+        for start in range(0, rows, 1_700):
+            sample.add(table.slice(start, 1_700))
+        kept = sample.kept()
+        every = pa.concat_tables(t for t, _ in kept)
+        weight = np.repeat([w for _, w in kept], [len(t) for t, _ in kept])
+        assert weight.sum() == pytest.approx(rows)
+        found = measure(
+            every["score"].to_numpy(), every["truth"].to_numpy(), weight, confidence=0.95, resamples=150, seed=i, share=share)
+        hits["roc_auc"] += found["roc_auc"].lower <= 0.921350 <= found["roc_auc"].upper  # Φ(2/√2)
+        hits["pr_auc"] += found["pr_auc"].lower <= true_pr <= found["pr_auc"].upper
+    assert min(hits.values()) >= 88, hits

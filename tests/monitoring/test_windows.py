@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.inference_log import logged_features
 from hafnium_monitoring.errors import LogReadError
+from hafnium_monitoring.kept_rows import LabelledSample
 from hafnium_monitoring.log_places import log_places
 from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, LogRows, Selection
 
@@ -78,6 +80,38 @@ def test_beyond_the_limit_a_seeded_uniform_sample_is_kept(tmp_path: Path, stable
     position = np.array([int(i.removeprefix("r-")) for i in first])
     # uniform over the log: each quarter has 250 ± 5 standard deviations
     assert np.abs(np.bincount(position // 5_000) - 250).max() < 70
+
+
+def test_beyond_the_limit_rows_that_may_be_positive_and_high_scores_stay_and_the_others_are_drawn_evenly(
+    tmp_path: Path, stable_bundle: Bundle, population: Matrix,
+) -> None:
+    write_log(tmp_path, stable_bundle, population, "stable", files=40)
+    log = InferenceLog([tmp_path])
+    ids = [f"r-{i}" for i in range(0, 20_000, 100)]
+    everything = log.read(selection(stable_bundle), [], rows_max=20_000, seed=0, positives=lambda: pytest.fail("all rows fit"))
+    assert everything.kept == 20_000
+    assert set(everything.weight) == {1.0}
+    means: list[float] = []
+    for seed in range(8):
+        rows = log.read(selection(stable_bundle), [], rows_max=1_000, seed=seed, positives=partial(pa.array, [*ids, "of another window"]))
+        assert (rows.total, rows.kept, rows.weight.sum()) == (20_000, 1_200, pytest.approx(20_000))
+        assert set(ids) <= set(rows.request_id[rows.weight == 1])
+        unsuspected = everything.score[~np.isin(everything.request_id.astype(str), ids)]
+        assert set(np.sort(unsuspected)[-500:]) <= set(rows.score[rows.weight == 1])
+        means.append(float(np.average(rows.score, weights=rows.weight)))
+    assert np.mean(means) == pytest.approx(everything.score.mean(), rel=0.02)
+
+
+def test_where_all_scores_are_equal_rows_are_still_drawn_evenly() -> None:
+    rng = np.random.default_rng(0)
+    sample = LabelledSample(1_000, rng, partial(pa.array, [], pa.string()))
+    for start in range(0, 20_000, 500):
+        n = np.arange(start, start + 500)
+        sample.add(pa.table({"request_id": n.astype(str), "score": np.full(500, np.nan if start < 500 else 0.5, np.float32), "n": n}))
+    [(high, one), (others, weight)] = sample.kept()
+    assert (len(high), one, len(others), weight) == (500, 1.0, 500, 39.0)
+    drawn = others["n"].to_numpy()
+    assert abs(np.average(drawn < 10_000) - (9_500 / 19_500)) < 0.1
 
 
 def test_an_empty_folder_and_a_missing_one_have_no_rows(tmp_path: Path, stable_bundle: Bundle) -> None:
