@@ -36,6 +36,7 @@ from hafnium_training.feature_store import (
 )
 from hafnium_training.feature_store.definitions import definitions_text, feature_store_yaml, service_name, view_specs
 from hafnium_training.feature_store.join import LostRowsError
+from hafnium_training.feature_store.sources import view_table
 from hafnium_training.simulation import simulate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -171,6 +172,26 @@ def test_the_table_never_replaces_what_it_is_made_from(small: Path, tmp_path: Pa
         with pytest.raises(InputError, match="is read here"):
             join(c, repo, small, out)
         assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+@pytest.mark.parametrize(("job", "found"), [
+    (["1.0", "2.0"], ["1.0", None, "2.0"]), (["1", "2"], ["1", None, "2"]),
+], ids=["fractions", "whole"])
+def test_a_view_holds_categories_as_the_contract_writes_them(tmp_path: Path, ending: str, job: list[str], found: list[str | None]) -> None:
+    features = [f.model_dump(mode="json") for f in contract().features]
+    features[3]["categories"] = job
+    c = contract(features=features)
+    history = pd.DataFrame({
+        "applicant_no": ["a", "b", "c"], "event_timestamp": [T0] * 3, "count": 1, "bounced": True, "job": [1.0, None, 2.0],
+    })
+    flat = history.rename(columns={"event_timestamp": "at"}).assign(defaulted=0, amount=1.0, sex="f", branch_no="b")
+    for name, frame in (("history", history), ("flat", flat)):
+        file = tmp_path / f"{name}{ending}"
+        frame.to_csv(file, index=False) if ending == ".csv" else frame.to_parquet(file)
+    (spec,) = (s for s in view_specs(c) if s.view.name == "history")
+    for data in (tmp_path, tmp_path / f"flat{ending}"):
+        assert view_table(c, spec, data).sort_values("applicant_no")["job"].tolist() == found, data
 
 
 def test_a_looked_up_feature_without_a_single_value_is_refused_with_the_likely_reason(tmp_path: Path) -> None:
