@@ -141,7 +141,7 @@ def test_without_a_cutoff_too_positives_of_a_time_without_negatives_are_left_out
     data = dataset_of(known_late(table(rows=1000), 25), contract())
     assert data.rows == 750
     assert abs(data.positives / data.rows - 0.1) < 0.01
-    (notice,) = data.notices
+    (notice, _) = data.notices
     assert notice.startswith("25 rows after 2026-03-16T")
     assert "labels of 10.0% of the rows since then are, of 100.0% before" in notice
 
@@ -178,22 +178,30 @@ def test_when_all_labels_are_known_every_row_is_used() -> None:
 
 
 def test_a_training_part_with_labels_of_the_test_s_time_says_so() -> None:
-    (notice,) = split_by_time(dataset_of(table(), contract())).notices
+    (notice,) = split_by_time(dataset_of(table(rows=1000), contract())).notices
     assert "of the train part became known only after the test part had begun" in notice
-    assert split_by_time(dataset_of(table(), contract({"delay": "0s"}))).notices == ()
+    assert split_by_time(dataset_of(table(rows=1000), contract({"delay": "0s"}))).notices == ()
 
 
 def test_rows_that_serving_would_refuse_are_told_of_and_refused_when_they_are_many() -> None:
-    frame = table()
-    frame.loc[:7, "income"] = 2e6
+    frame = table(rows=1000)
+    frame.loc[:9, "income"] = 2e6
     data = dataset_of(frame, contract())
-    assert data.notices == ("1.00% of 800 rows would be refused in serving: income out of range in 1.00%",)
-    with pytest.raises(InputError, match=r"loans.csv: 100.00% of 800 rows would be refused.*income out of range in 100.00%"):
+    assert data.notices == ("1.00% of 1000 rows would be refused in serving: income out of range in 1.00%",)
+    with pytest.raises(InputError, match=r"loans.csv: 100.00% of 1000 rows would be refused.*income out of range in 100.00%"):
         dataset_of(frame.assign(income=frame["income"] * 100 + 1e6), contract(), source="loans.csv")
     needed = contract(more=[{"name": "sum", "description": "s", "dtype": "float", "range": [0, 9], "missing": "reject"}])
     with pytest.raises(InputError, match=r"sum missing in 25.00%"):
-        dataset_of(frame.assign(sum=np.where(np.arange(800) % 4, 5.0, np.nan)), needed)
-    assert dataset_of(frame.assign(sum=np.nan), needed, compared_only=True).rows == 800
+        dataset_of(frame.assign(sum=np.where(np.arange(1000) % 4, 5.0, np.nan)), needed)
+    assert dataset_of(frame.assign(sum=np.nan), needed, compared_only=True).rows == 1000
+
+
+def test_fewer_rows_than_a_drift_reference_needs_are_told_with_the_way_out() -> None:
+    (notice,) = dataset_of(table(rows=999), contract({"delay": "0s"})).notices
+    assert notice.startswith("the drift reference has 999 rows and needs 1000: drift jobs will answer Error")
+    assert "`--min-rows 999`" in notice
+    assert dataset_of(table(rows=1000), contract({"delay": "0s"})).notices == ()
+    assert dataset_of(table(rows=999), contract({"delay": "0s"}), compared_only=True).notices == ()
 
 
 def drop(column: str) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hafnium_contract.bundle import REFERENCE_ROWS_MIN
 from hafnium_contract.encoding import UNKNOWN_CATEGORY, Floats, Matrix, assemble, encode_column
 from hafnium_contract.errors import FeatureError, InputError
 from hafnium_contract.model_contract import Feature, ModelContract
@@ -195,6 +196,12 @@ def dataset_of(
     X = assemble(contract, values, events[index] / 1e6)
     if not compared_only:
         notices += _refused_by_serving(contract, values, X, source)
+        if len(index) < REFERENCE_ROWS_MIN:
+            notices.append(
+                f"the drift reference has {len(index)} rows and needs {REFERENCE_ROWS_MIN}: drift jobs will answer Error, which holds a "
+                f"rollout that waits for them. Train on more rows, or give those jobs `--min-rows {len(index)}`: windows of so few rows "
+                "are then judged, and show large changes only"
+            )
     return Dataset(
         contract=contract,
         X=_frozen(X),
