@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 CONTRACT = "contract.yaml"
 REQUIRED = (MODEL, CONTRACT, "evaluation.json", "model_card.json", "model_card.md", "reference.parquet", "environment.json")
+REFERENCE_ROWS_MIN = 1_000
+"""In reference.parquet, where windows of as many rows are judged against it: with fewer rows no movement is ever significant. Who trains is
+told, who looks for drift refuses (or asks windows for fewer rows, too)."""
 INPUT_NAME = "features"
 SCORE_OUTPUT = "score"
 INTERVAL_OUTPUT = "interval"

@@ -178,8 +178,8 @@ def encode_column(feature: Feature, values: Any) -> Floats:
     array = np.asarray(values)
     if feature.dtype == "category":
         codes = category_codes(feature)
-        objects = array.astype(object)
-        return np.array([math.nan if is_missing(v) else codes.get(_category(v), UNKNOWN_CATEGORY) for v in objects], np.float64)
+        found = (v if type(v) is str or is_missing(v) else category_text(feature, v) for v in array.astype(object))
+        return np.array([codes.get(v, UNKNOWN_CATEGORY) if type(v) is str else math.nan for v in found], np.float64)
     if array.dtype.kind in "mMcV":
         raise FeatureError([Problem(feature.name, f"expected a column of numbers, got {array.dtype}")])
     try:
@@ -200,9 +200,12 @@ def encode_column(feature: Feature, values: Any) -> Floats:
     return out
 
 
-def _category(value: Any) -> str:
-    """A category as requests name it. Whole numbers with a gap are kept as 5411.0, by programs that know no gap in whole numbers."""
-    return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
+def category_text(feature: Feature, value: Any) -> str:
+    """A category as requests name it. Programs that know no gap in whole numbers keep 5411 as 5411.0, unless the contract names that."""
+    text = str(value)
+    if isinstance(value, float | np.floating) and text not in category_codes(feature) and float(value).is_integer():
+        return str(int(value))
+    return text
 
 
 def derive(operation: Derived, values: Mapping[str, Floats], event_time: Floats) -> Floats:

@@ -26,8 +26,9 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from hafnium_contract.encoding import category_text
 from hafnium_contract.errors import InputError
-from hafnium_contract.model_contract import ModelContract
+from hafnium_contract.model_contract import Feature, ModelContract
 from hafnium_contract.wire import BATCH_ROWS_MAX
 from hafnium_local.replay import read_requests
 from hafnium_local.score_client import post, session
@@ -105,7 +106,7 @@ def _by_contract(names: list[str], contract: ModelContract, file: Path) -> Calla
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {
             "entity": {k: _key(row[k]) for k in keys if k in row},
-            "features": {k: _typed(row[k], fields[k].dtype) for k in fields if k in row},
+            "features": {k: _typed(row[k], fields[k]) for k in fields if k in row},
         }
         if id_column is not None and id_column in row:
             out["request_id"] = str(row[id_column])
@@ -138,11 +139,11 @@ def _moment(value: Any) -> Any:
     return value
 
 
-def _typed(value: Any, dtype: str) -> Any:
-    if dtype == "bool" and value in (0, 1):
+def _typed(value: Any, feature: Feature) -> Any:
+    if feature.dtype == "bool" and value in (0, 1):
         return bool(value)
-    if dtype == "category" and not isinstance(value, str):
-        return str(value)
+    if feature.dtype == "category":
+        return category_text(feature, value)
     return _value(value)
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafnium_contract.bundle import Bundle
+from hafnium_contract.bundle import REFERENCE_ROWS_MIN, Bundle
 from hafnium_contract.inference_log import FEATURE_PREFIX, logged_features
 from hafnium_contract.model_contract import Feature, FromDerived, ModelContract
 from hafnium_monitoring.errors import ReferenceSampleError
@@ -19,9 +19,9 @@ from hafnium_monitoring.windows import Float32s, LogRows
 
 REFERENCE = "reference.parquet"
 DAY = timedelta(days=1)
-REFERENCE_ROWS_MIN, REFERENCE_ROWS_LEAST = 1_000, 200
-"""A reference needs as many rows as a window (`reference_rows_min`), but never more than the first: a reference can't grow with
-traffic. Never fewer than the second: against 100 rows a PSI below .45 isn't significant, so that tripled amounts would pass."""
+REFERENCE_ROWS_LEAST = 200
+"""A reference needs as many rows as a window (`reference_rows_min`), but never more than REFERENCE_ROWS_MIN: a reference can't grow with
+traffic. Never fewer than this: against 100 rows a PSI below .45 isn't significant, so that tripled amounts would pass."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def load_reference(bundle: Bundle, window_rows_min: int = REFERENCE_ROWS_MIN) ->
         raise ReferenceSampleError(f"{path}: column {lacking[0]!r} is missing; the contract has that feature")
     needed = reference_rows_min(window_rows_min)
     if len(table) < needed:
-        raise ReferenceSampleError(f"{path}: the reference has {len(table)} rows, {needed} are needed to see drift; make a larger one")
+        fewer = f", or look with --min-rows {len(table)}: windows of so few rows are then judged, and show large changes only"
+        raise ReferenceSampleError(
+            f"{path}: the reference has {len(table)} rows, {needed} are needed to see drift; train on more rows"
+            + (fewer if len(table) >= REFERENCE_ROWS_LEAST else "")
+        )
     broken = int((~np.isfinite(columns["score"])).sum())
     if broken:
         raise ReferenceSampleError(f"{path}: {broken} scores are NaN or infinite; score the reference anew")

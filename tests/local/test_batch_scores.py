@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from hafnium_contract.contract_file import load_contract
+from hafnium_contract.contract_file import load_contract, parse_contract
 from hafnium_contract.errors import InputError
 from hafnium_local.batch_scores import read_rows, score_file, score_rows
 
@@ -60,6 +61,18 @@ def test_table_by_contract_takes_its_columns_and_leaves_the_label(tmp_path: Path
     assert set(first["features"]) == set(fields)
     assert second["features"] == {}
     assert first["entity"] == {}
+
+
+@pytest.mark.parametrize(("names", "asked"), [(("5411", "7995"), "5411"), (("5411.0", "7995.0"), "5411.0")], ids=["whole", "fractions"])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_category_is_asked_for_as_the_contract_writes_it(tmp_path: Path, names: tuple[str, ...], asked: str, ending: str) -> None:
+    written = yaml.safe_load((EXAMPLES / "unified-risk" / "contract.yaml").read_text())
+    column, kind = next((name, f) for name, f in parse_contract(written).request_fields.items() if f.dtype == "category")
+    next(f for f in written["features"] if f["name"] == kind.name)["categories"] = list(names)
+    contract, file = parse_contract(written), tmp_path / f"rows{ending}"
+    table = pa.table({column: [5411.0, None]})
+    pq.write_table(table, file) if ending == ".parquet" else file.write_text(f"{column},x\n5411.0,\n,1\n")
+    assert [row["features"] for row in read_rows(file, contract)] == [{column: asked}, {}]
 
 
 def test_entities_times_and_types_follow_the_contract(tmp_path: Path) -> None:

@@ -141,8 +141,11 @@ def test_a_reference_too_small_to_see_drift_is_named_with_what_is_needed(
     if needed is None:
         assert load_reference(bundle, window_min).rows == rows
         return
-    with pytest.raises(ReferenceSampleError, match=f"has {rows} rows, {needed} are needed"):
+    with pytest.raises(ReferenceSampleError, match=f"has {rows} rows, {needed} are needed") as found:
         load_reference(bundle, window_min)
+    assert (f"or look with --min-rows {rows}" in str(found.value)) == (rows >= 200)
+    if rows >= 200:
+        assert load_reference(bundle, rows).rows == rows, "as the message says"
     pq.write_table(whole.slice(0, needed), tmp_path / "reference.parquet")
     assert load_reference(bundle, window_min).rows == needed
 

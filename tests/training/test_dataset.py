@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import ModelContract
-from hafnium_training.dataset import dataset_of, load_dataset, split_by_time
+from hafnium_training.dataset import WINDOW_LABELS_MAX, dataset_of, load_dataset, mature_until, split_by_time
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -138,9 +141,9 @@ def test_without_a_cutoff_too_positives_of_a_time_without_negatives_are_left_out
     data = dataset_of(known_late(table(rows=1000), 25), contract())
     assert data.rows == 750
     assert abs(data.positives / data.rows - 0.1) < 0.01
-    (notice,) = data.notices
+    (notice, _) = data.notices
     assert notice.startswith("25 rows after 2026-03-16T")
-    assert "labels of only 10.0% of the rows since then are" in notice
+    assert "labels of 10.0% of the rows since then are, of 100.0% before" in notice
 
 
 def test_negatives_that_were_cleared_early_do_not_make_a_time_mature() -> None:
@@ -175,22 +178,30 @@ def test_when_all_labels_are_known_every_row_is_used() -> None:
 
 
 def test_a_training_part_with_labels_of_the_test_s_time_says_so() -> None:
-    (notice,) = split_by_time(dataset_of(table(), contract())).notices
+    (notice,) = split_by_time(dataset_of(table(rows=1000), contract())).notices
     assert "of the train part became known only after the test part had begun" in notice
-    assert split_by_time(dataset_of(table(), contract({"delay": "0s"}))).notices == ()
+    assert split_by_time(dataset_of(table(rows=1000), contract({"delay": "0s"}))).notices == ()
 
 
 def test_rows_that_serving_would_refuse_are_told_of_and_refused_when_they_are_many() -> None:
-    frame = table()
-    frame.loc[:7, "income"] = 2e6
+    frame = table(rows=1000)
+    frame.loc[:9, "income"] = 2e6
     data = dataset_of(frame, contract())
-    assert data.notices == ("1.00% of 800 rows would be refused in serving: income out of range in 1.00%",)
-    with pytest.raises(InputError, match=r"loans.csv: 100.00% of 800 rows would be refused.*income out of range in 100.00%"):
+    assert data.notices == ("1.00% of 1000 rows would be refused in serving: income out of range in 1.00%",)
+    with pytest.raises(InputError, match=r"loans.csv: 100.00% of 1000 rows would be refused.*income out of range in 100.00%"):
         dataset_of(frame.assign(income=frame["income"] * 100 + 1e6), contract(), source="loans.csv")
     needed = contract(more=[{"name": "sum", "description": "s", "dtype": "float", "range": [0, 9], "missing": "reject"}])
     with pytest.raises(InputError, match=r"sum missing in 25.00%"):
-        dataset_of(frame.assign(sum=np.where(np.arange(800) % 4, 5.0, np.nan)), needed)
-    assert dataset_of(frame.assign(sum=np.nan), needed, compared_only=True).rows == 800
+        dataset_of(frame.assign(sum=np.where(np.arange(1000) % 4, 5.0, np.nan)), needed)
+    assert dataset_of(frame.assign(sum=np.nan), needed, compared_only=True).rows == 1000
+
+
+def test_fewer_rows_than_a_drift_reference_needs_are_told_with_the_way_out() -> None:
+    (notice,) = dataset_of(table(rows=999), contract({"delay": "0s"})).notices
+    assert notice.startswith("the drift reference has 999 rows and needs 1000: drift jobs will answer Error")
+    assert "`--min-rows 999`" in notice
+    assert dataset_of(table(rows=1000), contract({"delay": "0s"})).notices == ()
+    assert dataset_of(table(rows=999), contract({"delay": "0s"}), compared_only=True).notices == ()
 
 
 def drop(column: str) -> Any:
@@ -244,3 +255,79 @@ def test_rows_without_a_label_yet_are_not_used() -> None:
     frame["defaulted"] = frame["defaulted"].astype(float)
     frame.loc[frame.index[-50:], "defaulted"] = np.nan
     assert dataset_of(frame, contract()).rows == 750
+
+
+ROWS, SHARE, SEED = st.integers(5_000, 60_000), st.floats(0.2, 1.0), st.integers(0, 9)
+
+
+def labelled(rows: int, share: float, seed: int = 0) -> npt.NDArray[np.bool_]:
+    return np.random.default_rng(seed).random(rows) < share
+
+
+def newest_row(known: npt.NDArray[np.bool_]) -> int:
+    """Up to which row, in order of time, labels count as mature."""
+    found = mature_until(np.arange(len(known)), known)
+    assert found is not None
+    return found
+
+
+def window(known: npt.NDArray[np.bool_], share: float) -> float:
+    """Rows by which one is judged, where `share` is the lowest share of labels."""
+    return min(max(known.sum() / 20, 100), WINDOW_LABELS_MAX) / share
+
+
+@given(rows=ROWS, share=SHARE, begins=st.floats(0.0, 0.6), length=st.floats(0.0, 0.2), seed=SEED)
+def test_a_gap_in_the_labels_of_long_ago_changes_nothing(rows: int, share: float, begins: float, length: float, seed: int) -> None:
+    known = labelled(rows, share, seed)
+    known[round(begins * rows) : round((begins + length) * rows)] = False
+    assert newest_row(known) > rows - window(known, share)
+
+
+@given(rows=ROWS, before=SHARE, left=st.floats(0.6, 1.0), since=st.floats(0.0, 0.6), seed=SEED)
+def test_a_share_of_labels_that_is_lower_for_good_is_accepted(rows: int, before: float, left: float, since: float, seed: int) -> None:
+    known = labelled(rows, before, seed)
+    at = round(since * rows)
+    known[at:] &= labelled(rows - at, left, seed + 10)
+    assert newest_row(known) > rows - window(known, before * left)
+
+
+@given(rows=ROWS, share=SHARE, positives=st.floats(0.0, 0.2), tail=st.floats(0.0, 0.7), gap=st.booleans(), seed=SEED)
+def test_a_time_in_which_only_quick_positives_are_labelled_is_cut_away(
+    rows: int, share: float, positives: float, tail: float, gap: bool, seed: int,
+) -> None:
+    known = labelled(rows, share, seed)
+    mature = rows - round(tail * rows)
+    known[mature:] &= labelled(rows - mature, positives, seed + 10)
+    if gap:
+        known[mature // 4 : mature // 3] = False
+    assert abs(newest_row(known) - mature) < window(known, share)
+
+
+@given(rows=st.integers(20_000, 60_000), share=st.floats(0.6, 1.0), time=st.floats(0.1, 0.25), seed=SEED)
+def test_labels_that_come_little_by_little_are_used_where_most_are_there(rows: int, share: float, time: float, seed: int) -> None:
+    falling = round(time * rows)
+    arrived = np.concatenate([np.ones(rows - falling), np.linspace(1.0, 0.0, falling)])
+    newest = newest_row(np.random.default_rng(seed).random(rows) < share * arrived)
+    assert arrived[newest] > 0.5
+    assert newest > rows - falling - window(np.ones(rows, bool), share)
+
+
+@given(rows=st.integers(100, 5_000))
+def test_when_all_labels_are_known_the_newest_row_is_mature_and_with_very_few_nothing_is_said(rows: int) -> None:
+    assert newest_row(np.ones(rows, bool)) == rows - 1
+    few = np.zeros(rows, bool)
+    assert mature_until(np.arange(rows), few) is None, "no label at all"
+    few[:99] = True
+    assert mature_until(np.arange(rows), few) is None
+
+
+def test_what_is_said_of_rows_left_out_is_true_also_where_no_more_labels_will_come() -> None:
+    frame = table(rows=2000)
+    never = (np.arange(2000) >= 1500) & (np.arange(2000) % 5 > 1)  # 40 % are labelled since then
+    frame["defaulted"] = frame["defaulted"].astype(float).mask(never)
+    data = dataset_of(frame, contract())
+    (notice,) = data.notices
+    assert f"{(~never).sum() - data.rows} rows after" in notice
+    assert "labels of 39.8% of the rows since then are, of 99.8% before; where the others are still to come" in notice
+    assert "If no more will come, leave rows without a label out of the data" in notice
+    assert dataset_of(frame[~never], contract()).rows == (~never).sum(), "as the notice says"

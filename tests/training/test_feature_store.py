@@ -17,11 +17,13 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from hafnium_contract.contract_file import load_contract, parse_contract
 from hafnium_contract.errors import HafniumError, InputError
 from hafnium_contract.model_contract import FromView, ModelContract
 from hafnium_contract.progress import Silent
+from hafnium_local.__main__ import app
 from hafnium_training.feature_store import (
     FeatureRepo,
     apply,
@@ -34,6 +36,7 @@ from hafnium_training.feature_store import (
 )
 from hafnium_training.feature_store.definitions import definitions_text, feature_store_yaml, service_name, view_specs
 from hafnium_training.feature_store.join import LostRowsError
+from hafnium_training.feature_store.sources import view_table
 from hafnium_training.simulation import simulate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -171,6 +174,26 @@ def test_the_table_never_replaces_what_it_is_made_from(small: Path, tmp_path: Pa
         assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+@pytest.mark.parametrize(("job", "found"), [
+    (["1.0", "2.0"], ["1.0", None, "2.0"]), (["1", "2"], ["1", None, "2"]),
+], ids=["fractions", "whole"])
+def test_a_view_holds_categories_as_the_contract_writes_them(tmp_path: Path, ending: str, job: list[str], found: list[str | None]) -> None:
+    features = [f.model_dump(mode="json") for f in contract().features]
+    features[3]["categories"] = job
+    c = contract(features=features)
+    history = pd.DataFrame({
+        "applicant_no": ["a", "b", "c"], "event_timestamp": [T0] * 3, "count": 1, "bounced": True, "job": [1.0, None, 2.0],
+    })
+    flat = history.rename(columns={"event_timestamp": "at"}).assign(defaulted=0, amount=1.0, sex="f", branch_no="b")
+    for name, frame in (("history", history), ("flat", flat)):
+        file = tmp_path / f"{name}{ending}"
+        frame.to_csv(file, index=False) if ending == ".csv" else frame.to_parquet(file)
+    (spec,) = (s for s in view_specs(c) if s.view.name == "history")
+    for data in (tmp_path, tmp_path / f"flat{ending}"):
+        assert view_table(c, spec, data).sort_values("applicant_no")["job"].tolist() == found, data
+
+
 def test_a_looked_up_feature_without_a_single_value_is_refused_with_the_likely_reason(tmp_path: Path) -> None:
     c = contract()
     data = write_data(tmp_path / "keys", [request(1, T0, "A-7")], [("7", T0, 3, True, "smith")], [("b", T0, 50.0)])
@@ -183,6 +206,20 @@ def test_a_looked_up_feature_without_a_single_value_is_refused_with_the_likely_r
     old = write_data(tmp_path / "old", [request(1, T0 + 9 * DAY)], [("007", T0, 3, True, "smith")], [("b", T0 + 9 * DAY, 50.0)])
     with pytest.raises(InputError, match=r"1 of 1 values of applicant_no .* older than maxAge"):
         join(c, write_repo(c, old, tmp_path / "repo"), old, tmp_path / "flat.parquet")
+
+
+def test_the_command_for_all_three_steps_has_the_option_that_its_refusal_names(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "keys", [request(1, T0, "A-7")], [("7", T0, 3, True, "smith")], [("b", T0, 50.0)])
+    known = write_repo(contract(), data, tmp_path / "other").path / "contract.yaml"
+    arguments = ["features", "build", "--until", "2026-03-02", *(f"--{name}={path}" for name, path in {
+        "contract": known, "data": data, "repo": tmp_path / "repo", "out": tmp_path / "flat.parquet"}.items())]
+    refused = CliRunner().invoke(app, arguments)
+    assert "If that is meant: --allow-missing" in str(refused.exception)
+    assert not (tmp_path / "flat.parquet").exists()
+    done = CliRunner().invoke(app, [*arguments, "--allow-missing"])
+    assert (done.exit_code, done.exception) == (0, None)
+    assert pd.read_parquet(tmp_path / "flat.parquet")["job"].isna().all()
+    assert "online store as of 2026-03-02" in done.output
 
 
 def test_a_protected_attribute_that_the_file_lacks_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -223,18 +224,63 @@ class Stuck(Losing):
         return super().call(function, *args, **more)
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (HelperTimeoutError("no answer"), "no trial has told anything for 900 s"), (DamagedSearchError("the state is damaged"), "is damaged"),
+@pytest.mark.parametrize(("error", "said", "kept"), [
+    (HelperTimeoutError("no answer"), "no trial has told anything for 900 s; starting Ray again and going on (1 of 2)", True),
+    (DamagedSearchError("the state is damaged"), "the state is damaged; searching anew (1 of 2)", False),
 ], ids=["silence", "damage"])
-def test_a_search_that_hangs_or_can_not_go_on_is_named_and_run_anew(tmp_path: Path, error: HafniumError, said: str) -> None:
+def test_a_search_that_hangs_goes_on_and_one_that_can_not_is_run_anew(tmp_path: Path, error: HafniumError, said: str, kept: bool) -> None:
     (tmp_path / "k").mkdir()
     helper, heard = Stuck(1, error), Heard()
     found = search(helper, prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=heard)
     assert (len(found.trials), helper.restarts, heard.ended) == (2, 1, 2)
-    assert said in heard.events[0]
-    assert not (tmp_path / "k").exists()
-    with pytest.raises(HafniumError, match=said):
-        search(Stuck(9, error), prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Heard())
+    assert heard.events == [said]
+    assert (tmp_path / "k").exists() == kept, "trials that have finished are in it"
+
+
+def test_a_search_that_never_answers_says_where_its_finished_trials_are_and_a_damaged_one_what_is_damaged(tmp_path: Path) -> None:
+    def searched(error: HafniumError) -> Searched:
+        return search(Stuck(9, error), prepared(), trials=2, epochs=1, seed=0, place=tmp_path, key="k", progress=Heard())
+
+    (tmp_path / "k").mkdir()
+    with pytest.raises(HafniumError, match=f"told anything for 900 s, 3 times.* are kept in {tmp_path}/k: .* remove it to search anew"):
+        searched(HelperTimeoutError(""))
+    assert (tmp_path / "k").exists()
+    with pytest.raises(DamagedSearchError, match="it is damaged"):
+        searched(DamagedSearchError("it is damaged"))
+
+
+class Stopping(Heard):
+    """Stops the process with Ray, which then says nothing more, once `after` trials have ended."""
+
+    def __init__(self, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.after, self.stopped_at = after, 0.0
+        self._patch = monkeypatch
+        monkeypatch.setattr("hafnium_training.search.SILENCE_S_MAX", 60.0)
+
+    def advance(self, count: int = 1) -> None:
+        super().advance(count)
+        if self.ended >= self.after and not self.stopped_at:
+            (helper,) = (c for c in psutil.Process().children() if "hafnium_training.helper_process" in c.cmdline())
+            helper.suspend()
+            self.stopped_at = time.time()
+            self._patch.setattr("hafnium_training.search.SILENCE_S_MAX", SILENCE_S_MAX)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_that_had_finished_before_a_search_hung_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
+    heard = Stopping(2, monkeypatch)
+    with searching() as ray:
+        found = search(ray, prepared(), trials=8, epochs=EPOCHS, seed=3, place=tmp_path, key="k", progress=heard)
+    assert heard.stopped_at, "the process with Ray was never stopped"
+    assert "going on with a search that was interrupted" in heard.events
+    assert [t.number for t in found.trials] == list(range(8))
+    assert heard.ended == 8
+    state = json.loads(max((tmp_path / "k").glob("experiment_state*.json")).read_text())
+    ended = [json.loads(facts)["last_result_time"] for _, facts in state["trial_data"]]
+    assert min(ended) < heard.stopped_at < max(ended), "the first trial was run again"
 
 
 def test_a_search_whose_trials_all_fail_says_why(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hafnium_contract.contract_file import parse_contract
+from hafnium_contract.encoding import encode_column, encode_value
 from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import ModelContract
 from hafnium_training import tables
@@ -29,7 +31,7 @@ from hafnium_training.tables import (
 )
 
 
-def contract(**data: Any) -> ModelContract:
+def contract(*, categories: Sequence[str] = ("DE", "NA"), **data: Any) -> ModelContract:
     """A made-up contract for loan applications, with every kind of column."""
     columns: dict[str, Any] = {
         "requestId": "application", "eventTime": {"column": "at"}, "label": {"column": "defaulted"},
@@ -43,7 +45,7 @@ def contract(**data: Any) -> ModelContract:
         "features": [
             {"name": "amount", "description": "a", "dtype": "float", "unit": "EUR", "range": [0, 1e6]},
             {"name": "instalments", "description": "a", "dtype": "int", "range": [1, 480], "source": {"request": "Months"}},
-            {"name": "country", "description": "a", "dtype": "category", "categories": ["DE", "NA"]},
+            {"name": "country", "description": "a", "dtype": "category", "categories": list(categories)},
             {"name": "returning", "description": "a", "dtype": "bool"},
             {"name": "log_amount", "description": "a", "dtype": "float", "range": [0, 20],
              "source": {"derived": {"operation": "log1p", "inputs": ["amount"]}}},
@@ -282,6 +284,23 @@ def test_categories_that_look_like_numbers_are_texts_in_every_file(tmp_path: Pat
     frame = pd.DataFrame({"country": stored, "other": 1})
     frame.to_csv(file, index=False) if ending == ".csv" else frame.to_parquet(file)
     assert read_table(file, contract())["country"].tolist() == ["5411", None, "7995"]
+
+
+@pytest.mark.parametrize("stored", [pd.Series([1.0, np.nan, 2.0]), pd.Series(["1.0", "", "2.0"])], ids=["float", "text"])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_categories_that_the_contract_writes_as_fractions_are_the_same_from_every_file_and_online(
+    tmp_path: Path, stored: pd.Series[Any], ending: str,
+) -> None:
+    c = contract(categories=["1.0", "2.0"])
+    file = tmp_path / f"t{ending}"
+    frame = pd.DataFrame({"country": stored, "other": 1})
+    frame.to_csv(file, index=False) if ending == ".csv" else frame.to_parquet(file)
+    found = read_table(file, c)["country"]
+    assert found.tolist() == ["1.0", None, "2.0"]
+    (feature,) = (f for f in c.features if f.name == "country")
+    online = [encode_value(feature, text, "country") for text in ("1.0", None, "2.0")]
+    np.testing.assert_array_equal(encode_column(feature, found), online)
+    np.testing.assert_array_equal(encode_column(feature, stored.where(stored != "", None)), online, "a table that no file was read for")
 
 
 @pytest.mark.parametrize(("column", "values", "message"), [

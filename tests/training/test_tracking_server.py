@@ -94,7 +94,7 @@ tracking.record(sys.argv[1], pickle.load(sys.stdin.buffer))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["MlflowClient.log_text", "tracking._register", "MlflowClient._create_model_version",
+@pytest.mark.parametrize("at", ["tracking._log", "MlflowClient.log_text", "tracking._register", "MlflowClient._create_model_version",
                                 "MlflowClient.set_registered_model_alias"])
 def test_a_recording_that_is_killed_anywhere_leaves_one_run_and_one_version_with_all_tags(tmp_path: Path, at: str) -> None:
     killed = subprocess.run(
@@ -112,6 +112,8 @@ def test_a_recording_that_is_killed_anywhere_leaves_one_run_and_one_version_with
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(str(r.info.run_name) for r in runs) == ["lender-1", "trial-0"]
+    logged = {str(r.info.run_name): (r.data.params, r.data.metrics) for r in runs}
+    assert logged == {"lender-1": ({"seed": "7"}, {"roc_auc": 0.8}), "trial-0": ({"units": "4.0"}, {"epochs": 3.0})}
     assert len(client.search_logged_models([experiment.experiment_id])) == 1
     assert version.run_id == done.run_id or at == "MlflowClient.set_registered_model_alias"
 

@@ -3,14 +3,13 @@
 Two ways to fool oneself are closed here. A label that was not known at the cut-off must not be used, although the file has it.
 And frauds often become known sooner than non-frauds do (a charge-back comes after weeks, its absence is only certain after
 months), so "rows whose label was known" alone would keep the early-known frauds of a time whose normal rows are not known yet:
-the newest weeks would look like nothing but fraud. So the rows are cut where the share of known labels falls (`mature_until`), rows
-whose label is blank included, with a cut-off and without one.
+the newest weeks would look like nothing but fraud. So the rows are cut where the share of known labels falls for the rest of the time
+(`mature_until`), rows whose label is blank included, with a cut-off and without one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hafnium_contract.bundle import REFERENCE_ROWS_MIN
 from hafnium_contract.encoding import UNKNOWN_CATEGORY, Floats, Matrix, assemble, encode_column
 from hafnium_contract.errors import FeatureError, InputError
 from hafnium_contract.model_contract import Feature, ModelContract
@@ -44,8 +44,11 @@ ROWS_MIN = 200
 POSITIVES_MIN = 10
 """Of each kind of label in each part. With fewer an interval around the ROC-AUC of the test part is too narrow: noise then passes for
 skill in 45 % of trainings (1 positive), 23 % (2) or 6 % (5), instead of in 2.5 %."""
+WINDOW_LABELS_MAX = 2_000
+"""In the window by which a row is judged: with so many, chance moves their share by about as much as KNOWN_DROP_MAX, and with more a gap
+would only count for longer."""
 KNOWN_DROP_MAX = 0.05
-"""Share of known labels may be so much lower, relatively, than among the oldest ones before rows count as not mature. Where 5 % of the
+"""Share of known labels may be so much lower, relatively, than before, and the rows still count as mature. Where 5 % of the
 negatives are still to come, the share of frauds is 5 % too high: less than the share itself moves from week to week."""
 REFUSED_SHARE_MAX = 0.05
 """Of the rows, that serving would refuse. Some dirt is in every history; more means that the contract describes other data (another unit,
@@ -162,16 +165,18 @@ def dataset_of(
             raise InputError(f"{source}: no negative label is known by {until.isoformat()}; choose a later --until")
     notices: list[str] = []
     newest = mature_until(events[asked], used[asked])
-    if newest is not None and (too_new := used & (events > newest)).any():
-        share = float(too_new.sum() / (asked & (events > newest)).sum())
+    if newest is not None and (used & (events > newest)).any():
+        negatives = events[used & (events <= newest) & (truth == 0.0)]
+        if len(negatives):  # what follows the newest one is positives only, however few
+            newest = int(negatives.max())
+        before = asked & (events <= newest)
+        too_new, since = used & ~before, asked & ~before
         notices.append(
-            f"{too_new.sum()} rows after {_moment(newest)} are left out although their labels are known: labels of only {share:.1%} of the "
-            "rows since then are, and those that are known early are not like the others"
+            f"{too_new.sum()} rows after {_moment(newest)} are left out although their labels are known: labels of "
+            f"{too_new.sum() / since.sum():.1%} of the rows since then are, of {used[before].mean():.1%} before; where the others are "
+            "still to come, those that are known early are not like them. If no more will come, leave rows without a label out of the data"
         )
         used &= ~too_new
-        negatives = events[used & (truth == 0.0)]
-        if len(negatives):  # what follows the newest one is positives only, however few
-            used &= events <= negatives.max()
 
     index = np.flatnonzero(used)
     index = index[np.argsort(events[index], kind="stable")]
@@ -191,6 +196,12 @@ def dataset_of(
     X = assemble(contract, values, events[index] / 1e6)
     if not compared_only:
         notices += _refused_by_serving(contract, values, X, source)
+        if len(index) < REFERENCE_ROWS_MIN:
+            notices.append(
+                f"the drift reference has {len(index)} rows and needs {REFERENCE_ROWS_MIN}: drift jobs will answer Error, which holds a "
+                f"rollout that waits for them. Train on more rows, or give those jobs `--min-rows {len(index)}`: windows of so few rows "
+                "are then judged, and show large changes only"
+            )
     return Dataset(
         contract=contract,
         X=_frozen(X),
@@ -206,25 +217,29 @@ def dataset_of(
 
 
 def mature_until(events: Times, known: npt.NDArray[np.bool_]) -> int | None:
-    """Up to which moment labels are as well known as they are among the oldest rows. None: there is nothing to measure it by.
+    """The moment of the newest row up to which labels are as well known as before it. None: there is nothing to measure it by.
 
-    In time order every row with a known label counts for, every other one against: as much as makes the sum rise while the share of
-    known ones is what it was in the beginning (the oldest tenth of the known ones), less KNOWN_DROP_MAX and less what chance may do.
-    The sum is largest where the labels stop being known. One row cleared early changes nothing, and neither do labels that are never
-    known for a share of all rows. When all are known this is the newest row.
+    Every labelled row has a window: as many rows before it as usually hold a twentieth of the labels (100 to WINDOW_LABELS_MAX of them).
+    Of the rows in its window at least half of the usual share must be known, and as many as in the tenth of all rows before the window,
+    less KNOWN_DROP_MAX and less what chance may do. So a gap changes nothing once its window is past, and a share that is lower for good
+    is the new measure after a tenth of the rows, while one that falls on and on (labels that are still to come) never is.
     """
     order = np.argsort(events, kind="stable")
     in_order = known[order]
     at = np.flatnonzero(in_order)
     if len(at) < ROWS_MIN // 2:
         return None
-    oldest = max(len(at) // 10, ROWS_MIN // 2)
-    rows = int(at[oldest - 1] - at[0]) + 1
-    usual = oldest / rows
-    floor = usual - max(KNOWN_DROP_MAX * usual, 3.0 * math.sqrt(usual * (1.0 - usual) / rows))
-    sums = np.cumsum(in_order - floor)
-    last = len(sums) - 1 - int(np.argmax(sums[::-1]))
-    return int(events[order[last]])
+    counted = min(max(len(at) // 20, ROWS_MIN // 2), WINDOW_LABELS_MAX)
+    # of labelled rows, and of those where they are dense: a long time with few labels says nothing of what is usual
+    window = int(np.quantile(at[counted - 1 :] - at[: len(at) - counted + 1], 0.25)) + 1
+    history = max(len(known) // (10 * window), 1) * window
+    sums = np.concatenate([[0], np.cumsum(in_order)])
+    ends, begins, first = (np.maximum(at + 1 - back, 0) for back in (0, window, window + history))
+    share, before = (sums[ends] - sums[begins]) / window, (sums[begins] - sums[first]) / history
+    drop = np.maximum(KNOWN_DROP_MAX * before, 2.0 * np.sqrt(before * (1.0 - before) / window))
+    # never empty: the first window with half of the usual share has less before it
+    mature = np.flatnonzero((share >= counted / window / 2.0) & (share >= before - drop))
+    return int(events[order[at[mature[-1]]]])
 
 
 def _some_category_known(feature: Feature, codes: Floats, column: pd.Series[Any], where: str) -> None:

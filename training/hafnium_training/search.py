@@ -6,8 +6,9 @@ which worker was quicker. On one machine trials therefore follow each other in o
 Ray cluster (`at_once` above 1) they run in batches: Optuna proposes a whole batch and learns when all of it has finished, in the order of
 its proposals, and no trial is ended early. That too depends on nobody's speed, and costs the epochs that ASHA would have saved.
 Ray does the rest: a killed worker's trial is run again, and a killed search goes on where its state was last saved. Tune saves it every
-ten seconds (less often where saving is slow), so trials of the last seconds are run again. A state that is damaged (a full disk) is told,
-forgotten and searched anew: the result is the same, it only takes longer.
+ten seconds (less often where saving is slow), so trials of the last seconds are run again. A search that hangs goes on in the same way,
+with Ray started anew. A state that is damaged (a full disk) is told, forgotten and searched anew: the result is the same, it only takes
+longer.
 
 Ray's driver is a process of its own (helper_process.py): Ray ends its driver when one of its daemons dies, and a training must not
 end with it. `searching` and `search` are for the trainer's side, `warm_up` and `run_search` run in that process.
@@ -135,8 +136,8 @@ def search(
 
     `place`: where Ray keeps the state, a folder (that every node of a cluster has) or s3://BUCKET/PREFIX; a search of the same `key` that
     was killed there goes on, unless its state is damaged. A trial whose worker died is run again up to WORKER_FAILURES_MAX times; a search
-    whose trials are not all there, or that tells nothing for SILENCE_S_MAX, is searched ATTEMPTS times. What fails even then is left out
-    and told. Raises HafniumError when every trial failed.
+    whose trials are not all there is searched anew, and one that tells nothing for SILENCE_S_MAX goes on, up to ATTEMPTS times in all.
+    Trials that fail even then are left out and told. Raises HafniumError when every trial failed, or the last attempt tells nothing.
     """
     if not 1 <= trials <= TRIALS_MAX:
         raise InputError(f"--trials {trials}: expected 1 to {TRIALS_MAX}")
@@ -146,14 +147,30 @@ def search(
     found, heard = Searched(Hyperparameters(), ()), _Once(progress)
     for attempt in range(1, ATTEMPTS + 1):
         _wait_for_ray(helper)
-        found, why = _attempt(helper, (prepared, trials, epochs, seed, where, key, at_once), heard, last=attempt == ATTEMPTS)
-        missing = trials - len(found.trials)
-        if not missing or attempt == ATTEMPTS:
-            break
-        # A dying raylet can take trials with it, and a search without them would have another result. It is run anew, and whole.
-        progress.event(f"{why or f'{missing} of {trials} trials failed'}; searching anew ({attempt} of {ATTEMPTS - 1})")
+        last, why, damaged = attempt == ATTEMPTS, "", True
+        try:
+            found = helper.call(
+                "run_search", prepared, trials, epochs, seed, where, key, at_once, timeout_s=SILENCE_S_MAX, progress=heard)
+            missing = trials - len(found.trials)
+            if not missing or last:
+                break
+            # A dying raylet can take trials with it, and a search without them would have another result. It is run anew, and whole.
+            why = f"{missing} of {trials} trials failed"
+        except HelperTimeoutError as e:
+            why, damaged = f"no trial has told anything for {SILENCE_S_MAX:g} s", False  # what hangs is Ray, or the machine
+            if last:
+                raise HafniumError(
+                    f"the search failed: {why}, {ATTEMPTS} times. Trials that have finished are kept in {where.shown(key)}: run the same "
+                    "command again to go on with them, or remove it to search anew; with --trials 1 training needs no search"
+                ) from e
+        except DamagedSearchError as e:
+            why = str(e)
+            if last:
+                raise
+        progress.event(f"{why}; {'searching anew' if damaged else 'starting Ray again and going on'} ({attempt} of {ATTEMPTS - 1})")
         helper.restart()
-        where.forget(key)
+        if damaged:
+            where.forget(key)
     if found.error:
         progress.event(f"{trials - len(found.trials)} of {trials} trials failed {ATTEMPTS} times and are left out: {found.error}")
     if not found.trials:
@@ -188,21 +205,6 @@ def _wait_for_ray(helper: HelperProcess) -> None:
         raise HafniumError(f"Ray did not start within {START_TIMEOUT_S:g} s; with --trials 1 training needs no Ray") from e
 
 
-def _attempt(helper: HelperProcess, search: tuple[Any, ...], progress: Progress, *, last: bool) -> tuple[Searched, str]:
-    """What one attempt found, or (nothing found, why). The last one raises."""
-    try:
-        return helper.call("run_search", *search, timeout_s=SILENCE_S_MAX, progress=progress), ""
-    except HelperTimeoutError as e:
-        why = f"no trial has told anything for {SILENCE_S_MAX:g} s"
-        if last:
-            raise HafniumError(f"the search failed: {why}, {ATTEMPTS} times; with --trials 1 training needs no search") from e
-    except DamagedSearchError as e:
-        why = str(e)
-        if last:
-            raise
-    return Searched(Hyperparameters(), ()), why
-
-
 @dataclass(frozen=True)
 class TrialStorage:
     """Where Ray Tune keeps its state."""
@@ -218,6 +220,10 @@ class TrialStorage:
 
         filesystem, path = FileSystem.from_uri(self.place)
         return path.rstrip("/"), filesystem
+
+    def shown(self, key: str) -> str:
+        """Where a search's state is, for messages."""
+        return f"{self.place.partition('?')[0]}/{key}"
 
     def forget(self, key: str) -> None:
         """Removes a search's state, if there is any."""

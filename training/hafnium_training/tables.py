@@ -59,22 +59,24 @@ def data_file(path: Path) -> Path:
 
 
 def read_table(
-    path: Path, contract: ModelContract | None = None, *, text: Iterable[str] = (), also: ModelContract | None = None,
+    path: Path, contract: ModelContract | None = None, *, text: Iterable[str] = (), literal: Iterable[str] = (),
+    also: ModelContract | None = None,
 ) -> pd.DataFrame:
     """Reads a CSV or Parquet file (or a data folder's transactions) whole.
 
     With a contract, numeric features are float64, keys, categories, protected attributes and ids are text (blank = missing), bool
     features are 0.0, 1.0 or NaN, whatever the file's own types are; other CSV columns become numbers when all their values are, other
     Parquet columns are not read. Without one, that rule holds for all CSV columns, and Parquet columns stay as they are.
-    `text` names more columns that stay text whatever they look like; `also` is another contract whose columns are read, too.
+    `text` names more columns that stay text whatever they look like, `literal` those of them in which `1.0` is not `1`; `also` is another
+    contract whose columns are read, too.
     Raises InputError when the file is absent, empty, malformed or over the limits.
     """
     file = data_file(path)
     suffix = file.suffix.lower()
     if suffix == ".csv":
-        frame = _read_csv(file, contract, set(text), also)
+        frame = _read_csv(file, _meanings(contract, set(text), set(literal), also), _time_columns(contract) | _time_columns(also))
     elif suffix in (".parquet", ".pq"):
-        frame = _read_parquet(file, contract, set(text), also)
+        frame = _read_parquet(file, contract, _meanings(contract, set(text), set(literal), also), also)
     else:
         raise InputError(f"{file}: expected a .csv or .parquet file, got {suffix or 'no extension'}")
     if frame.empty:
@@ -169,6 +171,15 @@ def as_keys(column: pd.Series[Any]) -> pd.Series[str]:
         whole = column.dropna()
         if bool((whole == np.floor(whole)).all()) and bool((whole.abs() < 2**53).all()):
             column = column.astype("Int64")
+    return _as_text(column)
+
+
+def is_literal(feature: Feature) -> bool:
+    """Whether the contract knows a category of it like `1.0`: then no whole number is meant by one."""
+    return any(c.endswith(".0") for c in feature.categories)
+
+
+def _as_text(column: pd.Series[Any]) -> pd.Series[str]:
     missing = column.isna()
     text = column.astype(object).where(~missing, "").astype(str)
     return text.astype(object).where(~missing & (text != ""), None)
@@ -185,14 +196,14 @@ class _Meanings:
     bools: frozenset[str]
     texts: frozenset[str]
     literal: frozenset[str]
-    """Texts whose contract knows a category like `1.0`: no whole number is meant."""
+    """Texts that are as they are written: see `is_literal`."""
     named: frozenset[str]
 
 
-def _meanings(contract: ModelContract | None, text: set[str], also: ModelContract | None) -> _Meanings:
+def _meanings(contract: ModelContract | None, text: set[str], literal: set[str], also: ModelContract | None) -> _Meanings:
     numbers, bools = _typed_columns(contract)
     texts = set() if contract is None else _text_columns(contract)
-    literal = _literal_columns(contract)
+    literal = literal | _literal_columns(contract)
     named = set() if contract is None else _all_columns(contract)
     if also is not None:  # the first contract says what its own columns are
         n, b = _typed_columns(also)
@@ -203,14 +214,13 @@ def _meanings(contract: ModelContract | None, text: set[str], also: ModelContrac
     return _Meanings(frozenset(numbers), frozenset(bools), frozenset(texts), frozenset(literal), frozenset(named | text))
 
 
-def _read_csv(file: Path, contract: ModelContract | None, text_columns: set[str], also: ModelContract | None) -> pd.DataFrame:
+def _read_csv(file: Path, meanings: _Meanings, times: set[str]) -> pd.DataFrame:
     size = file.stat().st_size
     if size == 0:
         raise InputError(f"{file}: is empty; expected a header line and rows")
     if size > CSV_BYTES_MAX:
         limit = f"at most {CSV_BYTES_MAX // 1024**3} GiB of CSV"
         raise InputError(f"{file}: {size / 1024**3:.1f} GiB, {limit}; convert it to Parquet")
-    meanings = _meanings(contract, text_columns, also)
     header = _header(file)
     types = {name: pa.float64() if name in meanings.numbers else pa.string() for name in header}
     try:
@@ -223,7 +233,6 @@ def _read_csv(file: Path, contract: ModelContract | None, text_columns: set[str]
     if table.num_rows > ROWS_MAX:
         raise InputError(f"{file}: {table.num_rows} rows, at most {ROWS_MAX}; give a part of them")
     frame = table.to_pandas()
-    times = _time_columns(contract) | _time_columns(also)
     for name in header:
         if name in meanings.numbers:
             continue
@@ -272,8 +281,7 @@ def _csv_problem(message: str, header: list[str]) -> str:
     return f"malformed CSV: {text}"
 
 
-def _read_parquet(file: Path, contract: ModelContract | None, text: set[str], also: ModelContract | None) -> pd.DataFrame:
-    meanings = _meanings(contract, text, also)
+def _read_parquet(file: Path, contract: ModelContract | None, meanings: _Meanings, also: ModelContract | None) -> pd.DataFrame:
     try:
         # ParquetFile and not read_table: a folder called `region=1` above the file is no column.
         # ignore_metadata: an index that pandas had stored stays a column.
@@ -295,7 +303,7 @@ def _read_parquet(file: Path, contract: ModelContract | None, text: set[str], al
         elif name in meanings.bools:
             frame[name] = truths(frame[name], where)
         elif name in meanings.texts and name not in keep:
-            frame[name] = as_keys(frame[name])
+            frame[name] = _as_text(frame[name]) if name in meanings.literal else as_keys(frame[name])
     frame.attrs[_IN_FILE] = names
     return frame
 
@@ -355,8 +363,10 @@ def _time_columns(contract: ModelContract | None) -> set[str]:
 
 
 def _literal_columns(contract: ModelContract | None) -> set[str]:
-    features = () if contract is None else contract.features
-    return {c for f in features if any(k.endswith(".0") for k in f.categories) and (c := feature_column(f)) is not None}
+    """A flat file may have a view's column under the name of its field, too."""
+    literal = [f for f in (() if contract is None else contract.features) if is_literal(f)]
+    fields = {f.source.field for f in literal if isinstance(f.source, FromView)}
+    return fields | {c for f in literal if (c := feature_column(f)) is not None}
 
 
 def _all_columns(contract: ModelContract) -> set[str]:

@@ -143,7 +143,8 @@ def record(place: Path | str, run: RunRecord) -> Tracked:
         begun: dict[str, Any] = {"run_name": run.name, "tags": dict(run.tags)} if half is None else {"run_id": half}
         with mlflow.start_run(experiment_id=identity, **begun) as active:
             run_id = active.info.run_id
-            if half is None:
+            # a run with a name and nothing else was killed, or its server went away, before it had any
+            if half is None or not client.get_run(half).data.metrics:
                 _log(client, run_id, run.parameters, run.metrics)
             for trial in run.trials:
                 if trial.name in there:

@@ -23,6 +23,9 @@ features = typer.Typer(
 )
 Data = Annotated[Path, typer.Option(help="Folder from `hafnium simulate`, or a CSV or Parquet file.", show_default=False)]
 Table = Annotated[Path, typer.Option(help="The training table to write (.parquet or .csv).", show_default=False)]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Write the table also when a looked-up feature has no value on any row."),
+]
 Until = Annotated[
     datetime, typer.Option(parser=parse_time, metavar="TIME", show_default=False,
                            help="The online store holds what was known at this time: 2026-01-31 or 2026-01-31T12:00:00Z."),
@@ -68,9 +71,8 @@ def apply(contract: Contract, data: Data, repo: Repo, redis: Annotated[
 
 
 @features.command()
-def join(contract: Contract, data: Data, repo: Repo, out: Table, allow_missing: Annotated[
-    bool, typer.Option("--allow-missing", help="Write it also when a looked-up feature has no value on any row.")] = False,
-    as_json: Json = False,
+def join(
+    contract: Contract, data: Data, repo: Repo, out: Table, allow_missing: AllowMissing = False, as_json: Json = False,
 ) -> None:
     """The training table: each transaction with the values that were known at its time, and no row lost.
 
@@ -119,7 +121,9 @@ def copy(repo: Repo, out: Annotated[Path, typer.Option(help="Folder that must no
 
 
 @features.command()
-def build(contract: Contract, data: Data, repo: Repo, out: Table, until: Until, as_json: Json = False) -> None:
+def build(
+    contract: Contract, data: Data, repo: Repo, out: Table, until: Until, allow_missing: AllowMissing = False, as_json: Json = False,
+) -> None:
     """apply, join and materialise in one go.
 
     Example: hafnium features build --contract C.yaml --data build/simulated --repo build/features --out build/training.parquet
@@ -132,7 +136,7 @@ def build(contract: Contract, data: Data, repo: Repo, out: Table, until: Until, 
     parsed: ModelContract = load_contract(contract)
     with Bars() as bars:
         write_repo(parsed, data, repo, progress=bars)
-        joined = run_join(parsed, repo, data, out, progress=bars)
+        joined = run_join(parsed, repo, data, out, progress=bars, allow_missing=allow_missing)
         stored = run_materialise(parsed, repo, until=until, progress=bars)
     _tell_join(joined, out, as_json)
     if not as_json:

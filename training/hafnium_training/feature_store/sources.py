@@ -14,7 +14,7 @@ from hafnium_contract.errors import FeatureError, InputError
 from hafnium_contract.model_contract import Feature, ModelContract
 from hafnium_contract.whole_files import replacing
 from hafnium_training.feature_store.definitions import AS_OF, EVENT_TIMESTAMP, ViewSpec
-from hafnium_training.tables import as_keys, event_times, read_table, require_columns, timestamps, truths
+from hafnium_training.tables import as_keys, event_times, is_literal, read_table, require_columns, timestamps, truths
 
 
 def view_table(contract: ModelContract, spec: ViewSpec, data: Path) -> pd.DataFrame:
@@ -48,7 +48,7 @@ def _from_folder(spec: ViewSpec, folder: Path) -> tuple[pd.DataFrame, str]:
     file = next((p for p in (folder / f"{spec.view.name}{s}" for s in (".parquet", ".csv")) if p.is_file()), None)
     if file is None:
         raise InputError(f"{folder}: has no {spec.view.name}.parquet (or .csv) for the contract's view {spec.view.name}")
-    frame = read_table(file, text=_texts(spec))
+    frame = read_table(file, text=_texts(spec), literal=[name for name, f in spec.fields if is_literal(f)])
     require_columns(frame, [spec.join_key, EVENT_TIMESTAMP, *(name for name, _ in spec.fields)], str(file))
     frame[EVENT_TIMESTAMP] = timestamps(frame[EVENT_TIMESTAMP], f"{file}: column {EVENT_TIMESTAMP}")
     return frame, str(file)
