@@ -52,8 +52,15 @@ def _learn_stable(turn: Turn) -> Turn:
 
 def _confirm_route(turn: Turn) -> Turn:
     status, route = turn.status, turn.seen.route
-    if route is not None and status.route is not None and normal(route) == normal(status.route):
-        return turn.update(route_confirmed=True, route_before=()) if not status.route_confirmed else turn
+    if route is None or status.route is None or status.route_confirmed:
+        return turn
+    if normal(route) == normal(status.route):
+        return turn.update(route_confirmed=True, route_before=())
+    before = [normal(r) for r in status.route_before]
+    oldest = before.index(normal(route)) if normal(route) in before else 0
+    if oldest:
+        # What stood there earlier is over: writes carry the resourceVersion that was read, so an older one can't come after this.
+        return turn.update(route_before=status.route_before[oldest:])
     return turn
 
 

@@ -77,10 +77,13 @@ def outside_change(turn: Turn) -> Outcome | None:
     there, wanted = normal(seen.route), normal(status.route)
     if there == wanted:
         return None
-    if not status.route_confirmed and there in [normal(r) for r in status.route_before]:
+    before = () if status.route_confirmed else tuple(normal(r) for r in status.route_before)
+    if there in before:
         return None  # our own write was cut off; `write_again` repeats it
-    if status.route_confirmed and wanted.weight > 0 and there == RouteWanted(stable=wanted.stable):
-        text = f"{_who(turn)} took the candidate's weight from {wanted.weight} to 0"
+    # Also while a weight is intended and not written yet: it would be a rise against a person's word.
+    weights = [r.weight for r in (*before, wanted) if r.weight]
+    if weights and there == RouteWanted(stable=wanted.stable):
+        text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
         return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
     # A share that was taken from it, because nobody could say how it does, is in no stranger's gift
     return put_back(turn, always=status.step is not None and wanted.candidate is None)

@@ -527,6 +527,61 @@ def test_10_an_outside_move_to_zero_is_an_abort() -> None:
     assert world.status.rejected_digests == (CANDIDATE,)
 
 
+@pytest.mark.parametrize("room", ["none for the next weight", "the write is refused"])
+def test_10_a_move_to_zero_is_an_abort_also_while_a_higher_weight_waits_to_be_written(room: str) -> None:
+    world = waiting_for_pods()
+    world.route = RouteSeen("risk", None, 0, False, "kubectl-patch")
+    world.room_for = 5 if room == "none for the next weight" else 100
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+    assert world.status.reason == "AbortedOutside"
+    assert "kubectl-patch took the candidate's weight from 5 to 0" in world.status.message
+    assert world.weight == 0
+
+
+def test_10_stable_alone_before_the_first_weight_was_written_is_no_abort() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "5s"}, {"weight": 50}, {"weight": 100}]}), room_for=0)
+    for _ in range(20):
+        world.turn()
+    world.actions = (action("SkipStep"),)
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Progressing", 0)
+    world.room_for = 100
+    assert world.until("Promoted") == "Promoted"
+    assert "ExternalChange" not in world.events
+
+
+def test_10_stable_alone_is_still_our_own_after_more_intents_than_are_remembered() -> None:
+    steps = [{"weight": w, "minDwell": "1h"} for w in (*range(5, 60, 5), 100)]
+    world = World(rollout(strategy={"steps": steps}), room_for=0)
+    for _ in range(5):
+        world.turn()
+    for i in range(10):
+        world.actions = (action("SkipStep", name=str(i)),)
+        world.turn()
+    world.turn()
+    assert (world.status.phase, world.status.rollback, world.weight) == ("Progressing", None, 0)
+
+
+def test_10_a_weight_that_was_seen_is_taken_back_by_a_person_though_nothing_was_seen_when_it_was_written() -> None:
+    """5 % is written, the route can't be read, and 50 % is asked for meanwhile. Then 5 % is seen, so stable alone is over."""
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "5s"}, {"weight": 50}, {"weight": 100}]}), room_for=5)
+    plain = world.observe
+    while world.weight == 0:
+        world.turn()
+    world.actions = (action("SkipStep"),)
+    world.observe = lambda seconds: replace(plain(seconds), route=None)  # type: ignore[method-assign]
+    world.turn()
+    world.observe = plain  # type: ignore[method-assign]
+    world.turn()
+    assert world.status.route is not None
+    assert (world.status.route.weight, world.weight) == (50, 5)
+    world.route = RouteSeen("risk", None, 0, False)
+    world.room_for = 100
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+    assert world.status.reason == "AbortedOutside"
+
+
 def test_10_a_rejected_model_is_put_back_however_often_it_is_brought() -> None:
     world = World(bad_candidate=0.5)
     assert world.until("RolledBack", turns=60) == "RolledBack"
