@@ -7,7 +7,7 @@ from datetime import timedelta
 from hafnium_rollout.actions import Action, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.intake import live_matches
 from hafnium_rollout.observation import RouteSeen
-from hafnium_rollout.status import RouteWanted
+from hafnium_rollout.status import RolloutStatus, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, normal, start_rollback
 
 CHANGES_MAX = 3
@@ -33,7 +33,17 @@ def put_back(turn: Turn, *, always: bool) -> Outcome | None:
             turn = turn.update(phase="Paused", paused_by_spec=False)
         return Outcome(turn.say("ExternalChange", "ExternalChange", text, alert=True))
     turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
-    return Outcome(turn, (route_action(turn),))
+    return Outcome(turn, (route_action(turn, _writable(status)),))
+
+
+def _writable(status: RolloutStatus) -> RouteWanted | None:
+    """What a stranger's change is put back to: what is wanted, or what stood there while a higher weight still waits to be written.
+
+    That one may wait for pods as long as it takes. Meanwhile the stranger's share would stay, and be taken for a new change at each look.
+    """
+    if status.route is None or status.route_confirmed or not status.route_before:
+        return status.route
+    return min(status.route, status.route_before[0], key=lambda r: normal(r).weight)
 
 
 def _route_text(route: RouteSeen | None) -> str:
@@ -44,9 +54,9 @@ def _route_text(route: RouteSeen | None) -> str:
         f", {found.candidate} {found.weight} %{' + copies' if found.shadow else ''}" if found.candidate else "")
 
 
-def route_action(turn: Turn) -> Action:
-    """The write that makes the route what is wanted."""
-    route, status = turn.status.route, turn.status
+def route_action(turn: Turn, route: RouteWanted | None = None) -> Action:
+    """The write that makes the route what is given, or else what is wanted."""
+    status, route = turn.status, route or turn.status.route
     assert route is not None  # noqa: S101 - callers have an intent
     if route.candidate is not None and route.shadow:
         return SetShadow(route.stable, route.candidate)

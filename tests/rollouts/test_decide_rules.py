@@ -624,6 +624,42 @@ def waiting_for_pods() -> World:
     return world
 
 
+def test_10_one_change_while_a_higher_weight_waits_for_pods_counts_once_and_is_put_back_at_once() -> None:
+    world = waiting_for_pods()
+    world.route = RouteSeen("risk", SERVICE, 4, False, "eve")
+    world.turn()
+    assert world.weight == 5, "what stood there: no pod has to come for that"
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.weight, world.events.count("ExternalChange")) == ("Progressing", 5, 1)
+    world.room_for = 100
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_10_one_change_while_the_first_weight_waits_for_pods_leaves_the_candidate_without_any() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 50, "minDwell": "5s"}, {"weight": 100}]}), room_for=10)
+    for _ in range(5):
+        world.turn()
+    world.route = RouteSeen("risk", SERVICE, 90, False, "eve")
+    world.turn()
+    assert world.weight == 0
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.rollback, world.events.count("ExternalChange")) == ("Progressing", None, 1)
+
+
+def test_10_a_change_while_a_lower_weight_is_not_written_yet_is_put_back_to_the_lower_one() -> None:
+    world = World()
+    world.until_step(2)
+    world.blind = True
+    while "BlindStepDown" not in world.events:
+        world.turn(actions_done=0)
+    assert world.weight == 25
+    world.route = RouteSeen("risk", SERVICE, 90, False, "eve")
+    world.turn()
+    assert world.weight == 5
+
+
 def test_4_blindness_takes_weight_away_also_while_a_larger_one_can_not_be_given() -> None:
     world = waiting_for_pods()
     world.blind = True
