@@ -518,6 +518,70 @@ def test_10_a_paused_fight_is_still_ended_by_safety() -> None:
     assert world.weight == 0
 
 
+def test_10_before_the_first_step_a_strangers_share_never_stays_and_someone_is_called_now_and_then() -> None:
+    """It waits for an approval, so no gate looks at it: it is due nothing."""
+    world = World(rollout(approvals={"required": ["validation"]}, strategy={"steps": [{"weight": 5, "minDwell": "5s"}, {"weight": 100}]}))
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.reason) == ("Pending", "ApprovalMissing")
+    for _ in range(300):  # ten minutes
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+        assert (world.weight, world.status.phase, world.status.reason) == (0, "Pending", "ExternalChange")
+    assert world.events.count("ExternalChange") == 3
+    for _ in range(300):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+    assert world.events.count("ExternalChange") == 6
+    world.approvals = frozenset({"validation"})
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_10_a_pause_without_a_step_as_older_releases_left_it_ends_with_retry() -> None:
+    world = World(rollout(approvals={"required": ["validation"]}), approvals=frozenset({"validation"}))
+    world.turn()
+    changes = tuple(world.now for _ in range(3))
+    world.status = world.status.model_copy(update={"phase": "Paused", "reason": "ExternalChange", "external_changes": changes})
+    for _ in range(200):
+        world.turn()
+    assert (world.status.phase, world.status.reason, world.weight) == ("Paused", "ExternalChange", 0)
+    world.actions = (action("Retry"),)
+    assert world.until("Promoted") == "Promoted"
+    assert "ActionIgnored" not in world.events
+
+
+def test_10_a_fight_before_the_first_step_is_no_change_in_a_later_one() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.turn()
+    for _ in range(5):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+    world.until_step(0)
+    for _ in range(300):
+        world.turn()
+    world.route = RouteSeen("risk", SERVICE, 50, False, "eve")
+    world.turn()
+    assert (world.status.phase, world.weight) == ("Progressing", 5)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["in silence", "after a word that was ignored"])
+def test_10_a_fight_that_was_left_to_a_person_is_left_until_retry(ignored: bool) -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "24h", "deadline": "48h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for i in range(3):
+        world.route = RouteSeen("risk", SERVICE, 40 + i, False)
+        world.turn()
+        world.turn()
+    if ignored:
+        world.actions = (action("Retry", digest=OTHER),)
+    for _ in range(400):
+        world.turn()
+    assert (world.status.phase, world.weight, world.events.count("ExternalChange")) == ("Paused", 42, 3)
+    world.actions = (action("Retry", name="2"),)
+    world.until_step(0)
+    assert (world.status.phase, world.weight) == ("Progressing", 5)
+
+
 def test_10_an_outside_move_to_zero_is_an_abort() -> None:
     world = World()
     world.until_step(1)
