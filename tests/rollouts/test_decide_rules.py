@@ -582,6 +582,62 @@ def test_10_a_fight_that_was_left_to_a_person_is_left_until_retry(ignored: bool)
     assert (world.status.phase, world.weight) == ("Progressing", 5)
 
 
+def fought_over_after_the_end() -> World:
+    """Promoted, and then somebody insists on another route."""
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    for _ in range(4):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+    assert world.weight == 50
+    assert "3 times in ten minutes: left as it is" in world.status.message
+    return world
+
+
+def test_10_after_the_end_a_fight_is_left_until_a_person_says_retry_and_then_put_back() -> None:
+    world = fought_over_after_the_end()
+    for _ in range(400):
+        world.turn()
+    assert (world.weight, world.status.reason, world.events.count("ExternalChange")) == (50, "ExternalChange", 3)
+    world.actions = (action("Retry"),)
+    for _ in range(3):
+        world.turn()
+    assert "Retry" in world.events
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+    assert (world.status.phase, world.status.reason) == ("Promoted", "Promoted")
+
+
+def test_10_after_the_end_a_fight_holds_up_no_later_model() -> None:
+    world = fought_over_after_the_end()
+    world.managed.add("risk-cccccccc")
+    world.spec = rollout(model={"digest": OTHER, "version": "3", "storageUri": "file:///bundles/3"})
+    for _ in range(3):
+        world.turn()
+    assert world.status.candidate is not None
+    assert world.status.candidate.digest == OTHER
+    assert world.route == RouteSeen(SERVICE, None, 0, False), "it begins with a put back"
+
+
+def test_10_after_the_end_a_change_long_after_a_fight_that_the_stranger_gave_up_is_put_back() -> None:
+    world = fought_over_after_the_end()
+    world.route = RouteSeen(SERVICE, None, 0, False)
+    for _ in range(400):
+        world.turn()
+    world.route = RouteSeen("risk", SERVICE, 50, False, "eve")
+    world.turn()
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+    assert world.events.count("ExternalChange") == 4
+
+
+def test_retry_of_a_model_that_answers_everything_is_said_to_have_nothing_to_do() -> None:
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    world.actions = (action("Retry"),)
+    world.turn()
+    assert world.events[-1] == "ActionIgnored"
+    assert "nothing to try again" in world.messages[-1]
+
+
 def test_10_an_outside_move_to_zero_is_an_abort() -> None:
     world = World()
     world.until_step(1)
