@@ -41,7 +41,7 @@ def pending(turn: Turn) -> Outcome | None:
         return hold(turn, "Pending", "the gateway or its route can't be read")
     if unasked := model_unasked(turn):
         return _wait_to_be_asked(turn, started, unasked)
-    return enter(turn, 0)
+    return enter(turn.update(external_changes=()), 0)  # what was put back while it was due nothing is no fight over its share
 
 
 def model_unasked(turn: Turn) -> str:
@@ -256,10 +256,10 @@ def advance(turn: Turn) -> Outcome | None:
     would jump over some of them. Promoted is only who was seen to answer everything.
     """
     status = turn.status
-    if status.step is None or status.phase not in ("Progressing", "Paused"):
-        return None
     if status.phase == "Paused":
         return Outcome(turn)  # reason and message stay those of the pause
+    if status.step is None or status.phase != "Progressing":
+        return None
     unmet = _unmet(turn)
     if unmet:
         return hold(turn, "Waiting", unmet[0] if len(unmet) == 1 else f"{unmet[0]} (+{len(unmet) - 1} more)")

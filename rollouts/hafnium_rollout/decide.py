@@ -127,6 +127,8 @@ def persons_word(turn: Turn) -> Outcome | None:
     if action.type == "Abort":
         return go_back(turn, "Aborted", why, reject=True)
     step = status.step
+    if step is None and action.type == "Retry" and status.phase == "Paused":  # older releases paused before the first step, too
+        return Outcome(turn.update(phase="Pending", paused_by_spec=False, external_changes=()).say("Retry", "Retry", why))
     if step is None:
         return ignored("the candidate is not ready yet")
     last = len(turn.rollout.spec.strategy.steps) - 1

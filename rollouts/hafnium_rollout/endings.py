@@ -6,7 +6,7 @@ from datetime import datetime
 
 from hafnium_rollout.actions import Action, Promote, Rollback
 from hafnium_rollout.intake import live_matches
-from hafnium_rollout.outside import at_rest, garbage, keep_route
+from hafnium_rollout.outside import at_rest, fought_over, garbage, keep_route
 from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.statistics.sample_ratio import RatioState
 from hafnium_rollout.status import REJECTED_MAX, ModelSeen, RollbackStatus, RouteWanted
@@ -130,15 +130,21 @@ def finished(turn: Turn) -> Outcome | None:
         return None
     retry = next((a for a in open_actions(turn) if a.type == "Retry" and a.candidate_digest == digest), None)
     if retry is not None:
-        turn = handled(turn, retry).update(rejected_digests=tuple(d for d in turn.status.rejected_digests if d != digest))
+        turn = handled(turn, retry).update(
+            rejected_digests=tuple(d for d in turn.status.rejected_digests if d != digest), external_changes=())
+        again = turn.say("Retry", "Retry", in_words(retry, "a person asked to try again"))
         if status.phase == "RolledBack":
-            return Outcome(_begin(turn.say("Retry", "Retry", in_words(retry, "a person asked to try again"))))
+            return Outcome(_begin(again))
+        if status.stable is not None and status.stable.digest == digest and not fought_over(status):
+            text = f"Retry: {status.stable.service} answers all requests, there is nothing to try again"
+            return Outcome(turn.say("ActionIgnored", "ActionIgnored", text))
+        turn = again
     elif open_actions(turn):
         action = open_actions(turn)[0]
         return Outcome(handled(turn, action).say("ActionIgnored", "ActionIgnored", f"{action.type} has nothing to act on"))
     kept = keep_route(turn)
-    if kept is not None:
-        return kept
+    if kept is not None and not (fought_over(turn.status) and _asks_for_another(turn)):
+        return kept  # but a fight that was left to a person holds up no later model: its run begins with a put back
     stable = turn.status.stable
     if stable is not None and stable.digest == digest:
         known = status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest
@@ -154,6 +160,13 @@ def finished(turn: Turn) -> Outcome | None:
     if turn.status.stable is None and not turn.seen.route_absent:
         return hold(turn, "Waiting", "the route can't be read, so it isn't known who is stable")
     return Outcome(_begin(turn), at_rest(turn))
+
+
+def _asks_for_another(turn: Turn) -> bool:
+    """A model that may begin: not the stable one, not one that was rejected or that this run has promoted."""
+    status, digest = turn.status, turn.rollout.spec.model.digest
+    known = {m.digest for m in (status.stable, status.candidate if status.phase == "Promoted" else None) if m is not None}
+    return digest not in known and digest not in status.rejected_digests
 
 
 def _because(turn: Turn) -> str:

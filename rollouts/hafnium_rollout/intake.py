@@ -14,6 +14,8 @@ from hafnium_rollout.turn import Turn, as_listed, lacking_room, normal
 
 _FRESH_MIN = timedelta(seconds=30)
 _UNSEEN_COUNTS_MAX = timedelta(minutes=1)
+CHANGES_WINDOW = timedelta(minutes=10)
+"""Changes by someone else within this time are one fight."""
 _UNREADY_SEEN_EVERY = timedelta(seconds=20)
 """Between two looks so much at most counts for readyDeadline (and never half of it): an hour in which the operator was down, or the list of
 services couldn't be read, is no time that the candidate had. Four looks by default, and not every one of them writes a status."""
@@ -23,7 +25,7 @@ def take_in(turn: Turn) -> Turn:
     """The turn with everything that was seen written into its status."""
     turn = turn.update(cursor=dict(turn.seen.cursor), observed_generation=turn.rollout.metadata.generation)
     turn = _learn_stable(turn)
-    turn = _confirm_route(turn)
+    turn = _forget_changes(_confirm_route(turn))
     turn = _follow_exposure(turn)
     turn = _follow_unready(turn)
     if turn.status.step is None or turn.status.candidate is None or turn.status.phase in ("Promoted", "RolledBack"):
@@ -52,9 +54,28 @@ def _learn_stable(turn: Turn) -> Turn:
 
 def _confirm_route(turn: Turn) -> Turn:
     status, route = turn.status, turn.seen.route
-    if route is not None and status.route is not None and normal(route) == normal(status.route):
-        return turn.update(route_confirmed=True, route_before=()) if not status.route_confirmed else turn
+    if route is None or status.route is None or status.route_confirmed:
+        return turn
+    if normal(route) == normal(status.route):
+        return turn.update(route_confirmed=True, route_before=())
+    before = [normal(r) for r in status.route_before]
+    oldest = before.index(normal(route)) if normal(route) in before else 0
+    if oldest:
+        # What stood there earlier is over: writes carry the resourceVersion that was read, so an older one can't come after this.
+        return turn.update(route_before=status.route_before[oldest:])
     return turn
+
+
+def recent_changes(turn: Turn) -> tuple[datetime, ...]:
+    return tuple(t for t in turn.status.external_changes if turn.now - t <= CHANGES_WINDOW)
+
+
+def _forget_changes(turn: Turn) -> Turn:
+    """A fight is over when the route is as wanted and its time has passed. One that was left to a person stays one until then."""
+    status, route, recent = turn.status, turn.seen.route, recent_changes(turn)
+    if recent == status.external_changes or route is None or status.route is None or normal(route) != normal(status.route):
+        return turn
+    return turn.update(external_changes=recent)
 
 
 def _follow_exposure(turn: Turn) -> Turn:

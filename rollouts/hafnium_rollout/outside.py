@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from hafnium_rollout.actions import Action, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
-from hafnium_rollout.intake import live_matches
+from hafnium_rollout.intake import live_matches, recent_changes
 from hafnium_rollout.observation import RouteSeen
-from hafnium_rollout.status import RouteWanted
-from hafnium_rollout.turn import Outcome, Turn, normal, start_rollback
+from hafnium_rollout.status import RolloutStatus, RouteWanted
+from hafnium_rollout.turn import Outcome, Turn, hold, normal, start_rollback
 
 CHANGES_MAX = 3
-CHANGES_WINDOW = timedelta(minutes=10)
-"""So many changes by someone else in this time are a fight; the rollout leaves it."""
+"""So many changes by someone else in ten minutes (`intake.CHANGES_WINDOW`) are a fight; the rollout leaves it."""
 
 
 def _who(turn: Turn) -> str:
     return (turn.seen.route.manager if turn.seen.route is not None else "") or "someone else"
 
 
+def fought_over(status: RolloutStatus) -> bool:
+    """Someone else insists. The reason doesn't tell: other words come after it. Retry, a new run, or peace of ten minutes end it."""
+    return len(status.external_changes) >= CHANGES_MAX
+
+
 def put_back(turn: Turn, *, always: bool) -> Outcome | None:
-    """Restores the wanted route, unless that was needed too often lately. `always`: a rejected model must not serve."""
-    status, found = turn.status, turn.seen.route
-    recent = tuple(t for t in status.external_changes if turn.now - t <= CHANGES_WINDOW)
-    if status.reason == "ExternalChange" and len(status.external_changes) >= CHANGES_MAX and not always:
-        return Outcome(turn) if status.phase != "Paused" else None
-    text = f"{_who(turn)} changed the route to {_route_text(found)}"
-    turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:])
-    if len(recent) + 1 >= CHANGES_MAX and not always:
-        text += f"; {len(recent) + 1} times in ten minutes: left as it is, a person must settle it and Retry"
-        if status.phase in ("Pending", "Progressing"):
-            turn = turn.update(phase="Paused", paused_by_spec=False)
+    """Restores the wanted route, unless that was needed too often lately. `always`: a model that is due nothing must not serve.
+
+    It is told at most three times in ten minutes, however often it is done.
+    """
+    status, recent = turn.status, recent_changes(turn)
+    told = len(recent) >= CHANGES_MAX if always else fought_over(status)
+    if not told:
+        turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:])
+    text = f"{_who(turn)} changed the route to {_route_text(turn.seen.route)}"
+    if not always and fought_over(turn.status):
+        return _left(turn, f"{text}; {CHANGES_MAX} times in ten minutes: left as it is, a person must settle it and Retry", told=told)
+    if told:
+        turn = turn.update(reason="ExternalChange", message=f"{text}; put back each time, until whoever writes it stops")
+    else:
+        turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
+    return Outcome(turn, (route_action(turn, _writable(status)),))
+
+
+def _left(turn: Turn, text: str, *, told: bool) -> Outcome | None:
+    """The route stays as the stranger wants it, and under way the rollout pauses. None: it has, and other rules may have more to say."""
+    phase = turn.status.phase
+    if phase == "Progressing":
+        return Outcome(turn.update(phase="Paused", paused_by_spec=False).say("ExternalChange", "ExternalChange", text, alert=True))
+    if not told:
         return Outcome(turn.say("ExternalChange", "ExternalChange", text, alert=True))
-    turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
-    return Outcome(turn, (route_action(turn),))
+    return None if phase == "Paused" else hold(turn, "ExternalChange", text)
+
+
+def _writable(status: RolloutStatus) -> RouteWanted | None:
+    """What a stranger's change is put back to: what is wanted, or what stood there while a higher weight still waits to be written.
+
+    That one may wait for pods as long as it takes. Meanwhile the stranger's share would stay, and be taken for a new change at each look.
+    """
+    if status.route is None or status.route_confirmed or not status.route_before:
+        return status.route
+    return min(status.route, status.route_before[0], key=lambda r: normal(r).weight)
 
 
 def _route_text(route: RouteSeen | None) -> str:
@@ -44,9 +68,9 @@ def _route_text(route: RouteSeen | None) -> str:
         f", {found.candidate} {found.weight} %{' + copies' if found.shadow else ''}" if found.candidate else "")
 
 
-def route_action(turn: Turn) -> Action:
-    """The write that makes the route what is wanted."""
-    route, status = turn.status.route, turn.status
+def route_action(turn: Turn, route: RouteWanted | None = None) -> Action:
+    """The write that makes the route what is given, or else what is wanted."""
+    status, route = turn.status, route or turn.status.route
     assert route is not None  # noqa: S101 - callers have an intent
     if route.candidate is not None and route.shadow:
         return SetShadow(route.stable, route.candidate)
@@ -64,7 +88,7 @@ def write_again(turn: Turn) -> Outcome | None:
         return None
     if seen.route is not None and normal(seen.route) == normal(status.route):
         return None
-    if seen.route is not None and status.phase == "Paused" and status.reason == "ExternalChange":
+    if seen.route is not None and status.phase == "Paused" and fought_over(status) and normal(status.route).candidate is not None:
         return None
     return Outcome(turn, (route_action(turn),))
 
@@ -77,13 +101,16 @@ def outside_change(turn: Turn) -> Outcome | None:
     there, wanted = normal(seen.route), normal(status.route)
     if there == wanted:
         return None
-    if not status.route_confirmed and there in [normal(r) for r in status.route_before]:
+    before = () if status.route_confirmed else tuple(normal(r) for r in status.route_before)
+    if there in before:
         return None  # our own write was cut off; `write_again` repeats it
-    if status.route_confirmed and wanted.weight > 0 and there == RouteWanted(stable=wanted.stable):
-        text = f"{_who(turn)} took the candidate's weight from {wanted.weight} to 0"
+    # Also while a weight is intended and not written yet: it would be a rise against a person's word.
+    weights = [r.weight for r in (*before, wanted) if r.weight]
+    if weights and there == RouteWanted(stable=wanted.stable):
+        text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
         return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
-    # A share that was taken from it, because nobody could say how it does, is in no stranger's gift
-    return put_back(turn, always=status.step is not None and wanted.candidate is None)
+    # A share that it has not begun with yet, or that was taken from it because nobody could say how it does, is in no stranger's gift
+    return put_back(turn, always=wanted.candidate is None)
 
 
 def keep_route(turn: Turn) -> Outcome | None:

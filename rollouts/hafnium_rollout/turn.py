@@ -14,6 +14,7 @@ from hafnium_rollout.observation import Observation, RouteSeen, ServiceSeen
 from hafnium_rollout.status import ModelSeen, PodRestarts, RollbackStatus, RolloutStatus, RouteWanted, StepStatus
 
 ROUTES_BEFORE_MAX = 8
+"""The oldest is kept in any case: for want of pods it may be the one that still stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +113,10 @@ def want_route(turn: Turn, route: RouteWanted) -> Turn:
     status = turn.status
     if status.route is not None and normal(status.route) == normal(route):
         return turn
-    possible = (status.route,) if status.route_confirmed else (*status.route_before, *((status.route,) if status.route else ()))
-    return turn.update(route=route, route_confirmed=False, route_before=tuple(r for r in possible if r)[-ROUTES_BEFORE_MAX:])
+    before = () if status.route_confirmed else status.route_before
+    possible = (*before, status.route) if status.route is not None else before
+    kept = (*possible[:1], *possible[1:][-(ROUTES_BEFORE_MAX - 1):])
+    return turn.update(route=route, route_confirmed=False, route_before=kept)
 
 
 def begin_step(turn: Turn, index: int) -> StepStatus:

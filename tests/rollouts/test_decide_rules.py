@@ -518,6 +518,126 @@ def test_10_a_paused_fight_is_still_ended_by_safety() -> None:
     assert world.weight == 0
 
 
+def test_10_before_the_first_step_a_strangers_share_never_stays_and_someone_is_called_now_and_then() -> None:
+    """It waits for an approval, so no gate looks at it: it is due nothing."""
+    world = World(rollout(approvals={"required": ["validation"]}, strategy={"steps": [{"weight": 5, "minDwell": "5s"}, {"weight": 100}]}))
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.reason) == ("Pending", "ApprovalMissing")
+    for _ in range(300):  # ten minutes
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+        assert (world.weight, world.status.phase, world.status.reason) == (0, "Pending", "ExternalChange")
+    assert world.events.count("ExternalChange") == 3
+    for _ in range(300):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+    assert world.events.count("ExternalChange") == 6
+    world.approvals = frozenset({"validation"})
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_10_a_pause_without_a_step_as_older_releases_left_it_ends_with_retry() -> None:
+    world = World(rollout(approvals={"required": ["validation"]}), approvals=frozenset({"validation"}))
+    world.turn()
+    changes = tuple(world.now for _ in range(3))
+    world.status = world.status.model_copy(update={"phase": "Paused", "reason": "ExternalChange", "external_changes": changes})
+    for _ in range(200):
+        world.turn()
+    assert (world.status.phase, world.status.reason, world.weight) == ("Paused", "ExternalChange", 0)
+    world.actions = (action("Retry"),)
+    assert world.until("Promoted") == "Promoted"
+    assert "ActionIgnored" not in world.events
+
+
+def test_10_a_fight_before_the_first_step_is_no_change_in_a_later_one() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.turn()
+    for _ in range(5):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+    world.until_step(0)
+    for _ in range(300):
+        world.turn()
+    world.route = RouteSeen("risk", SERVICE, 50, False, "eve")
+    world.turn()
+    assert (world.status.phase, world.weight) == ("Progressing", 5)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["in silence", "after a word that was ignored"])
+def test_10_a_fight_that_was_left_to_a_person_is_left_until_retry(ignored: bool) -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "24h", "deadline": "48h"}, {"weight": 100}]}))
+    world.until_step(0)
+    for i in range(3):
+        world.route = RouteSeen("risk", SERVICE, 40 + i, False)
+        world.turn()
+        world.turn()
+    if ignored:
+        world.actions = (action("Retry", digest=OTHER),)
+    for _ in range(400):
+        world.turn()
+    assert (world.status.phase, world.weight, world.events.count("ExternalChange")) == ("Paused", 42, 3)
+    world.actions = (action("Retry", name="2"),)
+    world.until_step(0)
+    assert (world.status.phase, world.weight) == ("Progressing", 5)
+
+
+def fought_over_after_the_end() -> World:
+    """Promoted, and then somebody insists on another route."""
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    for _ in range(4):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops")
+        world.turn()
+    assert world.weight == 50
+    assert "3 times in ten minutes: left as it is" in world.status.message
+    return world
+
+
+def test_10_after_the_end_a_fight_is_left_until_a_person_says_retry_and_then_put_back() -> None:
+    world = fought_over_after_the_end()
+    for _ in range(400):
+        world.turn()
+    assert (world.weight, world.status.reason, world.events.count("ExternalChange")) == (50, "ExternalChange", 3)
+    world.actions = (action("Retry"),)
+    for _ in range(3):
+        world.turn()
+    assert "Retry" in world.events
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+    assert (world.status.phase, world.status.reason) == ("Promoted", "Promoted")
+
+
+def test_10_after_the_end_a_fight_holds_up_no_later_model() -> None:
+    world = fought_over_after_the_end()
+    world.managed.add("risk-cccccccc")
+    world.spec = rollout(model={"digest": OTHER, "version": "3", "storageUri": "file:///bundles/3"})
+    for _ in range(3):
+        world.turn()
+    assert world.status.candidate is not None
+    assert world.status.candidate.digest == OTHER
+    assert world.route == RouteSeen(SERVICE, None, 0, False), "it begins with a put back"
+
+
+def test_10_after_the_end_a_change_long_after_a_fight_that_the_stranger_gave_up_is_put_back() -> None:
+    world = fought_over_after_the_end()
+    world.route = RouteSeen(SERVICE, None, 0, False)
+    for _ in range(400):
+        world.turn()
+    world.route = RouteSeen("risk", SERVICE, 50, False, "eve")
+    world.turn()
+    assert world.route == RouteSeen(SERVICE, None, 0, False)
+    assert world.events.count("ExternalChange") == 4
+
+
+def test_retry_of_a_model_that_answers_everything_is_said_to_have_nothing_to_do() -> None:
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    world.actions = (action("Retry"),)
+    world.turn()
+    assert world.events[-1] == "ActionIgnored"
+    assert "nothing to try again" in world.messages[-1]
+
+
 def test_10_an_outside_move_to_zero_is_an_abort() -> None:
     world = World()
     world.until_step(1)
@@ -525,6 +645,61 @@ def test_10_an_outside_move_to_zero_is_an_abort() -> None:
     assert world.until("RolledBack", turns=10) == "RolledBack"
     assert world.status.reason == "AbortedOutside"
     assert world.status.rejected_digests == (CANDIDATE,)
+
+
+@pytest.mark.parametrize("room", ["none for the next weight", "the write is refused"])
+def test_10_a_move_to_zero_is_an_abort_also_while_a_higher_weight_waits_to_be_written(room: str) -> None:
+    world = waiting_for_pods()
+    world.route = RouteSeen("risk", None, 0, False, "kubectl-patch")
+    world.room_for = 5 if room == "none for the next weight" else 100
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+    assert world.status.reason == "AbortedOutside"
+    assert "kubectl-patch took the candidate's weight from 5 to 0" in world.status.message
+    assert world.weight == 0
+
+
+def test_10_stable_alone_before_the_first_weight_was_written_is_no_abort() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "5s"}, {"weight": 50}, {"weight": 100}]}), room_for=0)
+    for _ in range(20):
+        world.turn()
+    world.actions = (action("SkipStep"),)
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.weight) == ("Progressing", 0)
+    world.room_for = 100
+    assert world.until("Promoted") == "Promoted"
+    assert "ExternalChange" not in world.events
+
+
+def test_10_stable_alone_is_still_our_own_after_more_intents_than_are_remembered() -> None:
+    steps = [{"weight": w, "minDwell": "1h"} for w in (*range(5, 60, 5), 100)]
+    world = World(rollout(strategy={"steps": steps}), room_for=0)
+    for _ in range(5):
+        world.turn()
+    for i in range(10):
+        world.actions = (action("SkipStep", name=str(i)),)
+        world.turn()
+    world.turn()
+    assert (world.status.phase, world.status.rollback, world.weight) == ("Progressing", None, 0)
+
+
+def test_10_a_weight_that_was_seen_is_taken_back_by_a_person_though_nothing_was_seen_when_it_was_written() -> None:
+    """5 % is written, the route can't be read, and 50 % is asked for meanwhile. Then 5 % is seen, so stable alone is over."""
+    world = World(rollout(strategy={"steps": [{"weight": 5, "minDwell": "5s"}, {"weight": 50}, {"weight": 100}]}), room_for=5)
+    plain = world.observe
+    while world.weight == 0:
+        world.turn()
+    world.actions = (action("SkipStep"),)
+    world.observe = lambda seconds: replace(plain(seconds), route=None)  # type: ignore[method-assign]
+    world.turn()
+    world.observe = plain  # type: ignore[method-assign]
+    world.turn()
+    assert world.status.route is not None
+    assert (world.status.route.weight, world.weight) == (50, 5)
+    world.route = RouteSeen("risk", None, 0, False)
+    world.room_for = 100
+    assert world.until("RolledBack", turns=10) == "RolledBack"
+    assert world.status.reason == "AbortedOutside"
 
 
 def test_10_a_rejected_model_is_put_back_however_often_it_is_brought() -> None:
@@ -567,6 +742,42 @@ def waiting_for_pods() -> World:
     assert world.status.step is not None
     assert (world.status.step.index, world.weight) == (2, 5)
     return world
+
+
+def test_10_one_change_while_a_higher_weight_waits_for_pods_counts_once_and_is_put_back_at_once() -> None:
+    world = waiting_for_pods()
+    world.route = RouteSeen("risk", SERVICE, 4, False, "eve")
+    world.turn()
+    assert world.weight == 5, "what stood there: no pod has to come for that"
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.weight, world.events.count("ExternalChange")) == ("Progressing", 5, 1)
+    world.room_for = 100
+    assert world.until("Promoted") == "Promoted"
+
+
+def test_10_one_change_while_the_first_weight_waits_for_pods_leaves_the_candidate_without_any() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 50, "minDwell": "5s"}, {"weight": 100}]}), room_for=10)
+    for _ in range(5):
+        world.turn()
+    world.route = RouteSeen("risk", SERVICE, 90, False, "eve")
+    world.turn()
+    assert world.weight == 0
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.rollback, world.events.count("ExternalChange")) == ("Progressing", None, 1)
+
+
+def test_10_a_change_while_a_lower_weight_is_not_written_yet_is_put_back_to_the_lower_one() -> None:
+    world = World()
+    world.until_step(2)
+    world.blind = True
+    while "BlindStepDown" not in world.events:
+        world.turn(actions_done=0)
+    assert world.weight == 25
+    world.route = RouteSeen("risk", SERVICE, 90, False, "eve")
+    world.turn()
+    assert world.weight == 5
 
 
 def test_4_blindness_takes_weight_away_also_while_a_larger_one_can_not_be_given() -> None:

@@ -14,7 +14,7 @@ from hafnium_scripted_api import Answer, Asked, says
 
 from hafnium_rollout.companions import Companions
 from hafnium_rollout.errors import NotLeading
-from hafnium_rollout.kubernetes.kinds import INFERENCE_SERVICE, Json
+from hafnium_rollout.kubernetes.kinds import HTTP_ROUTE, INFERENCE_SERVICE, Json
 from hafnium_rollout.kubernetes.reconciler import Turned
 from hafnium_rollout.notifications.notices import Subject
 from hafnium_rollout.observation import Observation
@@ -138,6 +138,28 @@ def test_an_action_decided_on_an_older_object_is_a_conflict_though_no_status_cha
         assert [x["event"] for x in found.log][-1] == "Conflict"
         found.turn()
         assert found.status.rollback is not None or found.status.phase == "RolledBack"
+
+
+def test_a_weight_that_is_taken_to_zero_by_hand_while_a_higher_one_can_not_be_written_stays_at_zero() -> None:
+    """The API server refuses the route, the operator dies there, and a person takes the candidate out as the runbook says."""
+    with cluster() as found:
+        found.climbed()
+        found.api.before = lambda asked: says(503, "later") if asked.method == "PATCH" and "/httproutes/" in asked.path else None
+        skip = {"type": "SkipStep", "id": "s-1", "candidateDigest": CANDIDATE}
+        found.ask(rollout(routing={"backend": "PairedServices"}, strategy=STRATEGY, action=skip))
+        found.turn()
+        assert found.status.route is not None
+        assert (found.status.route.weight, found.weight) == (100, 20)
+        route = found.api.get(HTTP_ROUTE, NAMESPACE, NAME)
+        route["spec"]["rules"][0]["backendRefs"][1]["weight"] = 0
+        found.api.put(HTTP_ROUTE, route)
+        found.api.before = lambda _: None
+        found.reconciler = found.operator()
+        for _ in range(3):
+            found.turn()
+            assert found.weight == 0
+        assert found.status.rollback is not None
+        assert found.status.rollback.reason == "AbortedOutside"
 
 
 def test_a_repeated_action_stores_no_status_again() -> None:
