@@ -350,15 +350,74 @@ def test_a_change_from_outside_is_an_alert_for_a_while() -> None:
     assert alerts(SUBJECT, world.status, world.now + timedelta(hours=1)) == []
 
 
-def test_an_alert_that_is_over_is_told_for_a_while_and_one_that_comes_back_is_a_new_one() -> None:
+def test_an_alert_that_is_over_is_told_for_a_while_until_it_comes_back() -> None:
     alert = Alert("A", "warning", START, "m", SUBJECT, "aa")
     active, over = after_round([alert], {}, {}, START)
     active, over = after_round([], active, over, START + timedelta(seconds=1))
     assert not active
     assert [o.at for o in over.values()] == [START + timedelta(seconds=1)]
-    again, over2 = after_round([replace(alert, since=START + timedelta(seconds=5))], active, over, START + timedelta(seconds=5))
-    assert len(again) == len(over2) == 1
+    back = replace(alert, since=START + timedelta(seconds=5))
+    again, none = after_round([back], active, over, START + timedelta(seconds=5))
+    assert list(again.values()) == [back]
+    assert none == {}, "the end of its predecessor, with the same labels, would end it"
     assert after_round([], active, over, START + 2 * RESOLVED_FOR) == ({}, {})
+
+
+def test_an_alert_of_two_events_lasts_on_when_the_first_of_them_is_too_old() -> None:
+    world = World()
+    world.until_step(1)
+    assert world.route is not None
+    world.route = replace(world.route, weight=50, manager="mallory")
+    world.turn()
+    point = next(p for p in world.status.history if p.event == "ExternalChange")
+    second = point.model_copy(update={"time": point.time + timedelta(minutes=10)})
+    status = world.status.model_copy(update={"history": (*world.status.history, second)})
+    active, over = after_round(alerts(SUBJECT, status, second.time), {}, {}, second.time)
+    later = point.time + timedelta(minutes=16)
+    active, over = after_round(alerts(SUBJECT, status, later), active, over, later)
+    assert [a.name for a in active.values()] == ["HafniumRolloutChangedOutside"]
+    assert over == {}, "its end would be told with its labels, which are the second event's too"
+
+
+def paused() -> World:
+    """For want of traffic at its first step, an hour ago."""
+    world = World(rollout(strategy={"steps": [{"shadow": True, "deadline": "5s", "minDwell": "4s"}, {"weight": 100}]}),
+                  rate=1, now=datetime.now(UTC) - timedelta(hours=1))
+    world.until("Paused")
+    return world
+
+
+def retried(status: RolloutStatus) -> RolloutStatus:
+    return status.model_copy(update={"phase": "Progressing", "reason": "Retry"})
+
+
+def paused_again(status: RolloutStatus, at: datetime) -> RolloutStatus:
+    """For the same reason, so that its alert has the same labels."""
+    conditions = tuple(c.model_copy(update={"last_transition_time": at}) for c in status.conditions)
+    return status.model_copy(update={"conditions": conditions})
+
+
+def test_no_request_tells_that_an_alert_is_so_and_that_it_is_over() -> None:
+    """Its labels are its identity, and an Alertmanager takes the last: the end of the first pause ended the second."""
+    status = paused().status
+    now = [datetime.now(UTC)]
+    with receiver() as found:
+        settings = Alertmanager.model_validate({"name": "am", "url": found.url, "backoffFirst": "10ms", "backoffMax": "40ms"})
+        made = AlertmanagerCourier(settings, lambda _: None, now=lambda: now[0])
+        made.start()
+        try:
+            made.offer(SUBJECT, status)
+            found.wait_for(1)
+            now[0] += timedelta(minutes=3)
+            made.offer(SUBJECT, retried(status))
+            assert [a["endsAt"] for a in found.wait_for(2)[1].data] == [now[0].isoformat()]
+            now[0] += timedelta(minutes=3)
+            made.offer(SUBJECT, paused_again(status, now[0]))
+            last = found.wait_for(3)[2].data
+        finally:
+            made.stop()
+    assert [(a["labels"]["alertname"], a["startsAt"]) for a in last] == [("HafniumRolloutPaused", now[0].isoformat())]
+    assert last[0]["endsAt"] > now[0].isoformat()
 
 
 @contextmanager
@@ -423,6 +482,26 @@ def test_the_real_alertmanager_shows_an_alert_while_it_lasts_and_no_longer(tmp_p
         finally:
             made.stop()
     assert not [x for x in log if x["level"] == "error"]
+
+
+@pytest.mark.slow
+def test_the_real_alertmanager_shows_a_second_pause_while_the_end_of_the_first_is_new(tmp_path: Path) -> None:
+    status = paused().status
+    with alertmanager(tmp_path / "am") as url:
+        settings = Alertmanager.model_validate({"name": "am", "url": url, "resend": "1s", "backoffFirst": "50ms", "backoffMax": "100ms"})
+        made = AlertmanagerCourier(settings, lambda _: None)
+        made.start()
+        try:
+            made.offer(SUBJECT, status)
+            until(lambda: bool(_alerts(url)), "no alert")
+            made.offer(SUBJECT, retried(status))
+            until(lambda: not _alerts(url), "not resolved")
+            again = datetime.now(UTC)
+            made.offer(SUBJECT, paused_again(status, again))
+            until(lambda: datetime.now(UTC) > again + timedelta(seconds=3), "the clock stands still")
+            assert [a["status"]["state"] for a in _alerts(url)] == ["active"]
+        finally:
+            made.stop()
 
 
 def test_an_alertmanager_that_was_gone_is_told_what_is_so_when_it_is_back(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def after_round(
 
 
 def _key(alert: Alert) -> _Key:
-    return (*sorted(alert.labels.items()), ("since", alert.since.isoformat()))
+    """Its labels alone, as for Alertmanager: told beside its end, what came back a minute later would be over there too."""
+    return tuple(sorted(alert.labels.items()))
 
 
 class AlertmanagerCourier:
