@@ -290,7 +290,11 @@ def test_a_post_says_what_became_of_it() -> None:
         found.headers = {"Retry-After": "7"}
         answer = post(found.url, b"{}", {}, timeout_s=5)
         assert (answer.result, answer.retry_after_s) == ("Again", 7.0)
-        assert post(found.url, b"{}", {"Authorization": "Bearer a\nb"}, timeout_s=5).result == "Again"
+        for secret in ("s3cr3t\nb", "s3cr3t\u2013"):
+            answer = post(found.url, b"{}", {"Authorization": f"Bearer {secret}"}, timeout_s=5)
+            assert answer.result == "Again"
+            assert "header" in answer.message
+            assert "s3cr3t" not in answer.message
         assert post(f"https://127.0.0.1:{found.port}/", b"{}", {}, timeout_s=5).result == "Again"
     assert "ConnectionRefused" in post(found.url, b"{}", {}, timeout_s=5).message
 
@@ -530,6 +534,29 @@ def test_an_alertmanager_that_was_gone_is_told_what_is_so_when_it_is_back(tmp_pa
     assert [a["labels"]["alertname"] for a in request.data] == ["HafniumRolloutRolledBack"]
     assert request.data[0]["endsAt"] > START.isoformat()
     assert [a["endsAt"] for a in over.data] == [START.isoformat()]
+
+
+@pytest.mark.parametrize("token", [b"s3cr3t-line1\nline2\n", b"s3cr3t two", b"s3cr3t\xff", "s3cr3t\u2013".encode(), b"s3cr3t\x00"],
+                         ids=["two lines", "a space", "no text", "a dash from a word processor", "a NUL"])
+def test_a_token_that_cannot_be_sent_is_never_shown(tmp_path: Path, token: bytes) -> None:
+    log: Lines = []
+    file = tmp_path / "token"
+    file.write_bytes(token)
+    with receiver() as found:
+        settings = Alertmanager.model_validate({
+            "name": "am", "url": found.url, "tokenFile": str(file), "backoffFirst": "10ms", "backoffMax": "40ms"})
+        made = AlertmanagerCourier(settings, log.append)
+        made.start()
+        try:
+            made.offer(SUBJECT, paused().status)
+            until(lambda: bool(log), "nobody noticed")
+            assert not found.requests
+            file.write_bytes(b"now\n")
+            assert found.wait_for(1)[0].headers["Authorization"] == "Bearer now"
+        finally:
+            made.stop()
+    assert f"{file}: no bearer token" in log[0]["message"]
+    assert "s3cr3t" not in str(log)
 
 
 @contextmanager

@@ -198,3 +198,11 @@ def read_secret(path: Path) -> bytes:
     if not found:
         raise OSError("the file is empty")
     return found
+
+
+def read_token(path: Path) -> str:
+    """A bearer token. Raises OSError, which never shows any of it, also when it can't be sent in a header."""
+    found = read_secret(path)
+    if not all(0x21 <= byte <= 0x7E for byte in found):
+        raise OSError("no bearer token: expected one line of ASCII without blanks; write the token alone into the file")
+    return found.decode("ascii")
