@@ -204,6 +204,18 @@ def test_a_new_term_knows_what_the_leader_before_has_sent(tmp_path: Path) -> Non
     assert len(found.requests) == 2
 
 
+def test_nothing_is_remembered_in_memory_of_a_rollout_of_which_nothing_waits(tmp_path: Path) -> None:
+    with receiver() as found, courier(webhook(found), tmp_path) as sender:
+        sender.offer(SUBJECT, told())
+        until(lambda: bool(found.requests) and not sender.waiting, "not all is sent")
+        sender.gone(SUBJECT)
+        until(lambda: not sender._present, "what was in its history is still remembered")
+        sender.offer(SUBJECT, told())
+        sender.gone(SUBJECT)
+        assert not sender.waiting, "nothing was new"
+        assert not sender._present
+
+
 def test_what_happened_before_the_receiver_was_set_up_is_not_news(tmp_path: Path) -> None:
     status = told()
     with receiver() as found, courier(webhook(found), tmp_path, since=status.history[-1].time) as sender:
