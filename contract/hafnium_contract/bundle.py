@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 from hafnium_contract.contract_file import load_contract
 from hafnium_contract.errors import BundleError, ContractError, InputError
 from hafnium_contract.model_contract import MODEL_NAME_PATTERN, ModelContract, Strict
+from hafnium_contract.whole_files import sync_folder
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -146,7 +147,7 @@ def write_bundle(
         found = _checked(staging, out)
         staging.chmod(0o755)
         staging.rename(out)
-        _sync_directory(out.parent)
+        sync_folder(out.parent)
     except OSError as e:
         raise BundleError(f"bundle {out}: can't be written: {e.strerror}; nothing was left behind") from e
     finally:
@@ -167,14 +168,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _first(e: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Generator
@@ -34,3 +35,15 @@ def replacing(path: Path) -> Generator[IO[bytes]]:
     except BaseException:
         Path(staging).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(path: Path) -> None:
+    """Names that were made in the folder are on the disk, also after a power cut. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such thing; there is nothing better to do there
+            raise
+    finally:
+        os.close(fd)

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from hafnium_contract.shown_text import lines_of
+
 ERROR_FILE = "HAFNIUM_ERROR_FILE"
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -36,7 +38,7 @@ def fail(text: str) -> None:
     if place := os.environ.get(ERROR_FILE):
         with contextlib.suppress(OSError), Path(place).open("a", encoding="utf-8") as f:
             f.write(text + "\n")
-    ERR.print(f"[red]error:[/red] {escape(text)}")
+    ERR.print(f"[red]error:[/red] {escape(lines_of(text))}")
 
 
 class Bars:

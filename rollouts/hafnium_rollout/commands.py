@@ -1,5 +1,6 @@
 """What `hafnium rollout …` does: plain functions, a store (or a state folder) in, text or data out. The command line is wired elsewhere.
 
+What is returned for people goes to a terminal, and holds what anybody wrote into an object: each such line goes through `one_line`.
 None of them moves traffic. They write a wish beside the state, and the controller, which has all the rules, acts on it.
 """
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from hafnium_contract.durations import format_duration
 from hafnium_contract.errors import InputError
+from hafnium_contract.shown_text import one_line
 from hafnium_contract.whole_files import write_atomically
 from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.dossier.facts import from_record, from_store
@@ -107,10 +109,11 @@ def status_table(where: Where, name: str | None = None, *, now: datetime | None 
         if r["unknown"]:
             left_out = ", ".join(r["unknown"][:UNKNOWN_SHOWN_MAX])
             lines.append(f"{r['name']}: not shown, because what wrote it is newer than this command: {left_out}")
-    return "\n".join(lines)
+    return "\n".join(one_line(line) for line in lines)
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
+    rows = [[one_line(c) for c in r] for r in rows]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
@@ -171,7 +174,7 @@ def _is_stable(status: RolloutStatus, digest: str | None) -> bool:
 
 def event_line(point: HistoryPoint) -> str:
     """One event for people: `12:00:01  StepEntered  step 1: the candidate gets 5 % of requests`."""
-    return f"{point.time:%H:%M:%S}  {point.event:<20} {point.message}"
+    return one_line(f"{point.time:%H:%M:%S}  {point.event:<20} {point.message}")
 
 
 def plan(file: Path, *, rate: float, base: float, regression: float) -> dict[str, Any]:
@@ -248,7 +251,7 @@ def _ask(where: Where, name: str, kind: ActionType, reason: str, by: str, now: d
     replaced = store.ask(name, action)
     replaced = f"; it takes the place of an earlier wish: {replaced}" if replaced else ""
     doubt = f" (what the file asks for, since the status can't be read: {standing.doubt})" if standing.doubt else ""
-    return f"asked for {kind} of {digest[:19]}{doubt}{replaced}; `hafnium rollout status {name}` shows what becomes of it"
+    return one_line(f"asked for {kind} of {digest[:19]}{doubt}{replaced}; `hafnium rollout status {name}` shows what becomes of it")
 
 
 def _digest_about(store: RolloutStore, name: str, kind: ActionType, standing: Standing) -> str:
@@ -303,7 +306,7 @@ def approve(where: Where, name: str, stage: str, approver: str, digest: str | No
     store.approve(ModelApproval(metadata=meta, spec=given))
     more = "" if stage in rollout.spec.approvals.required else (
         f" (required are: {', '.join(rollout.spec.approvals.required) or 'none'})")
-    return f"{approver} approved version {model.version}, {model.digest[:19]}, for {stage}{more}"
+    return one_line(f"{approver} approved version {model.version}, {model.digest[:19]}, for {stage}{more}")
 
 
 def _to_approve(rollout: ModelRollout, status: RolloutStatus) -> list[_Reviewed]:
@@ -321,7 +324,7 @@ def _to_approve(rollout: ModelRollout, status: RolloutStatus) -> list[_Reviewed]
 
 def _listed(models: list[_Reviewed], again: str) -> str:
     return "\n".join(
-        f"  version {m.version}, {m.digest}, trained by {m.trained_by or 'an unknown person'}, {m.why}:\n"
+        f"  version {one_line(m.version)}, {m.digest}, trained by {one_line(m.trained_by) or 'an unknown person'}, {m.why}:\n"
         f"    {again} --digest {m.digest.removeprefix('sha256:')}" for m in models)
 
 
@@ -338,7 +341,7 @@ def replay(
 ) -> Generator[str]:
     """The record's decisions again, a line for each; with another ModelRollout's gates, strategy and approvals what they would have
     been. `summary` is whole when the last line has come. Raises RecordError."""
-    yield from tell(read_record(record), other, until, summary, keep=keep)
+    yield from map(one_line, tell(read_record(record), other, until, summary, keep=keep))
 
 
 def report(where: Where, name: str, *, now: datetime | None = None) -> str:

@@ -142,6 +142,7 @@ class Companions:
         with self._lock:
             self._known.pop(subject, None)
             self._attempts.pop(subject, None)
+            self._said = {k: v for k, v in self._said.items() if k[0] != subject}
         if self.notifier is not None:
             self.notifier.gone(subject)
 
@@ -170,7 +171,9 @@ class Companions:
             raise
         except (HafniumError, OSError, ValueError) as e:
             with self._lock:
-                known, self._said[key] = self._said.get(key), str(e)
+                known = self._said.get(key)
+                if subject in self._known:  # it may be gone by now
+                    self._said[key] = str(e)
             if known != str(e):
                 self.log({"time": now, "level": "error", "rollout": subject.name, "event": event, "message": f"{words}{e}"})
             return

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, cast
 
+from hafnium_contract.whole_files import sync_folder
 from hafnium_rollout.actions import Decision
 from hafnium_rollout.errors import RecordError
 from hafnium_rollout.objects import ModelRollout
@@ -49,7 +50,7 @@ class RecordFiles:
     """The files of one rollout's record. Not for two processes at once: the controller that holds the lease writes."""
 
     def __init__(self, folder: Path, limits: RecordLimits | None = None, *, durable: bool = False) -> None:
-        """`durable`: what was appended is on the disk, also after a power cut."""
+        """`durable`: what was appended is on the disk, also after a power cut, and stays there when its file is finished."""
         self._folder = folder
         self._limits = limits or RecordLimits()
         self._durable = durable
@@ -83,6 +84,8 @@ class RecordFiles:
                 if self._durable:
                     f.flush()
                     os.fsync(f.fileno())
+            if self._durable:
+                sync_folder(self._folder)  # each time: who made the file may have been killed before it came so far
         except OSError:
             self._broken, self._file = True, None
             raise
@@ -99,7 +102,11 @@ class RecordFiles:
     def _path(self) -> Path:
         if self._file is not None:
             return self._file
+        new = [f for f in (self._folder, *self._folder.parents) if not f.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self._durable:
+            for folder in new:
+                sync_folder(folder.parent)
         files = record_files(self._folder)
         if not files:
             return self._folder / f"{1:08d}{PLAIN}"
@@ -109,12 +116,19 @@ class RecordFiles:
         return path.with_name(f"{_number(path) + 1:08d}{PLAIN}")
 
     def _pack(self, path: Path) -> None:
-        """Compresses a finished file beside its place, and removes the oldest files beyond the limit."""
+        """Compresses a finished file beside its place, and removes the oldest files beyond the limit.
+
+        The copy is on the disk, under its name, before the original goes: a power cut leaves one of them.
+        """
         packed = path.with_name(path.name.removesuffix(PLAIN) + PACKED)
         staging = packed.with_name(f".{packed.name}.new")
-        with path.open("rb") as source, gzip.open(staging, "wb", compresslevel=3) as target:
-            shutil.copyfileobj(source, target)
+        with path.open("rb") as source, staging.open("wb") as target:
+            with gzip.open(target, "wb", compresslevel=3) as packing:
+                shutil.copyfileobj(source, packing)
+            target.flush()
+            os.fsync(target.fileno())
         staging.replace(packed)
+        sync_folder(self._folder)
         path.unlink()
         files = record_files(self._folder)
         sizes = [f.stat().st_size for f in files]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from hafnium_contract.shown_text import one_line
 from hafnium_rollout.actions import Event
 from hafnium_rollout.errors import RecordError
 from hafnium_rollout.objects import ModelRollout
@@ -88,7 +89,7 @@ def ending(summary: Summary, rules: str = "") -> list[str]:
                        "what is marked ~ takes the requests as they came under the recorded weights")
         if summary.unknown_since is not None:
             out.append(f"from {_time(summary.unknown_since)} on nothing is known: no request reached the candidate any more")
-    return out
+    return [one_line(line) for line in out]
 
 
 def _noting_version(

@@ -10,6 +10,7 @@ infinity nor a null, and about 1.5 MB of one object.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field
@@ -323,22 +324,52 @@ class RolloutStatus(Strict):
 
 STORED_BYTES_MAX = 900_000
 """Of a status as JSON. etcd takes 1.5 MB of an object, and spec and managedFields need room."""
+_LOOKS = ("at", "arms", "totals", "stable", "candidate", "unread", "split")
+"""Keys of the cursor that looks go on from; what a backend has to put back is under others."""
 
 
 def stored(status: RolloutStatus, bytes_max: int = STORED_BYTES_MAX) -> dict[str, Any]:
     """The status as the API server keeps it: no null, no infinity, small enough.
 
-    A rollback must not fail because its history is long: of one that is too long, every second look and then the older half of
-    the events goes. Raises ValueError for a number that JSON can't hold, and when it stays too large without any history.
+    A rollback must not fail because something else is long. Of a history that is too long every second look and then the older half of
+    the events goes. What is too large without any history loses first what promotes nothing and convicts nobody (`_smaller`). Raises
+    ValueError for a number that JSON can't hold, and when even that isn't enough.
     """
-    while True:
-        data = status.model_dump(mode="json", exclude_none=True)
-        size = len(json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
-        if size <= bytes_max:
-            return data
+    data, size = _as_json(status)
+    if size > bytes_max:
+        bare = status.model_copy(update={"history": ()})
+        for without in _smaller(bare):
+            if _as_json(bare)[1] <= bytes_max:
+                break
+            bare = without
+        status = bare.model_copy(update={"history": status.history})
+        data, size = _as_json(status)
+    while size > bytes_max:
         if not status.history:
-            raise ValueError(f"status of run {status.run_id}: {size} bytes without any history, at most {bytes_max} can be stored")
+            raise ValueError(f"status of run {status.run_id}: {size} bytes without any history, at most {bytes_max} can be stored; "
+                             "give the ModelRollout fewer gates or shorter queries")
         status = status.model_copy(update={"history": _shorter(status.history)})
+        data, size = _as_json(status)
+    return data
+
+
+def _as_json(status: RolloutStatus) -> tuple[dict[str, Any], int]:
+    data = status.model_dump(mode="json", exclude_none=True)
+    return data, len(json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
+
+
+def _smaller(status: RolloutStatus) -> Iterator[RolloutStatus]:
+    """The status with less and less of what may be lost: evidence of gates that are only shown, then which score files were read, then
+    where looks go on. Who has nothing to go on from counts nothing, so at worst nobody knows anything, and Safety steps down.
+
+    Never the evidence of other gates, which would be a second try at the same error rate, nor a rejected digest, which would run again.
+    """
+    gates = tuple(g if g.role != "Advisory" else g.model_copy(update={"state": GateState()}) for g in status.gates)
+    status = status.model_copy(update={"gates": gates})
+    yield status
+    for keys in (("log",), _LOOKS):
+        status = status.model_copy(update={"cursor": {k: v for k, v in status.cursor.items() if k not in keys}})
+        yield status
 
 
 def _shorter(history: tuple[HistoryPoint, ...]) -> tuple[HistoryPoint, ...]:

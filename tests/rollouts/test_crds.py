@@ -26,9 +26,10 @@ from hafnium_local.__main__ import app
 from hafnium_rollout import crd_rules, crds
 from hafnium_rollout.crd_schema import Extras, structural
 from hafnium_rollout.errors import RolloutFileError, SchemaError
-from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, RolloutSpec, parse_rollout
+from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, Role, RolloutSpec, parse_rollout
 from hafnium_rollout.reporting import MESSAGE_CHARACTERS_MAX
-from hafnium_rollout.status import GateStatus, HistoryPoint, RolloutStatus, stored
+from hafnium_rollout.statistics.betting import STAKES, BettingState
+from hafnium_rollout.status import STORED_BYTES_MAX, GateState, GateStatus, HistoryPoint, RolloutStatus, stored
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = {d.kind: crds.schema(d) for d in crds.DEFINITIONS}
@@ -191,6 +192,37 @@ def test_a_long_history_is_thinned_until_the_api_server_takes_it() -> None:
 
 def test_a_short_history_is_kept_whole() -> None:
     assert len(stored(_long(10, 10))["history"]) == 20
+
+
+def _large(role: Role) -> RolloutStatus:
+    """As many gates over scores, pods and rejected digests as there may be."""
+    money = tuple(-1.2345678901234567 - i for i in range(21 * len(STAKES)))
+    bets = BettingState(tuple(i / 100 for i in range(21)), money, money, 10**6, 1.0 / 3, 1.0 / 3)
+    gate = GateStatus(name="x", role=role, message="m" * 200, state=GateState(config="{}", betting=bets, betting_step=bets))
+    pods = {f"risk-aaaaaaaa-predictor-{i:05d}": {"at": 1.5e9, "requests": 1e6, "notSlower": {str(b): 1e6 for b in range(40)}}
+            for i in range(200)}
+    return RolloutStatus(
+        phase="Progressing", gates=tuple(gate.model_copy(update={"name": f"g{i}"}) for i in range(50)),
+        rejected_digests=tuple(f"sha256:{i:064x}" for i in range(1_000)), history=_long(10, 10).history,
+        cursor={"at": 1.5e9, "arms": ["a", "b"], "stable": pods, "candidate": pods, "log": {"stable": ["f" * 60] * 100},
+                "templatePods": {"a": 3}})
+
+
+@pytest.mark.parametrize("role", ["Advisory", "Quality"])
+def test_a_status_too_large_without_its_history_loses_no_evidence_that_decides_and_no_rejected_digest(role: Role) -> None:
+    """Nothing could be written before, not even a rollback."""
+    status = _large(role)
+    data = stored(status)
+    assert len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()) <= STORED_BYTES_MAX
+    again = RolloutStatus.model_validate(data)
+    assert again.rejected_digests == status.rejected_digests
+    assert again.history == status.history
+    if role == "Advisory":
+        assert again.cursor == status.cursor
+        assert {g.state for g in again.gates} == {GateState()}
+    else:
+        assert again.gates == status.gates
+        assert again.cursor == {"templatePods": {"a": 3}}, "looks begin anew; what a backend has to put back is still known"
 
 
 def test_a_status_that_cant_be_made_small_enough_is_an_error() -> None:

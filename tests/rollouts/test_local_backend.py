@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, World, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, START, World, rollout
 
 from hafnium_contract.errors import InputError
 from hafnium_contract.evidence import EvidenceSpec, write_evidence
@@ -25,9 +25,10 @@ from hafnium_rollout.errors import StateError, UnknownRollout
 from hafnium_rollout.local_backend import LocalBackend
 from hafnium_rollout.objects import UserAction
 from hafnium_rollout.record_lines import rollout_data
+from hafnium_rollout.replay_story import Summary, ending
 from hafnium_rollout.score_pairs import ScorePairs
 from hafnium_rollout.state_folder import EvidenceReader, StateFolder, read_actions, read_approvals, read_route, read_services
-from hafnium_rollout.status import ModelSeen, RolloutStatus
+from hafnium_rollout.status import HistoryPoint, ModelSeen, RolloutStatus
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -295,6 +296,27 @@ def test_an_unknown_rollout_is_answered_with_those_that_exist(tmp_path: Path) ->
     with pytest.raises(UnknownRollout, match="there are: risk"):
         commands.read_status(tmp_path, "rsik")
     assert commands.status_table(tmp_path).splitlines()[1].split()[:2] == ["risk", "Pending"]
+
+
+HOSTILE = "CHG-1\x1b[2J\r\nother  Promoted  -  100%\u202e\x9b\u2028"
+
+
+def test_what_others_wrote_neither_moves_the_cursor_nor_adds_a_line(tmp_path: Path) -> None:
+    """A reason, a requester, a trainer: anybody who may write a ModelRollout chooses them."""
+    folder = under_way(tmp_path)
+    status = json.loads(folder.status("risk").read_text())
+    status |= {"message": HOSTILE, "reason": HOSTILE, "gate": HOSTILE}
+    status["candidate"] |= {"version": HOSTILE, "trainedBy": HOSTILE}
+    folder.status("risk").write_text(json.dumps(status))
+    table = commands.status_table(tmp_path).split("\n")
+    assert len(table) == 3 + len(status["gates"])
+    point = HistoryPoint(time=START, event="Abort", weight=0, message=f"asked for by {HOSTILE}: {HOSTILE}")
+    with pytest.raises(InputError) as refused:
+        commands.approve(tmp_path, "risk", "security", "carol", "0" * 12)
+    for line in (*table, commands.event_line(point), *str(refused.value).split("\n"), *ending(Summary(recorded=HOSTILE))):
+        assert line.isprintable(), line
+    assert r"CHG-1\x1b[2J\r\nother  Promoted" in table[2]
+    assert commands.status(tmp_path)["rollouts"][0]["message"] == HOSTILE, "JSON escapes for itself"
 
 
 def test_apply_says_what_it_did_and_refuses_another_target(tmp_path: Path) -> None:

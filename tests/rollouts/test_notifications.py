@@ -204,6 +204,18 @@ def test_a_new_term_knows_what_the_leader_before_has_sent(tmp_path: Path) -> Non
     assert len(found.requests) == 2
 
 
+def test_nothing_is_remembered_in_memory_of_a_rollout_of_which_nothing_waits(tmp_path: Path) -> None:
+    with receiver() as found, courier(webhook(found), tmp_path) as sender:
+        sender.offer(SUBJECT, told())
+        until(lambda: bool(found.requests) and not sender.waiting, "not all is sent")
+        sender.gone(SUBJECT)
+        until(lambda: not sender._present, "what was in its history is still remembered")
+        sender.offer(SUBJECT, told())
+        sender.gone(SUBJECT)
+        assert not sender.waiting, "nothing was new"
+        assert not sender._present
+
+
 def test_what_happened_before_the_receiver_was_set_up_is_not_news(tmp_path: Path) -> None:
     status = told()
     with receiver() as found, courier(webhook(found), tmp_path, since=status.history[-1].time) as sender:
@@ -290,7 +302,11 @@ def test_a_post_says_what_became_of_it() -> None:
         found.headers = {"Retry-After": "7"}
         answer = post(found.url, b"{}", {}, timeout_s=5)
         assert (answer.result, answer.retry_after_s) == ("Again", 7.0)
-        assert post(found.url, b"{}", {"Authorization": "Bearer a\nb"}, timeout_s=5).result == "Again"
+        for secret in ("s3cr3t\nb", "s3cr3t\u2013"):
+            answer = post(found.url, b"{}", {"Authorization": f"Bearer {secret}"}, timeout_s=5)
+            assert answer.result == "Again"
+            assert "header" in answer.message
+            assert "s3cr3t" not in answer.message
         assert post(f"https://127.0.0.1:{found.port}/", b"{}", {}, timeout_s=5).result == "Again"
     assert "ConnectionRefused" in post(found.url, b"{}", {}, timeout_s=5).message
 
@@ -350,15 +366,74 @@ def test_a_change_from_outside_is_an_alert_for_a_while() -> None:
     assert alerts(SUBJECT, world.status, world.now + timedelta(hours=1)) == []
 
 
-def test_an_alert_that_is_over_is_told_for_a_while_and_one_that_comes_back_is_a_new_one() -> None:
+def test_an_alert_that_is_over_is_told_for_a_while_until_it_comes_back() -> None:
     alert = Alert("A", "warning", START, "m", SUBJECT, "aa")
     active, over = after_round([alert], {}, {}, START)
     active, over = after_round([], active, over, START + timedelta(seconds=1))
     assert not active
     assert [o.at for o in over.values()] == [START + timedelta(seconds=1)]
-    again, over2 = after_round([replace(alert, since=START + timedelta(seconds=5))], active, over, START + timedelta(seconds=5))
-    assert len(again) == len(over2) == 1
+    back = replace(alert, since=START + timedelta(seconds=5))
+    again, none = after_round([back], active, over, START + timedelta(seconds=5))
+    assert list(again.values()) == [back]
+    assert none == {}, "the end of its predecessor, with the same labels, would end it"
     assert after_round([], active, over, START + 2 * RESOLVED_FOR) == ({}, {})
+
+
+def test_an_alert_of_two_events_lasts_on_when_the_first_of_them_is_too_old() -> None:
+    world = World()
+    world.until_step(1)
+    assert world.route is not None
+    world.route = replace(world.route, weight=50, manager="mallory")
+    world.turn()
+    point = next(p for p in world.status.history if p.event == "ExternalChange")
+    second = point.model_copy(update={"time": point.time + timedelta(minutes=10)})
+    status = world.status.model_copy(update={"history": (*world.status.history, second)})
+    active, over = after_round(alerts(SUBJECT, status, second.time), {}, {}, second.time)
+    later = point.time + timedelta(minutes=16)
+    active, over = after_round(alerts(SUBJECT, status, later), active, over, later)
+    assert [a.name for a in active.values()] == ["HafniumRolloutChangedOutside"]
+    assert over == {}, "its end would be told with its labels, which are the second event's too"
+
+
+def paused() -> World:
+    """For want of traffic at its first step, an hour ago."""
+    world = World(rollout(strategy={"steps": [{"shadow": True, "deadline": "5s", "minDwell": "4s"}, {"weight": 100}]}),
+                  rate=1, now=datetime.now(UTC) - timedelta(hours=1))
+    world.until("Paused")
+    return world
+
+
+def retried(status: RolloutStatus) -> RolloutStatus:
+    return status.model_copy(update={"phase": "Progressing", "reason": "Retry"})
+
+
+def paused_again(status: RolloutStatus, at: datetime) -> RolloutStatus:
+    """For the same reason, so that its alert has the same labels."""
+    conditions = tuple(c.model_copy(update={"last_transition_time": at}) for c in status.conditions)
+    return status.model_copy(update={"conditions": conditions})
+
+
+def test_no_request_tells_that_an_alert_is_so_and_that_it_is_over() -> None:
+    """Its labels are its identity, and an Alertmanager takes the last: the end of the first pause ended the second."""
+    status = paused().status
+    now = [datetime.now(UTC)]
+    with receiver() as found:
+        settings = Alertmanager.model_validate({"name": "am", "url": found.url, "backoffFirst": "10ms", "backoffMax": "40ms"})
+        made = AlertmanagerCourier(settings, lambda _: None, now=lambda: now[0])
+        made.start()
+        try:
+            made.offer(SUBJECT, status)
+            found.wait_for(1)
+            now[0] += timedelta(minutes=3)
+            made.offer(SUBJECT, retried(status))
+            assert [a["endsAt"] for a in found.wait_for(2)[1].data] == [now[0].isoformat()]
+            now[0] += timedelta(minutes=3)
+            made.offer(SUBJECT, paused_again(status, now[0]))
+            last = found.wait_for(3)[2].data
+        finally:
+            made.stop()
+    assert [(a["labels"]["alertname"], a["startsAt"]) for a in last] == [("HafniumRolloutPaused", now[0].isoformat())]
+    assert last[0]["endsAt"] > now[0].isoformat()
 
 
 @contextmanager
@@ -425,6 +500,26 @@ def test_the_real_alertmanager_shows_an_alert_while_it_lasts_and_no_longer(tmp_p
     assert not [x for x in log if x["level"] == "error"]
 
 
+@pytest.mark.slow
+def test_the_real_alertmanager_shows_a_second_pause_while_the_end_of_the_first_is_new(tmp_path: Path) -> None:
+    status = paused().status
+    with alertmanager(tmp_path / "am") as url:
+        settings = Alertmanager.model_validate({"name": "am", "url": url, "resend": "1s", "backoffFirst": "50ms", "backoffMax": "100ms"})
+        made = AlertmanagerCourier(settings, lambda _: None)
+        made.start()
+        try:
+            made.offer(SUBJECT, status)
+            until(lambda: bool(_alerts(url)), "no alert")
+            made.offer(SUBJECT, retried(status))
+            until(lambda: not _alerts(url), "not resolved")
+            again = datetime.now(UTC)
+            made.offer(SUBJECT, paused_again(status, again))
+            until(lambda: datetime.now(UTC) > again + timedelta(seconds=3), "the clock stands still")
+            assert [a["status"]["state"] for a in _alerts(url)] == ["active"]
+        finally:
+            made.stop()
+
+
 def test_an_alertmanager_that_was_gone_is_told_what_is_so_when_it_is_back(tmp_path: Path) -> None:
     world = World(bad_candidate=0.5)
     world.until("RolledBack")
@@ -451,6 +546,29 @@ def test_an_alertmanager_that_was_gone_is_told_what_is_so_when_it_is_back(tmp_pa
     assert [a["labels"]["alertname"] for a in request.data] == ["HafniumRolloutRolledBack"]
     assert request.data[0]["endsAt"] > START.isoformat()
     assert [a["endsAt"] for a in over.data] == [START.isoformat()]
+
+
+@pytest.mark.parametrize("token", [b"s3cr3t-line1\nline2\n", b"s3cr3t two", b"s3cr3t\xff", "s3cr3t\u2013".encode(), b"s3cr3t\x00"],
+                         ids=["two lines", "a space", "no text", "a dash from a word processor", "a NUL"])
+def test_a_token_that_cannot_be_sent_is_never_shown(tmp_path: Path, token: bytes) -> None:
+    log: Lines = []
+    file = tmp_path / "token"
+    file.write_bytes(token)
+    with receiver() as found:
+        settings = Alertmanager.model_validate({
+            "name": "am", "url": found.url, "tokenFile": str(file), "backoffFirst": "10ms", "backoffMax": "40ms"})
+        made = AlertmanagerCourier(settings, log.append)
+        made.start()
+        try:
+            made.offer(SUBJECT, paused().status)
+            until(lambda: bool(log), "nobody noticed")
+            assert not found.requests
+            file.write_bytes(b"now\n")
+            assert found.wait_for(1)[0].headers["Authorization"] == "Bearer now"
+        finally:
+            made.stop()
+    assert f"{file}: no bearer token" in log[0]["message"]
+    assert "s3cr3t" not in str(log)
 
 
 @contextmanager

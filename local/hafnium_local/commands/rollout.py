@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hafnium_contract.errors import HafniumError
+from hafnium_contract.shown_text import one_line
 from hafnium_contract.whole_files import write_atomically
 from hafnium_local.commands.arguments import DEFAULT_STATE, Json, State, parse_seconds, parse_time
 from hafnium_local.commands.places import Context, Kubeconfig, Namespace, StateHere, command_line, store_from
@@ -101,7 +102,7 @@ def watch(
         typer.echo(commands.event_line(point))
     found = commands.read_status(store, name)
     if found.phase == "Paused":
-        fail(f"{name} is paused: {found.message} `hafnium rollout retry | skip | abort {name}`")
+        fail(f"{name} is paused: {one_line(found.message)} `hafnium rollout retry | skip | abort {name}`")
     wanted = commands.wanted_digest(store, name)
     if wanted in found.rejected_digests and (found.candidate is None or found.candidate.digest != wanted):
         fail(f"{name}: {wanted[:19]} was rejected before; `hafnium rollout retry {name}` lets it try again")

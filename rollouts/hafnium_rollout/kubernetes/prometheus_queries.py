@@ -2,8 +2,9 @@
 
 All of a look is evaluated at one time, by Prometheus' clock: counters of both arms' pods (pod_counters.py) and the queries of
 `prometheus` gates. Such a query gives one number and may use `$service`, `$namespace` and `$window`: with `$window` it is an increase
-over the time since the last look (`sum(increase(x{service="$service"}[$window]))`), without it is a running total and the operator
-takes the difference (`sum(x{service="$service"})`), which is exact. What can't be read is the gate's error.
+over the time since the last look, without it is a running total and the operator takes the difference (`sum(x{service="$service"})`),
+which is exact as long as no series goes or begins anew: one number can't tell (docs/rollouts.md has a query for pods that come and go).
+What can't be read is the gate's error.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ class Reconciler:
         self._good: dict[Key, ModelRollout] = {}
         """Last object that could be understood: one that can't be must not leave a candidate unguarded."""
         self._looked: dict[Key, datetime] = {}
-        self._queries: dict[tuple[str, str, int], tuple[str, ...]] = {}
-        """Problems of queries per object and generation; they are checked once."""
+        self._queries: dict[Key, tuple[int, tuple[str, ...]]] = {}
+        """Generation and problems of its queries, per object; they are checked once."""
         self._said: dict[tuple[Key, str], str] = {}
         self._lock = threading.Lock()
 
@@ -138,7 +138,7 @@ class Reconciler:
                 self._good.pop(gone, None)
                 self._looked.pop(gone, None)
             self._said = {k: v for k, v in self._said.items() if k[0] in alive}
-            self._queries = {k: v for k, v in self._queries.items() if k[:2] in alive}
+            self._queries = {k: v for k, v in self._queries.items() if k in alive}
 
     def _backend(self, rollout: ModelRollout) -> PairedBackend | CanaryBackend:
         return self._canary if rollout.spec.routing.backend == "CanaryTrafficPercent" else self._paired
@@ -221,16 +221,18 @@ class Reconciler:
     def _query_problems(self, rollout: ModelRollout, meta: Meta, now: datetime) -> tuple[str, ...]:
         if self._prometheus is None or not any(g.prometheus for g in rollout.spec.gates):
             return ()
-        key = (meta.namespace, meta.name, meta.generation)
-        if key not in self._queries:
-            try:
-                problems = query_problems(self._prometheus, rollout, meta.namespace)
-            except PrometheusError as e:
-                self._once(key[:2], "queries", now, "warning", "QueriesUnchecked", f"queries can't be checked now: {e}")
-                return ()
-            with self._lock:
-                self._queries[key] = problems
-        return self._queries[key]
+        key = (meta.namespace, meta.name)
+        known = self._queries.get(key)
+        if known is not None and known[0] == meta.generation:
+            return known[1]
+        try:
+            problems = query_problems(self._prometheus, rollout, meta.namespace)
+        except PrometheusError as e:
+            self._once(key, "queries", now, "warning", "QueriesUnchecked", f"queries can't be checked now: {e}")
+            return ()
+        with self._lock:
+            self._queries[key] = (meta.generation, problems)
+        return problems
 
     def _refused(
         self, rollout: ModelRollout, meta: Meta, before: RolloutStatus, found: tuple[Finding, ...], refused: Finding, now: datetime,

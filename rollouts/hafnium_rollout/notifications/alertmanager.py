@@ -18,7 +18,7 @@ from hafnium_rollout.notifications.courier_thread import CourierThread, Log
 from hafnium_rollout.notifications.delivery import Answer, post
 from hafnium_rollout.notifications.notices import Alert, Subject, alerts
 from hafnium_rollout.notifications.settings import Alertmanager
-from hafnium_rollout.notifications.webhook import read_secret
+from hafnium_rollout.notifications.webhook import read_token
 from hafnium_rollout.status import RolloutStatus
 
 PATH = "/api/v2/alerts"
@@ -58,7 +58,8 @@ def after_round(
 
 
 def _key(alert: Alert) -> _Key:
-    return (*sorted(alert.labels.items()), ("since", alert.since.isoformat()))
+    """Its labels alone, as for Alertmanager: told beside its end, what came back a minute later would be over there too."""
+    return tuple(sorted(alert.labels.items()))
 
 
 class AlertmanagerCourier:
@@ -153,9 +154,9 @@ class AlertmanagerCourier:
         headers: dict[str, str] = {}
         if self._settings.token_file is not None:
             try:
-                headers["Authorization"] = f"Bearer {read_secret(self._settings.token_file).decode()}"
-            except (OSError, UnicodeDecodeError) as e:
-                return Answer("Again", f"{self._settings.token_file}: {e}")
+                headers["Authorization"] = f"Bearer {read_token(self._settings.token_file)}"
+            except OSError as e:
+                return Answer("Again", f"{self._settings.token_file}: {e.strerror or e}")
         return post(self._settings.url.rstrip("/") + PATH, json.dumps(batch).encode(), headers,
                     timeout_s=self._settings.attempt_timeout.total_seconds(), ca_file=self._settings.ca_file)
 

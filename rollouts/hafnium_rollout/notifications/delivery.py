@@ -62,8 +62,13 @@ def post(url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float,
         if late.is_set():
             return Answer("Again", f"no whole answer within {timeout_s:g} s")
         return _meaning(answer.status, text, answer.getheader("Retry-After"))
-    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: a token with a line break in it, for example
-        return Answer("Again", f"no whole answer within {timeout_s:g} s" if late.is_set() else f"{type(e).__name__}: {e}")
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        if late.is_set():
+            return Answer("Again", f"no whole answer within {timeout_s:g} s")
+        # The text of the others is what was to be sent: a token, an address with a key in it.
+        shown = isinstance(e, OSError | http.client.HTTPException) and not isinstance(e, http.client.InvalidURL)
+        text = str(e) if shown else "a header or the address holds a character that can't be sent; it isn't shown here"
+        return Answer("Again", f"{type(e).__name__}: {text}")
     finally:
         watchdog.cancel()
         connection.close()

@@ -61,7 +61,9 @@ class WebhookCourier:
         self._queue: OrderedDict[str, _Waiting] = OrderedDict()
         self._events: dict[Subject, tuple[HistoryPoint, ...]] = {}
         self._present: dict[str, dict[str, None]] = {}
-        """Rollout → ids in its history, as last offered."""
+        """Rollout → ids in its history, as last offered; of those that are gone as long as something waits."""
+        self._gone: set[str] = set()
+        """Rollouts that are gone and of which something waits."""
         cursor = cursors.load(settings.name)
         if cursor is None:
             cursor = new_cursor(now())
@@ -103,6 +105,7 @@ class WebhookCourier:
         found = notices(subject, status, self._settings.events)
         with self._lock:
             self._present[subject.key] = dict.fromkeys(n.id for n in found)
+            self._gone.discard(subject.key)
             done = set(self._cursor.sent.get(subject.key, ()))
             for notice in found:
                 if notice.id in done or notice.id in self._queue or notice.point.time < self._cursor.since:
@@ -118,6 +121,17 @@ class WebhookCourier:
         """The rollout was deleted. What is queued is still sent."""
         with self._lock:
             self._events.pop(subject, None)
+            self._gone.add(subject.key)
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Of a rollout that is gone, once nothing of it waits. The lock is held."""
+        if not self._gone:
+            return
+        waiting = {w.notice.subject.key for w in self._queue.values()}
+        for key in self._gone - waiting:
+            self._present.pop(key, None)
+        self._gone &= waiting
 
     def _read_anew(self) -> None:
         """What can't be read now is sent again at worst."""
@@ -130,6 +144,7 @@ class WebhookCourier:
             self._cursor = found or self._cursor
             done = {i for ids in self._cursor.sent.values() for i in ids}
             self._queue = OrderedDict((k, w) for k, w in self._queue.items() if k not in done)
+            self._forget_gone()
 
     def _deliver(self) -> None:
         attempt = 0
@@ -178,6 +193,7 @@ class WebhookCourier:
         with self._lock:
             self._queue.pop(notice.id, None)
             self._cursor = with_sent(self._cursor, key, notice.id, self._present.get(key, {}))
+            self._forget_gone()
             cursor = self._cursor
         if not self._leads():
             return  # the file is another's by now; what was sent here last comes once more
@@ -198,3 +214,11 @@ def read_secret(path: Path) -> bytes:
     if not found:
         raise OSError("the file is empty")
     return found
+
+
+def read_token(path: Path) -> str:
+    """A bearer token. Raises OSError, which never shows any of it, also when it can't be sent in a header."""
+    found = read_secret(path)
+    if not all(0x21 <= byte <= 0x7E for byte in found):
+        raise OSError("no bearer token: expected one line of ASCII without blanks; write the token alone into the file")
+    return found.decode("ascii")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from hafnium_rollout.kubernetes.metrics import Metrics
 from hafnium_rollout.kubernetes.operator import Operator, utc_now
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.watches import Watches
+from hafnium_rollout.record import RecordFiles, RecordLimits, record_files
+from hafnium_rollout.record_lines import Lines
 
 NOW = utc_now().replace(microsecond=0)
 HOUR = timedelta(hours=1)
@@ -398,3 +402,71 @@ def test_removing_wakes_nobody_and_new_evidence_does() -> None:
         Watches(api.client(), "", call, stop)._run(MODEL_EVIDENCE)
         assert called == [("risk", "*")]
         assert "limit=1" in api.asked[0].path, "where to begin is asked without reading everything"
+
+
+class PowerCuts:
+    """What a power cut may leave at worst: of a file what was synced last, of a folder the names that were, without those removed since."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._folder = folder
+        self._bytes: dict[int, bytes] = {}
+        self._names: dict[int, set[str]] = {}
+        self._open: list[int] = []
+        """So that no file gets the number of one that was removed."""
+        sync = os.fsync
+
+        def fsync(fd: int) -> None:
+            sync(fd)
+            self._open.append(os.dup(fd))
+            of = Path(f"/proc/self/fd/{fd}").resolve()
+            if of.is_dir():
+                self._names[of.stat().st_ino] = {f.name for f in of.iterdir()}
+            else:
+                self._bytes[of.stat().st_ino] = of.read_bytes()
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    def left(self) -> list[int]:
+        """Numbers of the lines that can be read after one."""
+        for found in (self._folder, *self._folder.parents[:2]):
+            if found.name not in self._names.get(found.parent.stat().st_ino, ()):
+                return []
+        after = self._folder.parent / "after"
+        shutil.rmtree(after, ignore_errors=True)
+        after.mkdir()
+        for file in self._folder.iterdir():
+            if file.name in self._names.get(self._folder.stat().st_ino, ()):
+                (after / file.name).write_bytes(self._bytes.get(file.stat().st_ino, b""))
+        text = b"".join(gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in record_files(after))
+        return [json.loads(x)["number"] for x in text.splitlines()]
+
+    def close(self) -> None:
+        for fd in self._open:
+            os.close(fd)
+
+
+def test_a_power_cut_costs_nothing_that_was_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after its file was finished and compressed: by then the API server's copy is long gone."""
+    folder = tmp_path / "volume" / "evidence" / "ns"
+    (tmp_path / "volume").mkdir()
+    cuts = PowerCuts(monkeypatch, folder)
+    cuts._names[tmp_path.stat().st_ino] = {"volume"}
+    lines: list[int] = []
+    unlink = Path.unlink
+
+    def unlinked(file: Path, missing_ok: bool = False) -> None:
+        unlink(file, missing_ok)
+        if file.parent == folder:
+            assert cuts.left() == lines, f"{file.name} was removed too early"
+
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    try:
+        for i in range(20):
+            line = json.dumps({"number": i, "text": "x" * 200}) + "\n"
+            files = RecordFiles(folder, RecordLimits(file_bytes_max=1_000), durable=True)  # as the keeper does: anew each time
+            files.append(Lines(line.encode(), begins=True))
+            lines.append(i)
+            assert cuts.left() == lines
+    finally:
+        cuts.close()
+    assert len(record_files(folder)) > 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 from hafnium_reconciled import NAME, NAMESPACE, SERVICE, STABLE_SERVICE, STRATEGY, Cluster, cluster
 from hafnium_rollout_world import CANDIDATE, OTHER, STABLE, rollout
-from hafnium_scripted_api import Answer, Asked, says
+from hafnium_scripted_api import Answer, Asked, says, scripted_api
 
 from hafnium_rollout.companions import Companions
 from hafnium_rollout.errors import NotLeading
 from hafnium_rollout.kubernetes.kinds import HTTP_ROUTE, INFERENCE_SERVICE, Json
+from hafnium_rollout.kubernetes.objects_seen import meta_of
+from hafnium_rollout.kubernetes.prometheus_client import Prometheus
 from hafnium_rollout.kubernetes.reconciler import Turned
 from hafnium_rollout.notifications.notices import Subject
 from hafnium_rollout.observation import Observation
@@ -432,3 +435,35 @@ def test_a_rollback_writes_nothing_to_stables_service() -> None:
             release.turn()
         assert found.weight == 0
         assert found.api.get(INFERENCE_SERVICE, NAMESPACE, STABLE_SERVICE)["spec"] == before
+
+
+def test_checked_queries_are_remembered_for_the_newest_generation_alone() -> None:
+    spec = rollout(gates=[{"name": "own", "role": "Safety", "prometheus": {"bad": 'b{s="$service"}', "total": 't{s="$service"}'}}])
+    asked: list[Asked] = []
+
+    def parse(one: Asked) -> Answer:
+        asked.append(one)
+        return Answer(200, b'{"status":"success","data":{}}')
+
+    with cluster() as found, scripted_api(parse) as api:
+        operator = found.operator()
+        operator._prometheus = Prometheus(api.url)
+        meta = meta_of(found.item())
+        for generation in range(1, 20):
+            for _ in range(2):
+                assert operator._query_problems(spec, replace(meta, generation=generation), found.now) == ()
+        assert len(asked) == 2 * 19, "each is checked once"
+        assert len(operator._queries) == 1
+
+
+def test_nothing_is_remembered_of_a_retraining_that_failed_for_a_rollout_that_is_gone() -> None:
+    class Broken:
+        def turn(self, *_: Any) -> tuple[Any, ...]:
+            raise OSError("no volume")
+
+    companions = Companions(lambda _: None, retraining=Broken())  # type: ignore[arg-type] - its one method that is called
+    spec = rollout()
+    companions.turned(spec, RolloutStatus(), Observation(), datetime(2026, 3, 1, tzinfo=UTC))
+    assert companions._said
+    companions.gone(Subject(spec.metadata.namespace, spec.name))
+    assert not companions._said
