@@ -138,6 +138,8 @@ def _first_model(turn: Turn) -> Outcome:
     """No route and nobody stable: there is no traffic to protect and nothing to compare with."""
     candidate = turn.status.candidate
     assert candidate is not None  # noqa: S101 - pending checked it
+    if not turn.seen.route_absent:
+        return hold(turn, "Pending", "there may be a route, and it isn't known who is stable: no first model takes its requests")
     others = turn.seen.declared - turn.seen.managed
     if turn.rollout.name in others:
         return hold(turn, "Pending", f"InferenceService {turn.rollout.name} exists, but has no route yet")

@@ -152,7 +152,8 @@ def finished(turn: Turn) -> Outcome | None:
     if status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest:
         return Outcome(turn, at_rest(turn))  # it was promoted, and the stable service was given another model since
     if turn.status.stable is None and not turn.seen.route_absent:
-        return hold(turn, "Waiting", "the route can't be read, so it isn't known who is stable")
+        why = "the route can't be read" if turn.seen.route is None else "the route isn't of a form that names one service for all requests"
+        return hold(turn, "Waiting", f"{why}, so it isn't known who is stable")
     return Outcome(_begin(turn), at_rest(turn))
 
 

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import Gate, RolloutSpec
-from hafnium_rollout.observation import LiveRoute, Look
+from hafnium_rollout.observation import FOREIGN, LiveRoute, Look
 from hafnium_rollout.statistics import sample_ratio
 from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus, UnreadyStatus
 from hafnium_rollout.turn import Turn, as_listed, lacking_room, normal
@@ -34,10 +34,13 @@ def take_in(turn: Turn) -> Turn:
 
 
 def _learn_stable(turn: Turn) -> Turn:
-    """At the very first the route says who is stable; afterwards only a promotion changes it."""
+    """At the very first the route says who is stable; afterwards only a promotion changes it.
+
+    A route of another form, or one that names a second service, doesn't say it: who is taken for stable gets all requests.
+    """
     status, route = turn.status, turn.seen.route
     if status.stable is None:
-        if route is None:
+        if route is None or route.stable == FOREIGN or normal(route).candidate is not None:
             return turn
         stable = ModelSeen(service=route.stable)
         turn = turn.update(stable=stable, route=RouteWanted(stable=route.stable))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from hafnium_rollout.actions import SetWeight
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import RouteSeen, ServiceSeen
+from hafnium_rollout.observation import FOREIGN, RouteSeen, ServiceSeen
 from hafnium_rollout.status import StepStatus
 from hafnium_rollout.turn import as_listed, restarts_in_step
 
@@ -248,7 +249,6 @@ def test_the_first_model_of_a_route_serves_when_it_is_ready() -> None:
 
 
 def _without_stable(world: World):
-    from dataclasses import replace
     plain = World.observe
 
     def observe(seconds: float):
@@ -492,3 +492,37 @@ def test_actions_name_both_arms_so_that_one_alone_is_enough_after_a_crash() -> N
         decision = world.turn()
     weights = [a for a in decision.actions if isinstance(a, SetWeight)]
     assert weights == [SetWeight("risk", SERVICE, 5)]
+
+
+@pytest.mark.parametrize("route", [
+    RouteSeen(FOREIGN, None, 0, False, others=("risk", "risk-old")), RouteSeen("risk-old", "risk", 99, False),
+    RouteSeen("risk", "tap", 0, True),
+], ids=["another form", "two answer", "copies"])
+def test_a_route_that_does_not_say_who_is_stable_is_never_written_and_makes_nobody_stable(route: RouteSeen) -> None:
+    world = World(route=route)
+    for _ in range(20):
+        assert world.turn().actions == ()
+    assert world.status.stable is None
+    assert "isn't known who is stable" in world.status.message
+    world.route = RouteSeen("risk", None, 0, False)
+    assert world.until("Promoted") == "Promoted"
+    assert world.status.previous[0].service == "risk"
+
+
+def test_no_first_model_takes_the_requests_of_a_route_that_came_or_can_not_be_read_meanwhile() -> None:
+    """The run began where there was certainly none."""
+    world = World(route=None)
+    world.observe = plain = _without_stable(world)  # type: ignore[method-assign]
+    world.turn()
+    assert world.status.run_id
+    world.observe = lambda seconds: replace(plain(seconds), route=None, route_absent=False)  # type: ignore[method-assign]
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.stable) == ("Pending", None)
+    world.observe = plain  # type: ignore[method-assign]
+    world.route = RouteSeen(FOREIGN, None, 0, False, others=("other",))
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.stable) == ("Pending", None)
+    world.route = None
+    assert world.until("Promoted", turns=5) == "Promoted"

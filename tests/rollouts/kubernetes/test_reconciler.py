@@ -14,7 +14,7 @@ from hafnium_scripted_api import Answer, Asked, says
 
 from hafnium_rollout.companions import Companions
 from hafnium_rollout.errors import NotLeading
-from hafnium_rollout.kubernetes.kinds import INFERENCE_SERVICE, Json
+from hafnium_rollout.kubernetes.kinds import HTTP_ROUTE, INFERENCE_SERVICE, Json
 from hafnium_rollout.kubernetes.reconciler import Turned
 from hafnium_rollout.notifications.notices import Subject
 from hafnium_rollout.observation import Observation
@@ -410,3 +410,48 @@ def test_a_rollback_writes_nothing_to_stables_service() -> None:
             release.turn()
         assert found.weight == 0
         assert found.api.get(INFERENCE_SERVICE, NAMESPACE, STABLE_SERVICE)["spec"] == before
+
+
+# --- taking over a route that is live -----------------------------------------------------------------------------------------
+
+
+def _live(change: Json) -> Json:
+    """The route of the live service, made by a person."""
+    refs = [{"name": f"{STABLE_SERVICE}-predictor", "port": 80, "weight": 100}]
+    return {"metadata": {"name": NAME, "namespace": NAMESPACE}, "spec": {"rules": [{"backendRefs": refs, **change}]}}
+
+
+OLD_FIRST = [{"name": "risk-old-predictor", "port": 80, "weight": 1}, {"name": f"{STABLE_SERVICE}-predictor", "port": 80, "weight": 99}]
+
+
+@pytest.mark.parametrize("change", [
+    {"matches": [{"path": {"type": "PathPrefix", "value": "/v1"}}]},
+    {"filters": [{"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "a", "value": "b"}]}}]},
+    {"backendRefs": OLD_FIRST},
+], ids=["a path", "a header filter", "two services"])
+def test_a_live_route_that_does_not_say_who_is_stable_is_left_alone_until_it_does(change: Json) -> None:
+    with cluster() as at:
+        at.api.put(HTTP_ROUTE, _live(change))
+        before = at.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"]
+        for _ in range(8):
+            at.turn()
+        assert at.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"] == before
+        assert (INFERENCE_SERVICE.plural, NAMESPACE, SERVICE) not in at.api.objects
+        assert (at.status.phase, at.status.reason, at.status.stable) == ("Pending", "RouteNotOurForm", None)
+        at.api.put(HTTP_ROUTE, _live({}))
+        at.climbed()
+        refs = at.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"]["rules"][0]["backendRefs"]
+        assert [(r["name"], r["weight"]) for r in refs] == [(f"{STABLE_SERVICE}-predictor", 80), (f"{SERVICE}-predictor", 20)]
+
+
+def test_a_route_of_another_form_that_comes_under_way_is_put_back_and_tells_nobody_who_is_stable() -> None:
+    with cluster() as at:
+        at.climbed()
+        route = at.api.get(HTTP_ROUTE, NAMESPACE, NAME)
+        route["spec"]["rules"][0]["matches"] = [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+        at.api.put(HTTP_ROUTE, route)
+        for _ in range(2):
+            at.turn()
+        assert at.weight == 20
+        assert at.status.stable is not None
+        assert at.status.stable.service == STABLE_SERVICE
