@@ -232,6 +232,8 @@ def _unmet(turn: Turn) -> list[str]:
     if step.weight_effective_since is None:
         shown = f"weight {step.weight_desired}" if step.weight_desired else "shadow"
         out.append(f"{shown} is not seen at the gateway (it shows {step.weight_observed})")
+    elif step.weight_observed is None:
+        out.append("the gateway can't be asked now, and no weight is raised unseen")
     elif turn.now - step.weight_effective_since < spec.min_dwell:
         out.append(f"minDwell: {since(turn, step.weight_effective_since)} of {_text(spec.min_dwell)}")
     if not turn.candidate_ready:
