@@ -177,12 +177,21 @@ def blind(turn: Turn) -> Outcome | None:
 
 
 def _step_down(turn: Turn, text: str) -> Outcome:
-    """To the next lower step of the spec as it is now. One that would give more than there is now is no step down."""
+    """To the next lower step of the spec as it is now. One that would give more than there is now is no step down.
+
+    A split that was proven wrong explains itself at no lower weight: what was found there anew would only lead up and down for ever, with a
+    new chance of a false Pass each time. So comparisons stay void, and a person says by Retry that it is mended.
+    """
     status = turn.status
     assert status.step is not None  # noqa: S101 - the caller checked it
     lower = turn.step_at_most(min(status.step.weight_desired - 1, _weight_now(turn)))
     if lower is not None:
         down = enter(turn.say("BlindStepDown", "Blind", text, alert=True).update(force_promote=False), lower)
+        unexplained = status.sample_ratio_message
+        down = Outcome(down.turn.update(sample_ratio_message=unexplained), down.actions)
+        if unexplained and (status.phase != "Paused" or status.paused_by_spec):
+            turn = down.turn.update(phase="Paused", paused_by_spec=False)
+            return Outcome(turn.say("Paused", "SampleRatioMismatch", f"{unexplained}; mend the split, then Retry", alert=True), down.actions)
         if status.phase != "Paused":
             return down
         kept = {"phase": "Paused", "paused_by_spec": status.paused_by_spec, "reason": status.reason, "message": status.message}

@@ -495,6 +495,39 @@ def test_8_a_wrong_split_voids_comparisons_and_then_counts_as_blindness() -> Non
     assert world.weight == 0
 
 
+def test_8_a_wrong_split_with_steps_below_waits_for_a_person_instead_of_climbing_again_and_again() -> None:
+    world = World(misrouted=0.3)
+    for _ in range(900):
+        world.turn()
+    told = {name: world.events.count(name) for name in ("SampleRatioMismatch", "Advanced", "Paused")}
+    assert told == {"SampleRatioMismatch": 1, "Advanced": 1, "Paused": 1}, "shadow was passed once"
+    assert (world.status.phase, world.status.reason, world.weight) == ("Paused", "SampleRatioMismatch", 0)
+    assert "Retry" in world.status.message
+    world.misrouted = 0.0
+    world.actions = (action("Retry"),)
+    assert world.until("Promoted") == "Promoted"
+    assert world.events.count("SampleRatioMismatch") == 1
+
+
+def test_8_a_wrong_split_at_a_higher_weight_stays_void_on_the_way_down() -> None:
+    """Neither the world's end of a pause nor a lower weight explains it; a failing tenant that sticks must not fail the candidate there."""
+    world = World(rollout(paused=True))
+    world.spec = rollout()
+    world.until_step(2)
+    world.misrouted, world.spec = 0.5, rollout(paused=True)
+    while world.weight == 25:
+        world.turn()
+    world.bad_candidate, world.spec = 0.5, rollout()
+    weights = set[int]()
+    for _ in range(90):
+        world.turn()
+        weights.add(world.weight)
+        assert world.status.rollback is None
+    assert weights == {5, 0}
+    assert world.status.phase == "Paused"
+    assert world.status.gates[0].verdict == "Error"
+
+
 def test_8_a_right_split_is_left_alone() -> None:
     world = World()
     assert world.until("Promoted") == "Promoted"
