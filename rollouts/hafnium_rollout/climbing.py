@@ -190,8 +190,8 @@ def _step_down(turn: Turn, text: str) -> Outcome:
         unexplained = status.sample_ratio_message
         down = Outcome(down.turn.update(sample_ratio_message=unexplained), down.actions)
         if unexplained and (status.phase != "Paused" or status.paused_by_spec):
-            turn = down.turn.update(phase="Paused", paused_by_spec=False)
-            return Outcome(turn.say("Paused", "SampleRatioMismatch", f"{unexplained}; mend the split, then Retry", alert=True), down.actions)
+            paused, text = down.turn.update(phase="Paused", paused_by_spec=False), f"{unexplained}; mend the split, then Retry"
+            return Outcome(paused.say("Paused", "SampleRatioMismatch", text, alert=True), down.actions)
         if status.phase != "Paused":
             return down
         kept = {"phase": "Paused", "paused_by_spec": status.paused_by_spec, "reason": status.reason, "message": status.message}
