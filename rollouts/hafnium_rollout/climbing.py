@@ -138,6 +138,8 @@ def _first_model(turn: Turn) -> Outcome:
     """No route and nobody stable: there is no traffic to protect and nothing to compare with."""
     candidate = turn.status.candidate
     assert candidate is not None  # noqa: S101 - pending checked it
+    if not turn.seen.route_absent:
+        return hold(turn, "Pending", "there may be a route, and it isn't known who is stable: no first model takes its requests")
     others = turn.seen.declared - turn.seen.managed
     if turn.rollout.name in others:
         return hold(turn, "Pending", f"InferenceService {turn.rollout.name} exists, but has no route yet")
@@ -175,12 +177,21 @@ def blind(turn: Turn) -> Outcome | None:
 
 
 def _step_down(turn: Turn, text: str) -> Outcome:
-    """To the next lower step of the spec as it is now. One that would give more than there is now is no step down."""
+    """To the next lower step of the spec as it is now. One that would give more than there is now is no step down.
+
+    A split that was proven wrong explains itself at no lower weight: what was found there anew would only lead up and down for ever, with a
+    new chance of a false Pass each time. So comparisons stay void, and a person says by Retry that it is mended.
+    """
     status = turn.status
     assert status.step is not None  # noqa: S101 - the caller checked it
     lower = turn.step_at_most(min(status.step.weight_desired - 1, _weight_now(turn)))
     if lower is not None:
         down = enter(turn.say("BlindStepDown", "Blind", text, alert=True).update(force_promote=False), lower)
+        unexplained = status.sample_ratio_message
+        down = Outcome(down.turn.update(sample_ratio_message=unexplained), down.actions)
+        if unexplained and (status.phase != "Paused" or status.paused_by_spec):
+            paused, text = down.turn.update(phase="Paused", paused_by_spec=False), f"{unexplained}; mend the split, then Retry"
+            return Outcome(paused.say("Paused", "SampleRatioMismatch", text, alert=True), down.actions)
         if status.phase != "Paused":
             return down
         kept = {"phase": "Paused", "paused_by_spec": status.paused_by_spec, "reason": status.reason, "message": status.message}
@@ -230,6 +241,8 @@ def _unmet(turn: Turn) -> list[str]:
     if step.weight_effective_since is None:
         shown = f"weight {step.weight_desired}" if step.weight_desired else "shadow"
         out.append(f"{shown} is not seen at the gateway (it shows {step.weight_observed})")
+    elif step.weight_observed is None:
+        out.append("the gateway can't be asked now, and no weight is raised unseen")
     elif turn.now - step.weight_effective_since < spec.min_dwell:
         out.append(f"minDwell: {since(turn, step.weight_effective_since)} of {_text(spec.min_dwell)}")
     if not turn.candidate_ready:

@@ -26,7 +26,7 @@ from hafnium_rollout.climbing import (
     pending,
     waits_in_doubt,
 )
-from hafnium_rollout.endings import finished, go_back, promote, rolling_back
+from hafnium_rollout.endings import finished, go_back, heed_aborts, promote, reject_too, rolling_back
 from hafnium_rollout.intake import take_in
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import Observation
@@ -46,6 +46,26 @@ def decide(rollout: ModelRollout, status: RolloutStatus, seen: Observation, now:
         if outcome is not None:
             return finish(before, outcome)
     return finish(before, hold(turn, "Waiting", "nothing to do"))
+
+
+def _going_back(turn: Turn) -> Outcome | None:
+    """Rule 9. A rollback for another model's sake doesn't acquit this one: what is said or proven of it meanwhile is remembered with it."""
+    if turn.status.rollback is None:
+        return None
+    turn = heed_aborts(turn)
+    failed = _failed_gate(turn)
+    if failed is not None and _held_against(turn, failed):
+        turn = reject_too(turn, "GateFailed", f"{failed.role} gate {failed.name}: {failed.message}")
+    return rolling_back(turn)
+
+
+def _held_against(turn: Turn, failed: GateStatus) -> bool:
+    """Of requests only those count that the gateway gives it: who still asks it past the route is no caller of the rollout's."""
+    step, rollback = turn.status.step, turn.status.rollback
+    if step is None or rollback is None or rollback.reject or waits_in_doubt(turn, failed) or doubted(turn, failed) is not None:
+        return False
+    by_job = any(g.name == failed.name and g.kind in ("drift", "evidence") for g in turn.rollout.spec.gates)
+    return by_job or bool(step.weight_observed) or step.shadow_observed
 
 
 def _unsafe(turn: Turn) -> Outcome | None:
@@ -166,7 +186,7 @@ def stopped(turn: Turn) -> Outcome | None:
 
 
 RULES: tuple[Callable[[Turn], Outcome | None], ...] = (
-    rolling_back, finished, _unsafe, _superseded, persons_word, outside_change, no_room, blind, overdue, missing_service, write_again,
+    _going_back, finished, _unsafe, _superseded, persons_word, outside_change, no_room, blind, overdue, missing_service, write_again,
     stopped, pending, advance,
 )
 """`write_again` answers for as long as the route can't be written (too few pods for the weight, say), so what has to be said or done

@@ -86,6 +86,43 @@ def go_back(turn: Turn, reason: str, message: str, *, reject: bool) -> Outcome:
     return rolling_back(started) or Outcome(started)
 
 
+def reject_too(turn: Turn, reason: str, why: str) -> Turn:
+    """The rollback under way was no verdict on the candidate, and now there is one: its digest will be rejected."""
+    status = turn.status
+    assert status.rollback is not None  # noqa: S101 - callers are in a rollback
+    assert status.candidate is not None  # noqa: S101 - which is the candidate's
+    rollback = status.rollback.model_copy(update={"reject": True, "message": f"{status.rollback.message}; rejected while it went: {why}"})
+    text = f"{status.candidate.digest[:19]} is rejected while it goes back: {why}"
+    return turn.update(rollback=rollback).say("CandidateRejected", reason, text, alert=True)
+
+
+def heed_aborts(turn: Turn) -> Turn:
+    """An Abort while no run can be ended by it: of the candidate that goes back or is back, or of the model that would begin next.
+
+    It would be spent otherwise, and the model that a person said no to begins. Of the stable model it is none: nothing is before it.
+    """
+    waiting = open_actions(turn)
+    retried = {a.candidate_digest for a in waiting if a.type == "Retry" and turn.status.rollback is None}
+    for action in waiting:
+        if action.type != "Abort" or action.candidate_digest in retried:
+            continue  # who is tried again can be aborted when it has begun
+        status, digest, why = turn.status, action.candidate_digest, in_words(action, "a person asked for it")
+        candidate = status.candidate.digest if status.candidate is not None and status.phase != "Promoted" else ""
+        if digest == candidate and status.rollback is not None:
+            turn = turn if status.rollback.reject else reject_too(handled(turn, action), "Aborted", why)
+        elif _could_begin(turn, digest, candidate):
+            turn = handled(turn, action).update(rejected_digests=(*status.rejected_digests, digest)[-REJECTED_MAX:])
+            turn = turn.say("CandidateRejected", "Aborted", f"{digest[:19]} is rejected: {why}", alert=True)
+    return turn
+
+
+def _could_begin(turn: Turn, digest: str, candidate: str) -> bool:
+    """This model is asked for or was there last, isn't in production, and nothing keeps it from beginning (again)."""
+    status, wanted = turn.status, turn.rollout.spec.model.digest
+    in_production = {m.digest for m in (status.stable, status.candidate if status.phase == "Promoted" else None) if m is not None}
+    return digest in (wanted, candidate) and digest not in in_production and digest not in status.rejected_digests
+
+
 def _candidate_requests(turn: Turn, start: datetime) -> float | None:
     """Requests that reached the candidate in a look that began after the gateway showed the route; the most that a counter of ours says.
 
@@ -128,6 +165,7 @@ def finished(turn: Turn) -> Outcome | None:
     status, digest = turn.status, turn.rollout.spec.model.digest
     if status.run_id and status.phase not in ("Promoted", "RolledBack"):
         return None
+    turn = heed_aborts(turn)
     retry = next((a for a in open_actions(turn) if a.type == "Retry" and a.candidate_digest == digest), None)
     if retry is not None:
         turn = handled(turn, retry).update(
@@ -158,7 +196,8 @@ def finished(turn: Turn) -> Outcome | None:
     if status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest:
         return Outcome(turn, at_rest(turn))  # it was promoted, and the stable service was given another model since
     if turn.status.stable is None and not turn.seen.route_absent:
-        return hold(turn, "Waiting", "the route can't be read, so it isn't known who is stable")
+        why = "the route can't be read" if turn.seen.route is None else "the route isn't of a form that names one service for all requests"
+        return hold(turn, "Waiting", f"{why}, so it isn't known who is stable")
     return Outcome(_begin(turn), at_rest(turn))
 
 

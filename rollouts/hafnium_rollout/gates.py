@@ -41,7 +41,8 @@ class GateContext:
     counts_for_pass: bool
     """The look lies wholly after step_since."""
     counts_for_fail: bool
-    """The weight was steady, and the first moments at a new weight are over: a cold start is not the model's fault."""
+    """The weight was steady, and the first moments at a new weight are over: a cold start is not the model's fault. Also while the gateway
+    is silent, as long as nothing says that it does otherwise than it last said."""
     run_since: datetime | None
     """Start of the run: a job's Fail about the candidate counts from then on, whatever the step."""
     alpha_fail: float
@@ -52,6 +53,9 @@ class GateContext:
     """For how long a verdict stands without new data."""
     void: str = ""
     """Why arms can't be compared right now (sample-ratio mismatch)."""
+    watched: bool = True
+    """The gateway's word is known, or it was and the look counts for Fail all the same. Counters without it are no sight: what they count
+    is judged by nobody."""
     gives_all: bool = False
     """The step gives the candidate everything, whether or not the gateway has it so already."""
 
@@ -113,8 +117,9 @@ def _counted(gate: Gate, before: GateStatus, seen: GateLook | None, context: Gat
 
 
 def _take_presence(state: GateState, s: Series, context: GateContext) -> dict[str, object]:
-    """Is there data, or is it plain that there can be none? Silence of a candidate that should have had requests is blindness."""
-    if context.void:
+    """Is there data, or is it plain that there can be none? Silence of a candidate that should have had requests is blindness, and so are
+    requests that nothing may be made of."""
+    if context.void or not context.watched:
         return {}
     if s.candidate.total > 0 and (s.stable.total > 0 or _alone(context)):
         return {"last_seen_at": context.now, "last_data_at": context.now, "expected": 0.0}
@@ -223,6 +228,8 @@ def _read_counted(gate: Gate, before: GateStatus, state: GateState, error: str, 
         return found("Error", f"can't be measured: {error}")
     if state.last_data_at is None or context.now - state.last_data_at > context.fresh:
         why = "the counters can't be read" if blind else "no requests" + (" reach the candidate" if ns else "")
+        if not blind and not context.watched:
+            why = "the gateway can't be asked, so it isn't known which weight the requests belong to"
         return found("NoData", f"{why}; {rates} in this step")
     if _alone(context):
         armed = f"; hard limit {_percent(gate.hard_limit)} armed" if gate.hard_limit is not None else ""

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import Gate, RolloutSpec
-from hafnium_rollout.observation import LiveRoute, Look
+from hafnium_rollout.observation import FOREIGN, LiveRoute, Look
 from hafnium_rollout.statistics import sample_ratio
 from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus, UnreadyStatus
 from hafnium_rollout.turn import Turn, as_listed, lacking_room, normal
@@ -36,10 +36,13 @@ def take_in(turn: Turn) -> Turn:
 
 
 def _learn_stable(turn: Turn) -> Turn:
-    """At the very first the route says who is stable; afterwards only a promotion changes it."""
+    """At the very first the route says who is stable; afterwards only a promotion changes it.
+
+    A route of another form, or one that names a second service, doesn't say it: who is taken for stable gets all requests.
+    """
     status, route = turn.status, turn.seen.route
     if status.stable is None:
-        if route is None:
+        if route is None or route.stable == FOREIGN or normal(route).candidate is not None:
             return turn
         stable = ModelSeen(service=route.stable)
         turn = turn.update(stable=stable, route=RouteWanted(stable=route.stable))
@@ -128,7 +131,7 @@ def _follow_gateway(turn: Turn) -> tuple[Turn, bool]:
     assert step is not None  # noqa: S101 - take_in checked it
     assert candidate is not None  # noqa: S101 - take_in checked it
     if live is None or turn.status.route is None:
-        # Unseen is not changed: the time at weight goes on, but no look counts until it is seen twice again.
+        # Unseen is not changed: the time at weight goes on, but no look counts for Pass until it is seen twice again.
         return turn.update(step=step.model_copy(update={"weight_observed": None})), False
     weight, shadow = live_weight(live, candidate.service), candidate.service in live.mirrors
     steady = step.weight_observed == weight and step.shadow_observed == shadow
@@ -168,15 +171,22 @@ def _judge_gates(turn: Turn, steady: bool) -> Turn:
     assert candidate is not None  # noqa: S101 - take_in checked it
     lag = spec.strategy.scrape_lag
     step_since = step.weight_effective_since + lag if step.weight_effective_since is not None else None
-    counts = steady and look is not None and step_since is not None and look.started >= step_since
+    settled = look is not None and step_since is not None and look.started >= step_since
+    counts = settled and steady
+    # The gateway fell silent after it had shown this very weight, and the route still asks for it: nothing says that arms changed within a
+    # look, and each look is its own comparison, so it may speak against the candidate. For it, the weight must be seen.
+    unseen = turn.seen.live is None
+    kept = unseen and settled and status.rollback is None and _route_kept(turn)
+    weight = step.weight_desired if kept else step.weight_observed or 0
     turn = _sample_ratio(turn, look if counts else None)
     before = {g.name: g for g in status.gates}
     gates: list[GateStatus] = []
     parts = alpha_parts(spec)
     base = GateContext(
-        now=turn.now, shadow=step.shadow_observed and not step.weight_observed, weight=step.weight_observed or 0,
+        now=turn.now, shadow=step.shadow_observed and not weight, weight=weight,
         digest=candidate.digest, step_since=step_since, run_since=status.started_at, counts_for_pass=counts,
-        counts_for_fail=counts or (steady and step_since is None), alpha_fail=1.0, alpha_limit=1.0, fresh=_fresh(spec),
+        counts_for_fail=counts or kept or (steady and step_since is None), watched=not unseen or kept,
+        alpha_fail=1.0, alpha_limit=1.0, fresh=_fresh(spec),
         void=turn.status.sample_ratio_message, gives_all=step.weight_desired == 100,
     )
     contexts: dict[tuple[float, float], GateContext] = {}  # most gates share their alphas
@@ -187,6 +197,12 @@ def _judge_gates(turn: Turn, steady: bool) -> Turn:
         gates.append(judge(gate, old, look, turn.seen.evidence, turn.seen.evidence_error, context, turn.seen.evidence_unread))
     turn = turn.update(gates=tuple(gates))
     return turn.update(step=_samples(turn, step, look if counts else None))
+
+
+def _route_kept(turn: Turn) -> bool:
+    """The route is read, and asks for what is wanted."""
+    route, wanted = turn.seen.route, turn.status.route
+    return route is not None and wanted is not None and normal(route) == normal(wanted)
 
 
 _PART_LATENCY = 0.4

@@ -83,6 +83,10 @@ class ServiceSeen:
     """Components whose `minReplicas` was raised for the climb and still is, with what the template says."""
 
 
+FOREIGN = "(not of our form)"
+"""Stable service of a route whose form doesn't say who is stable. It is no service's name, and equals no route that is wanted."""
+
+
 @dataclass(frozen=True, slots=True)
 class RouteSeen:
     """The route's intent, as last written by anyone. `manager` names who, as far as that is known."""

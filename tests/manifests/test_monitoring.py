@@ -165,6 +165,8 @@ def test_alerts_fire_at_their_edge_and_not_before(tmp_path: Path) -> None:
         cases += [case(series, alert, silent, False), case(series, alert, fires, True)]
     cases += [case(series, alert, 59, False) for alert, series in NEVER.items()]
     cases.append(case(CASES["HafniumPredictorsGone"][0], "HafniumPredictorsGone", 390, True))  # for as long as the outage lasts
+    unseen = {f'modelrollout_weight{{{R},kind="desired"}}': "25x60", f'modelrollout_weight{{{R},kind="observed"}}': "25x10 stale"}
+    cases += [case(unseen, "HafniumRolloutWeightStuck", minute, minute == 26) for minute in (25, 26)]  # what isn't seen is not as wanted
     cases.append(case({"up": "1x60"}, "HafniumOperatorDown", 5, True))  # no series at all is no leader either
     for i, c in enumerate(cases):
         (tmp_path / f"test-{i}.yaml").write_text(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hafnium_rollout_world import CANDIDATE, OTHER, SERVICE, STABLE, START, World, rollout
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from hafnium_rollout.actions import SetWeight
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import RouteSeen, ServiceSeen
+from hafnium_rollout.observation import FOREIGN, Counts, GateLook, Observation, RouteSeen, Series, ServiceSeen
 from hafnium_rollout.status import StepStatus
 from hafnium_rollout.turn import as_listed, restarts_in_step
 
@@ -248,7 +250,6 @@ def test_the_first_model_of_a_route_serves_when_it_is_ready() -> None:
 
 
 def _without_stable(world: World):
-    from dataclasses import replace
     plain = World.observe
 
     def observe(seconds: float):
@@ -492,3 +493,160 @@ def test_actions_name_both_arms_so_that_one_alone_is_enough_after_a_crash() -> N
         decision = world.turn()
     weights = [a for a in decision.actions if isinstance(a, SetWeight)]
     assert weights == [SetWeight("risk", SERVICE, 5)]
+
+
+@pytest.mark.parametrize("route", [
+    RouteSeen(FOREIGN, None, 0, False, others=("risk", "risk-old")), RouteSeen("risk-old", "risk", 99, False),
+    RouteSeen("risk", "tap", 0, True),
+], ids=["another form", "two answer", "copies"])
+def test_a_route_that_does_not_say_who_is_stable_is_never_written_and_makes_nobody_stable(route: RouteSeen) -> None:
+    world = World(route=route)
+    for _ in range(20):
+        assert world.turn().actions == ()
+    assert world.status.stable is None
+    assert "isn't known who is stable" in world.status.message
+    world.route = RouteSeen("risk", None, 0, False)
+    assert world.until("Promoted") == "Promoted"
+    assert world.status.previous[0].service == "risk"
+
+
+def test_no_first_model_takes_the_requests_of_a_route_that_came_or_can_not_be_read_meanwhile() -> None:
+    """The run began where there was certainly none."""
+    world = World(route=None)
+    world.observe = plain = _without_stable(world)  # type: ignore[method-assign]
+    world.turn()
+    assert world.status.run_id
+    world.observe = lambda seconds: replace(plain(seconds), route=None, route_absent=False)  # type: ignore[method-assign]
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.stable) == ("Pending", None)
+    world.observe = plain  # type: ignore[method-assign]
+    world.route = RouteSeen(FOREIGN, None, 0, False, others=("other",))
+    for _ in range(5):
+        world.turn()
+    assert (world.status.phase, world.status.stable) == ("Pending", None)
+    world.route = None
+    assert world.until("Promoted", turns=5) == "Promoted"
+
+
+# --- a verdict on a model that goes back for another's sake -------------------------------------------------------------------
+
+
+def _superseded(**changes: Any) -> World:
+    """At 20 % a new digest came, and nobody counts yet whether the old one still gets requests."""
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "1h"}, {"weight": 100}]}), **changes)
+    world.until_step(0)
+    for _ in range(10):
+        world.turn()
+    world.uncounted = True
+    world.spec = rollout(strategy={"steps": [{"weight": 20, "minDwell": "1h"}, {"weight": 100}]}, model={"digest": OTHER})
+    world.turn()
+    assert world.status.rollback is not None
+    assert not world.status.rollback.reject
+    return world
+
+
+def _asked_for_again(world: World) -> None:
+    world.uncounted = False
+    world.spec = rollout()
+    for _ in range(60):
+        world.turn()
+        assert world.weight == 0
+
+
+def test_an_abort_of_a_model_that_goes_back_for_anothers_sake_is_remembered() -> None:
+    world = _superseded()
+    world.actions = (action("Abort"),)
+    for _ in range(3):
+        world.turn()
+    assert "ActionIgnored" not in world.events
+    assert any("because" in m for m in world.messages)
+    _asked_for_again(world)
+    assert world.status.rejected_digests == (CANDIDATE,)
+    assert world.status.phase == "RolledBack"
+
+
+def test_an_abort_that_comes_right_after_such_a_rollback_is_remembered_too() -> None:
+    world = _superseded()
+    world.uncounted = False
+    while world.status.phase != "RolledBack":
+        world.turn()
+    world.actions = (action("Abort"),)
+    world.turn()
+    assert world.status.rejected_digests == (CANDIDATE,)
+    assert "ActionIgnored" not in world.events
+
+
+def test_a_failure_that_is_proven_while_a_model_goes_back_for_anothers_sake_is_remembered() -> None:
+    """The gateway takes its time, and the candidate fails meanwhile."""
+    world = _superseded(live_lag=8)
+    world.bad_candidate = 1.0
+    for _ in range(6):
+        world.turn()
+    assert world.status.rollback is not None
+    assert world.status.rollback.reject
+    assert "gate errors" in world.status.rollback.message
+    world.bad_candidate = 0.0
+    _asked_for_again(world)
+    assert world.status.rejected_digests == (CANDIDATE,)
+
+
+def test_failures_of_who_asks_it_past_the_gateway_reject_nobody() -> None:
+    world = _superseded()
+    plain = world.observe
+
+    def probed(seconds: float) -> Observation:
+        seen = plain(seconds)
+        if seen.look is None:
+            return seen
+        bad = Series(Counts(0, 400), Counts(50, 50))
+        return replace(seen, look=replace(seen.look, gates={"errors": GateLook((bad,))}))
+
+    world.observe = probed  # type: ignore[method-assign]
+    for _ in range(20):
+        world.turn()
+    assert world.status.rollback is not None
+    assert not world.status.rollback.reject
+
+
+@pytest.mark.parametrize("when", ["while the old one goes back", "when it would begin"])
+def test_an_abort_of_the_next_model_keeps_it_from_beginning(when: str) -> None:
+    world = _superseded()
+    if when == "when it would begin":
+        world.uncounted = False
+        while world.status.phase != "RolledBack":
+            world.turn()
+    world.actions = (action("Abort", OTHER),)
+    world.turn()
+    world.uncounted = False
+    for _ in range(30):
+        world.turn()
+    assert world.status.rejected_digests == (OTHER,)
+    assert world.status.candidate is not None
+    assert world.status.candidate.digest == CANDIDATE
+    assert (world.status.phase, world.status.reason) == ("RolledBack", "DigestRejected")
+    assert "ActionIgnored" not in world.events
+
+
+def test_an_abort_of_the_model_in_production_rejects_nobody() -> None:
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    for digest in (CANDIDATE, STABLE):
+        world.actions = (action("Abort", digest, digest),)
+        world.turn()
+    assert world.status.phase == "Promoted"
+    assert CANDIDATE not in world.status.rejected_digests
+    assert world.events.count("ActionIgnored") == 2
+
+
+def test_who_is_aborted_and_tried_again_in_one_turn_is_aborted() -> None:
+    world = World()
+    world.until_step(1)
+    world.actions = (action("Abort", name="1"),)
+    assert world.until("RolledBack") == "RolledBack"
+    world.actions = (action("Retry", name="2"), action("Abort", name="3"))
+    for _ in range(60):
+        world.turn()
+        assert world.weight == 0
+    assert world.status.phase == "RolledBack"
+    assert world.status.rejected_digests == (CANDIDATE,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import timedelta
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import EvidenceUnread, RouteSeen
+from hafnium_rollout.observation import EvidenceUnread, Observation, RouteSeen
 from hafnium_rollout.status import GateStatus, stored
 
 SCORES = {"name": "scores", "role": "Quality", "scores": {}, "compare": {"margin": 0.05}}
@@ -243,6 +244,89 @@ def test_4_a_candidate_that_gets_nothing_while_stable_is_busy_is_blindness() -> 
     assert world.weight < 25
 
 
+def _without_the_gateways_word(world: World) -> None:
+    """Its controller is gone, say. Pods and counters go on."""
+    plain = world.observe
+    world.observe = lambda seconds: replace(plain(seconds), live=None)  # type: ignore[method-assign]
+
+
+def _climbing() -> World:
+    """At 25 %, with time."""
+    world = World(rollout(strategy={"steps": [
+        {"weight": 5, "minDwell": "5s"}, {"weight": 25, "minDwell": "2m", "deadline": "10m"}, {"weight": 100, "minDwell": "1h"}]}))
+    world.until_step(1)
+    for _ in range(10):
+        world.turn()
+    return world
+
+
+def test_3_a_safety_failure_goes_back_also_while_the_gateway_is_silent() -> None:
+    world = _climbing()
+    _without_the_gateways_word(world)
+    world.bad_candidate = 0.5
+    for _ in range(5):
+        world.turn()
+    assert world.weight == 0
+    assert world.status.rollback is not None
+    assert (world.status.rollback.reason, world.status.rollback.reject) == ("GateFailed", True)
+
+
+def test_2_a_silent_gateway_adds_nothing_to_pass_and_no_weight() -> None:
+    world = _climbing()
+    passing = world.status.gates[0].state.passing
+    _without_the_gateways_word(world)
+    for _ in range(120):
+        world.turn()
+    assert world.weight == 25
+    assert world.status.gates[0].state.passing == passing
+    assert "the gateway can't be asked" in world.status.message
+    assert "BlindStepDown" not in world.events, "a candidate that would be failed is not unwatched"
+    assert world.until("Paused") == "Paused", "the deadline comes"
+
+
+@pytest.mark.parametrize("why", ["it never showed the weight", "the route can't be read", "the route was changed as well"])
+def test_4_requests_that_nobody_judges_are_blindness(why: str) -> None:
+    world = _climbing()
+    if why == "it never showed the weight":
+        world.until_step(2)
+        assert world.status.step is not None
+        world.status = world.status.model_copy(update={
+            "step": world.status.step.model_copy(update={"weight_effective_since": None, "entered_at": world.now})})
+    before, plain = world.weight, world.observe
+
+    def observe(seconds: float) -> Observation:
+        seen = replace(plain(seconds), live=None)
+        if why == "the route was changed as well":
+            world.route = seen.route if seen.route is None else replace(seen.route, weight=seen.route.weight + 1)
+            return replace(seen, route=world.route)
+        return replace(seen, route=None) if "route" in why else seen
+
+    world.observe = observe  # type: ignore[method-assign]
+    world.bad_candidate = 0.5
+    for _ in range(40):
+        world.turn()
+    assert "BlindStepDown" in world.events
+    assert any("the gateway can't be asked" in m for m in world.messages)
+    assert world.status.step is not None
+    assert world.status.step.weight_desired < before
+    assert world.status.rollback is None, "nothing was proven"
+
+
+def test_4_a_gateway_that_answers_every_second_time_hides_no_failure() -> None:
+    world = _climbing()
+    plain, odd = world.observe, cycle((True, False))
+
+    def observe(seconds: float) -> Observation:
+        seen = plain(seconds)
+        return replace(seen, live=None) if next(odd) else seen
+
+    world.observe = observe  # type: ignore[method-assign]
+    world.bad_candidate = 0.5
+    for _ in range(10):
+        world.turn()
+    assert world.weight == 0
+
+
 # --- 5 ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +493,38 @@ def test_8_a_wrong_split_voids_comparisons_and_then_counts_as_blindness() -> Non
     assert world.status.rollback is None
     assert world.until("Paused", turns=60) == "Paused"
     assert world.weight == 0
+
+
+def test_8_a_wrong_split_with_steps_below_waits_for_a_person_instead_of_climbing_again_and_again() -> None:
+    world = World(misrouted=0.3)
+    for _ in range(500):
+        world.turn()
+    told = {name: world.events.count(name) for name in ("SampleRatioMismatch", "Advanced", "Paused")}
+    assert told == {"SampleRatioMismatch": 1, "Advanced": 1, "Paused": 1}, "shadow was passed once"
+    assert (world.status.phase, world.status.reason, world.weight) == ("Paused", "SampleRatioMismatch", 0)
+    assert "Retry" in world.status.message
+    world.misrouted = 0.0
+    world.actions = (action("Retry"),)
+    assert world.until("Promoted") == "Promoted"
+    assert world.events.count("SampleRatioMismatch") == 1
+
+
+def test_8_a_wrong_split_at_a_higher_weight_stays_void_on_the_way_down() -> None:
+    """Neither the end of spec.paused nor a lower weight explains it; a failing tenant that sticks must not fail the candidate there."""
+    world = World()
+    world.until_step(2)
+    world.misrouted, world.spec = 0.5, rollout(paused=True)
+    while world.weight == 25:
+        world.turn()
+    world.bad_candidate, world.spec = 0.5, rollout()
+    weights = set[int]()
+    for _ in range(90):
+        world.turn()
+        weights.add(world.weight)
+        assert world.status.rollback is None
+    assert weights == {5, 0}
+    assert world.status.phase == "Paused"
+    assert world.status.gates[0].verdict == "Error"
 
 
 def test_8_a_right_split_is_left_alone() -> None:

@@ -23,7 +23,6 @@ from hafnium_contract.wire import DIGEST_LABEL
 from hafnium_rollout.kubernetes.kinds import Json
 from hafnium_rollout.kubernetes.objects_seen import (
     DIGEST_ANNOTATION,
-    FOREIGN,
     PodSeen,
     components,
     condition,
@@ -37,7 +36,7 @@ from hafnium_rollout.kubernetes.objects_seen import (
 from hafnium_rollout.kubernetes.paired_services import MODE_ANNOTATION
 from hafnium_rollout.local_backend import inference_service
 from hafnium_rollout.objects import ModelRollout
-from hafnium_rollout.observation import LiveRoute, RouteSeen, ServiceSeen
+from hafnium_rollout.observation import FOREIGN, LiveRoute, RouteSeen, ServiceSeen
 from hafnium_rollout.status import ModelSeen
 
 PERCENT = "canaryTrafficPercent"

@@ -26,12 +26,13 @@ from hafnium_rollout.kubernetes.kinds import (
     Json,
     Kind,
 )
-from hafnium_rollout.kubernetes.objects_seen import condition, controllers_of, dig, meta_of, rows
-from hafnium_rollout.kubernetes.paired_services import MODE_ANNOTATION, owner_of_route, parent_of
+from hafnium_rollout.kubernetes.objects_seen import condition, controllers_of, dig, meta_of, not_our_form, route_seen, rows
+from hafnium_rollout.kubernetes.paired_services import MODE_ANNOTATION, PORT, owner_of_route, parent_of
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Snapshot
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.status import RolloutStatus
+from hafnium_rollout.turn import normal
 
 MIRROR = "HTTPRouteRequestMirror"
 ARM_HEADERS = "HTTPRouteBackendRequestHeaderModification"
@@ -104,7 +105,7 @@ def findings(
         out.append(Finding("BackendNotHere", "routing.backend Local is Envoy on one machine; on a cluster write PairedServices"))
     if backend == "PairedServices":
         out += _gateway(rollout, namespace, snapshot, settings)
-        out += _names(rollout, namespace, snapshot)
+        out += _names(rollout, namespace, snapshot) or (_taken_over(rollout, namespace, snapshot) if status.stable is None else [])
     if backend == "CanaryTrafficPercent":
         out += _knative(rollout, namespace, snapshot, first_seen=status.stable is None and not status.run_id)
     if any(g.counted for g in rollout.spec.gates) and not settings.prometheus_url:
@@ -179,6 +180,31 @@ def _unread(shown: str, can: GatewayAbility | None, snapshot: Snapshot) -> list[
         "MirrorUnknown", f"the step with shadow: true needs a gateway that mirrors requests. Gateway {shown} and its class can't be read "
         f"({why}), and its controller ({can.controller}, by the route's status) isn't known to mirror. Let the operator read gateways and "
         "gatewayclasses, or try it and add the controller to --mirroring_controllers; or remove the step")]
+
+
+def _taken_over(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[Finding]:
+    """The route that is live already must say who is stable, since all that our own writes keep of it is that service."""
+    item = (snapshot.routes or {}).get((namespace, rollout.name))
+    if item is None:
+        return []
+    seen, why = route_seen(item), not_our_form(item)
+    if not why and normal(seen).candidate is not None:
+        copies = "copies" if seen.shadow else f"{seen.weight} %"
+        why = f"it names two services ({seen.stable} {100 - seen.weight} %, {seen.candidate} {copies}), so it isn't known which is stable"
+    there = next((r for r in rows(item, "spec", "rules", 0, "backendRefs") if _elsewhere(r, namespace)), None)
+    if not why and there is not None:
+        where = f"{there.get('kind') or 'Service'} {there.get('namespace') or namespace}/{there.get('name')}, port {there.get('port')}"
+        why = f"its backend is {where}, expected a Service in {namespace} at port {PORT}, as KServe makes it"
+    if not why:
+        return []
+    return [Finding("RouteNotOurForm", f"HTTPRoute {namespace}/{rollout.name} is there already and can't be taken over as it is: {why}. "
+                    "Give it one rule for all requests, without filters, whose only backend is the Service of the live InferenceService "
+                    "(or give the ModelRollout another name); then it is taken over")]
+
+
+def _elsewhere(ref: Json, namespace: str) -> bool:
+    """A write of ours would address it at another place."""
+    return (ref.get("kind") or "Service", ref.get("namespace") or namespace, ref.get("port") or PORT) != ("Service", namespace, PORT)
 
 
 def _names(rollout: ModelRollout, namespace: str, snapshot: Snapshot) -> list[Finding]:

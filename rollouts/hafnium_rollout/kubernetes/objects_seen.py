@@ -6,6 +6,7 @@ route whose status speaks about an older generation isn't live.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +20,7 @@ from hafnium_rollout.errors import StateError
 from hafnium_rollout.gates import CLOCK_SKEW_MAX
 from hafnium_rollout.kubernetes.kinds import FIELD_MANAGER, Json
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval
-from hafnium_rollout.observation import EvidenceUnread, LiveRoute, RouteSeen, ServiceSeen
+from hafnium_rollout.observation import FOREIGN, EvidenceUnread, LiveRoute, RouteSeen, ServiceSeen
 from hafnium_rollout.state_folder import MANAGED_BY_LABEL, MANAGER, ROLLOUT_LABEL, evidence_unread
 from hafnium_rollout.status import RolloutStatus
 
@@ -32,8 +33,6 @@ COMPONENTS = ("transformer", "predictor")
 MAIN_CONTAINERS = frozenset({"kserve-container", "transformer-container"})
 """KServe's names for the container of the model, or of the transformer; and for the transformer's where both are in one pod."""
 _NO_ROOM_AT_ITS_NODE = frozenset({"OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage"})
-FOREIGN = "(not of our form)"
-"""Stable service of a route that we didn't write and can't read: it equals no route that is wanted."""
 
 
 def dig(data: Any, *path: str | int) -> Any:
@@ -218,23 +217,41 @@ def route_seen(item: Json) -> RouteSeen:
     """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right."""
     manager = other_manager(item)
     rules = rows(item, "spec", "rules")
-    if len(rules) != 1:
+    if not_our_form(item):
         return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules))
-    rule = rules[0]
-    matches = rows(rule, "matches")
-    everything = all(dig(m, "path", "value") in (None, "/") and set(m) <= {"path"} for m in matches)
-    filters = rows(rule, "filters")
-    mirrors = [str(dig(f, "requestMirror", "backendRef", "name")) for f in filters if f.get("type") == "RequestMirror"]
-    refs = [(service_of_backend(str(r.get("name"))), int(1 if r.get("weight") is None else r["weight"])) for r in rows(rule, "backendRefs")]
+    refs, mirrors = _refs(rules[0]), _mirrors(rules[0])
     total = sum(w for _, w in refs)
-    ours = everything and 1 <= len(refs) <= 2 and total > 0 and len(mirrors) == len(filters) <= 1 and not (mirrors and len(refs) == 2)
-    if not ours:
-        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules))
     if len(refs) == 1:
         return RouteSeen(refs[0][0], service_of_backend(mirrors[0]) if mirrors else None, 0, bool(mirrors), manager)
     # The first is the stable one by our order; a stranger's order is another route, and is put back like any other change.
     (stable, _), (candidate, weight) = refs
     return RouteSeen(stable, candidate, _percent(weight, total), False, manager)
+
+
+def not_our_form(item: Json) -> str:
+    """What an HTTPRoute has that ours never have, in words; empty when it is of our form."""
+    rules = rows(item, "spec", "rules")
+    if len(rules) != 1:
+        return f"it has {len(rules)} rules, expected one"
+    rule = rules[0]
+    narrow = [m for m in rows(rule, "matches") if dig(m, "path", "value") not in (None, "/") or not set(m) <= {"path"}]
+    if narrow:
+        return f"its rule takes only requests that match {json.dumps(narrow[0])}, expected all of them (PathPrefix /)"
+    refs, mirrors, filters = _refs(rule), _mirrors(rule), rows(rule, "filters")
+    if others := sorted({str(f.get("type")) for f in filters} - {"RequestMirror"}):
+        return f"its rule has filters ({', '.join(others)}), expected none"
+    if len(refs) not in (1, 2) or len(mirrors) > 1 or (mirrors and len(refs) == 2):
+        return f"its rule names {len(refs)} backends and {len(mirrors)} mirrors, expected one backend"
+    return "" if sum(w for _, w in refs) > 0 else "no backend of its rule has a weight"
+
+
+def _refs(rule: Json) -> list[tuple[str, int]]:
+    """Services of a rule's backends with their weights; one that isn't written is 1."""
+    return [(service_of_backend(str(r.get("name"))), int(1 if r.get("weight") is None else r["weight"])) for r in rows(rule, "backendRefs")]
+
+
+def _mirrors(rule: Json) -> list[str]:
+    return [str(dig(f, "requestMirror", "backendRef", "name")) for f in rows(rule, "filters") if f.get("type") == "RequestMirror"]
 
 
 def _percent(weight: int, total: int) -> int:

@@ -24,7 +24,6 @@ from hafnium_rollout.kubernetes.kinds import (
     Json,
 )
 from hafnium_rollout.kubernetes.objects_seen import (
-    FOREIGN,
     Meta,
     PodSeen,
     components,
@@ -39,7 +38,7 @@ from hafnium_rollout.kubernetes.observer import Observer, Traffic
 from hafnium_rollout.kubernetes.settings import Settings
 from hafnium_rollout.kubernetes.snapshot import Snapshot
 from hafnium_rollout.objects import ModelRollout
-from hafnium_rollout.observation import LiveRoute, Observation, RouteSeen, ServiceSeen
+from hafnium_rollout.observation import FOREIGN, LiveRoute, Observation, RouteSeen, ServiceSeen
 from hafnium_rollout.status import RolloutStatus
 
 

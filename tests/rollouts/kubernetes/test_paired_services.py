@@ -268,7 +268,8 @@ def _routed(*controllers: str, gateway: tuple[str, str] = GATEWAY) -> dict[tuple
     """The rollout's route, taken up by these controllers for the gateway."""
     ref = {"namespace": gateway[0], "name": gateway[1]}
     parents = [{"parentRef": ref, "controllerName": c, "conditions": []} for c in controllers]
-    return {("ns", "risk"): {"metadata": {"name": "risk", "namespace": "ns"}, "spec": {}, "status": {"parents": parents}}}
+    spec = {"rules": [{"backendRefs": [{"name": "risk-bbbbbbbb-predictor", "port": 80}]}]}
+    return {("ns", "risk"): {"metadata": {"name": "risk", "namespace": "ns"}, "spec": spec, "status": {"parents": parents}}}
 
 
 FORBIDDEN = {"Gateway": "list gateways: forbidden (403)", "GatewayClass": "list gatewayclasses: forbidden (403)"}
@@ -336,3 +337,40 @@ def test_a_name_that_kserve_makes_routes_for_is_refused() -> None:
     assert [r for r, _ in _reasons(on_cluster(strategy=NO_SHADOW), snapshot(routes=owned))] == ["NameTaken"]
     service = {("ns", "risk"): {"metadata": {"name": "risk", "namespace": "ns"}}}
     assert [r for r, _ in _reasons(on_cluster(strategy=NO_SHADOW), snapshot(services=service))] == ["NameTaken"]
+
+
+LIVE = {"name": "risk-bbbbbbbb-predictor", "port": 80, "weight": 100}
+
+
+def _found(rules: list[dict[str, Any]], status: RolloutStatus = RolloutStatus()) -> list[str]:
+    routes = {("ns", "risk"): {"metadata": {"name": "risk", "namespace": "ns"}, "spec": {"rules": rules}}}
+    found = findings(on_cluster(strategy=NO_SHADOW), "ns", snapshot(routes=routes), SETTINGS, status=status)
+    assert all(f.reason == "RouteNotOurForm" and f.refuses for f in found)
+    return [f.message for f in found]
+
+
+def test_a_live_route_with_one_backend_for_all_requests_is_taken_over() -> None:
+    assert _found([{"backendRefs": [LIVE]}]) == []
+    assert _found([{"backendRefs": [{"name": "risk-old-predictor"}], "matches": [{"path": {"type": "PathPrefix", "value": "/"}}]}]) == []
+    assert _found([{"backendRefs": [LIVE, {**LIVE, "name": "risk-old-predictor", "weight": 0}]}]) == [], "who gets nothing isn't stable"
+
+
+@pytest.mark.parametrize(("rules", "named"), [
+    ([], "0 rules"),
+    ([{"backendRefs": [LIVE]}, {"backendRefs": [LIVE]}], "2 rules"),
+    ([{"backendRefs": [LIVE], "matches": [{"path": {"type": "PathPrefix", "value": "/v1"}}]}], "/v1"),
+    ([{"backendRefs": [LIVE], "filters": [{"type": "RequestHeaderModifier"}]}], "RequestHeaderModifier"),
+    ([{"backendRefs": [{**LIVE, "name": "risk-old-predictor", "weight": 1}, {**LIVE, "weight": 99}]}], "risk-old 1 %, risk-bbbbbbbb 99 %"),
+    ([{"backendRefs": [{**LIVE, "name": "risk-old-predictor", "weight": 0}, LIVE]}], "risk-old 0 %, risk-bbbbbbbb 100 %"),
+    ([{"backendRefs": [LIVE], "filters": [{"type": "RequestMirror", "requestMirror": {"backendRef": {"name": "tap"}}}]}], "tap copies"),
+    ([{"backendRefs": []}], "0 backends"),
+    ([{"backendRefs": [{**LIVE, "port": 8080}]}], "port 8080"),
+    ([{"backendRefs": [{**LIVE, "namespace": "other"}]}], "other/risk-bbbbbbbb-predictor"),
+], ids=["no rule", "two rules", "a path", "a header filter", "two answer", "the second answers", "a mirror", "nobody", "a port",
+        "another namespace"])
+def test_a_live_route_that_does_not_say_who_is_stable_is_not_taken_over(rules: list[dict[str, Any]], named: str) -> None:
+    """What our writes keep of it is the stable service: whoever is mistaken for that gets production."""
+    (message,) = _found(rules)
+    assert named in message
+    assert "only backend" in message
+    assert _found(rules, RolloutStatus(stable=ModelSeen(service="risk-bbbbbbbb"))) == [], "from then on it is a stranger's change (rule 10)"

@@ -467,3 +467,48 @@ def test_nothing_is_remembered_of_a_retraining_that_failed_for_a_rollout_that_is
     assert companions._said
     companions.gone(Subject(spec.metadata.namespace, spec.name))
     assert not companions._said
+
+
+# --- taking over a route that is live -----------------------------------------------------------------------------------------
+
+
+def _live(change: Json) -> Json:
+    """The route of the live service, made by a person."""
+    refs = [{"name": f"{STABLE_SERVICE}-predictor", "port": 80, "weight": 100}]
+    return {"metadata": {"name": NAME, "namespace": NAMESPACE}, "spec": {"rules": [{"backendRefs": refs, **change}]}}
+
+
+OLD_FIRST = [{"name": "risk-old-predictor", "port": 80, "weight": 1}, {"name": f"{STABLE_SERVICE}-predictor", "port": 80, "weight": 99}]
+
+
+@pytest.mark.parametrize("change", [
+    {"matches": [{"path": {"type": "PathPrefix", "value": "/v1"}}]},
+    {"filters": [{"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "a", "value": "b"}]}}]},
+    {"backendRefs": OLD_FIRST},
+], ids=["a path", "a header filter", "two services"])
+def test_a_live_route_that_does_not_say_who_is_stable_is_left_alone_until_it_does(change: Json) -> None:
+    with cluster() as at:
+        at.api.put(HTTP_ROUTE, _live(change))
+        before = at.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"]
+        for _ in range(8):
+            at.turn()
+        assert at.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"] == before
+        assert (INFERENCE_SERVICE.plural, NAMESPACE, SERVICE) not in at.api.objects
+        assert (at.status.phase, at.status.reason, at.status.stable) == ("Pending", "RouteNotOurForm", None)
+        at.api.put(HTTP_ROUTE, _live({}))
+        at.climbed()
+        refs = at.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"]["rules"][0]["backendRefs"]
+        assert [(r["name"], r["weight"]) for r in refs] == [(f"{STABLE_SERVICE}-predictor", 80), (f"{SERVICE}-predictor", 20)]
+
+
+def test_a_route_of_another_form_that_comes_under_way_is_put_back_and_tells_nobody_who_is_stable() -> None:
+    with cluster() as at:
+        at.climbed()
+        route = at.api.get(HTTP_ROUTE, NAMESPACE, NAME)
+        route["spec"]["rules"][0]["matches"] = [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+        at.api.put(HTTP_ROUTE, route)
+        for _ in range(2):
+            at.turn()
+        assert at.weight == 20
+        assert at.status.stable is not None
+        assert at.status.stable.service == STABLE_SERVICE
