@@ -257,8 +257,8 @@ class Gate(Strict):
     """The candidate's own share of bad requests above this is a failure whatever the stable one does, unless it is above it too."""
     required_in: Annotated[
         tuple[Literal["shadow", "weight"], ...], Field(max_length=2), AfterValidator(_each_once)] = ("shadow", "weight")
-    """Kinds of step that wait for this gate's Pass; a Quality gate may name none. Its Fail counts in all of them. Scores are
-    compared in shadow only, unless they are unpaired."""
+    """Kinds of step that wait for this gate's Pass. A Quality gate may name none, a Safety gate must name one that strategy.steps has.
+    Its Fail counts in all of them. Scores are compared in shadow only, unless they are unpaired."""
     failure_limit: int = Field(default=1, ge=1, le=1000)
     """Quality only: looks in a row with Fail before the rollout goes back. Safety always goes back at once."""
 
@@ -402,6 +402,12 @@ class RolloutSpec(Strict):
             raise ValueError(
                 f"gates: {', '.join(paired)}: a scores gate compares answers to the same request and needs a step with shadow: true; "
                 "without one, `scores: {unpaired: true}` compares those to different requests"
+            )
+        unasked = [g.name for g in self.gates if g.role == "Safety" and not any(g.waits_in(s) for s in self.strategy.steps)]
+        if unasked:
+            raise ValueError(
+                f"gates: {', '.join(unasked)}: requiredIn names no kind of step that strategy.steps has (or that it can see): no step "
+                "waits for that Safety gate's Pass, and silence promotes; add `weight`, or a step with shadow: true"
             )
         if not isinstance(self.service.get("predictor"), dict):
             raise ValueError("service: expected an InferenceServiceSpec with `predictor`")

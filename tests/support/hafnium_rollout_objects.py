@@ -60,7 +60,10 @@ def gate(draw: st.DrawFn, name: str, role: str, kinds: list[str]) -> JSON:
     if role == "Quality" and draw(st.booleans()):
         out["failureLimit"] = draw(st.integers(1, 1000))
     if draw(st.booleans()):
-        out["requiredIn"] = draw(st.sampled_from([["shadow"], ["weight"], ["shadow", "weight"]]))
+        # A Safety gate is waited for in a step that there is: in `weight` always, and in `shadow` where scores may stand.
+        shadow = [["shadow"]] if role != "Safety" or "scores" in kinds else []
+        live = [["weight"]] if role != "Safety" or kind != "scores" else []
+        out["requiredIn"] = draw(st.sampled_from([*shadow, *live, ["shadow", "weight"]]))
     return out
 
 
@@ -156,6 +159,11 @@ MISTAKES: dict[str, Callable[[JSON], None]] = {
     "hardLimit of drift": _set("gates", 0, to={"name": "a", "role": "Safety", "drift": {}, "hardLimit": 0.5}),
     "hardLimit of 1": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "hardLimit": 1}),
     "Safety that nobody waits for": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "requiredIn": []}),
+    "Safety in shadow without shadow": lambda s: s.update(
+        strategy={"steps": [{"weight": 100}]}, gates=[{"name": "a", "role": "Safety", "requests": {}, "requiredIn": ["shadow"]}]),
+    "Safety of pairs in live traffic": lambda s: s.update(
+        strategy={"steps": [{"shadow": True}, {"weight": 100}]},
+        gates=[{"name": "a", "role": "Safety", "requests": {}}, {"name": "b", "role": "Safety", "scores": {}, "requiredIn": ["weight"]}]),
     "Safety that may fail twice": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "failureLimit": 2}),
     "harmless beyond the default margin": _set(
         "gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "compare": {"harmless": 0.005}}),
