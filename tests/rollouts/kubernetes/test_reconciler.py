@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hafnium_scripted_api import Answer, Asked, says
 from hafnium_rollout.companions import Companions
 from hafnium_rollout.errors import NotLeading
 from hafnium_rollout.kubernetes.kinds import INFERENCE_SERVICE, Json
+from hafnium_rollout.kubernetes.objects_seen import meta_of
 from hafnium_rollout.kubernetes.reconciler import Turned
 from hafnium_rollout.notifications.notices import Subject
 from hafnium_rollout.observation import Observation
@@ -410,3 +411,14 @@ def test_a_rollback_writes_nothing_to_stables_service() -> None:
             release.turn()
         assert found.weight == 0
         assert found.api.get(INFERENCE_SERVICE, NAMESPACE, STABLE_SERVICE)["spec"] == before
+
+
+def test_a_clock_that_is_set_back_stops_no_looks() -> None:
+    with cluster() as found:
+        found.climbed()
+        meta, status = meta_of(found.item()), found.status
+        late = found.now + timedelta(hours=1)
+        assert found.reconciler._look_due(meta, status, late)
+        assert not found.reconciler._look_due(meta, status, late + timedelta(seconds=1)), "a wake-up is no look"
+        assert found.reconciler._look_due(meta, status, found.now), "the clock was corrected"
+        assert not found.reconciler._look_due(meta, status, found.now + timedelta(seconds=1))
