@@ -103,7 +103,8 @@ class Step(Strict):
     min_dwell: Duration = NO_TIME
     """Time that the step lasts at least, counted from the moment that its weight was seen at the gateway."""
     min_samples: int = Field(default=0, ge=0, le=1_000_000_000)
-    """Candidate requests (pairs of scores, for a scores gate) that the step needs at least."""
+    """Candidate requests (pairs of scores, for a scores gate) that the step needs at least, by the least count of the gates that it waits
+    for."""
     deadline: PositiveDuration = parse_duration("7d")
     """Without a verdict by then the rollout pauses and says what was missing."""
 
