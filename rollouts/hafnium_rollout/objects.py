@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from hafnium_contract.bundle import VERSION_PATTERN
 from hafnium_contract.contract_file import dotted, line_of, read_yaml
 from hafnium_contract.durations import Duration, PositiveDuration, parse_duration
 from hafnium_contract.errors import ContractError, Problem
@@ -59,8 +60,8 @@ class ModelRef(Strict):
 
     name: Name
     """The model's name, as in its contract. Never changes: another model is another ModelRollout."""
-    version: str = Field(min_length=1, max_length=63)
-    """The bundle's version, for people; what is served is named by the digest."""
+    version: Annotated[str, Field(pattern=VERSION_PATTERN, max_length=63)]
+    """The bundle's version, for people; what is served is named by the digest. Also a label of its services."""
     storage_uri: str = Field(min_length=1, max_length=2048)
     """Where the bundle is: s3://…, pvc://…, file://…, as KServe's storageUri."""
     digest: Digest

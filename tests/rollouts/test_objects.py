@@ -101,10 +101,17 @@ SAFE: dict[str, Any] = {"name": "errors", "role": "Safety", "requests": {}}
     ({"gates": [{**SAFE, "compare": {"margin": 0.01, "harmless": 0.02}}]}, "must be below"),
     ({"gates": [SAFE, {"name": "s", "scores": {}}], "strategy": {"steps": [{"weight": 5}, {"weight": 100}]}}, "needs a step with shadow"),
     ({"service": {}}, "expected an InferenceServiceSpec"),
+    *(({"model": {"version": v}}, "model.version: string should")
+      for v in ("", "1.4.0+build.7", "v1/2", "-v1", "2026-03-01 rc1", "v1\n", "v" * 64)),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_what_makes_no_sense_is_refused_in_words(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RolloutFileError, match=message):
         rollout(**changes)
+
+
+@pytest.mark.parametrize("version", ["1", "1.4.0-build.7", "2026-03-01_rc1", "v" * 63])
+def test_a_version_may_be_what_a_label_may(version: str) -> None:
+    assert rollout(model={"version": version}).spec.model.version == version
 
 
 @pytest.mark.parametrize("changes", [
