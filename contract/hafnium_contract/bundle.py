@@ -36,7 +36,7 @@ SCORE_OUTPUT = "score"
 INTERVAL_OUTPUT = "interval"
 BYTES_MAX = 2 * 1024**3
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
-_VERSION = r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+VERSION_PATTERN = r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 
 
 class Manifest(Strict):
@@ -44,7 +44,7 @@ class Manifest(Strict):
 
     schema_version: Literal[1]
     model_name: Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
-    model_version: Annotated[str, Field(pattern=_VERSION)]
+    model_version: Annotated[str, Field(pattern=VERSION_PATTERN)]
     """Also a Kubernetes label value."""
     contract_digest: Annotated[str, Field(pattern=_DIGEST)]
     data_digest: str
@@ -92,7 +92,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def check_destination(out: Path, model_version: str | None = None) -> None:
     """Raises InputError when no bundle could be written at `out`, or none with this version: an hour before it would be."""
-    if model_version is not None and re.fullmatch(_VERSION, model_version) is None:
+    if model_version is not None and re.fullmatch(VERSION_PATTERN, model_version) is None:
         raise InputError(
             f"--model-version {model_version!r}: expected at most 63 letters, digits, `-`, `_` and `.`, a letter or digit first and last"
         )

@@ -32,27 +32,43 @@ def _bad_requests(before: ArmCounters, after: ArmCounters) -> Counts:
     return Counts(min(after.error - before.error + after.refused - before.refused, total), total)
 
 
-def latency_look(threshold_ms: float, arms: tuple[tuple[ArmCounters, ArmCounters], ...]) -> GateLook:
-    """Requests above the threshold; between two buckets both are followed, so nothing is interpolated."""
-    bounds = sorted({b for _, after in arms for b in after.not_slower})
-    if not bounds:
-        return GateLook((Series(Counts(0, 0), Counts(0, 0)),) * len(thresholds(threshold_ms, _DEFAULT_BOUNDS_MS)))
-    chosen = thresholds(threshold_ms, bounds)
-    if not chosen:
-        return GateLook(error=f"slowerThan {threshold_ms:g} ms is above the gateway's largest bucket ({bounds[-1]:g} ms)")
+def latency_look(threshold_ms: float, arms: Arms) -> GateLook:
+    """Requests above the threshold; between two buckets both are followed, so nothing is interpolated.
+
+    Only a bucket that both arms have is followed: what an arm doesn't count is not known, and no zero.
+    """
+    for name, (before, after) in zip(_NAMES, arms, strict=True):
+        if after.timed > before.timed and not after.not_slower:
+            return GateLook(error=f"the {name} arm has {after.timed - before.timed} timed requests and no histogram bucket that all of its "
+                                  "pods have, so it isn't known how many were slow")
+    shown = [sorted(after.not_slower) for _, after in arms if after.not_slower]
+    if not shown:  # no request yet: that is known, and it is about no threshold in particular
+        return GateLook((Series(Counts(0, 0), Counts(0, 0)),))
+    common = sorted(set(shown[0]).intersection(*shown))
+    own = [thresholds(threshold_ms, bounds) for bounds in shown]
+    chosen = thresholds(threshold_ms, common)
+    if () in own:
+        largest = min(bounds[-1] for bounds in shown)
+        return GateLook(error=f"slowerThan {threshold_ms:g} ms is above the gateway's largest bucket ({largest:g} ms)")
+    if chosen not in own:  # coarser than what either arm can tell: nearly everything, or nothing, may lie above such buckets in both
+        has = ", ".join(f"the {name} arm has {' and '.join(f'{b:g}' for b in bounds)} ms" for name, bounds in zip(_NAMES, own, strict=True))
+        return GateLook(error=f"slowerThan {threshold_ms:g} ms can't be compared, the arms' nearest buckets differ: {has}; choose one that "
+                              "is a bucket of both")
     series: list[Series] = []
     for bound in chosen:
-        counts: list[Counts] = []
-        for before, after in arms:
-            total = after.timed - before.timed
-            below = after.not_slower.get(bound, 0) - before.not_slower.get(bound, 0)
-            counts.append(Counts(min(max(total - below, 0), total), total))
-        series.append(Series(counts[0], counts[1], f"> {bound:g} ms"))
+        stable, candidate = (_slower(bound, before, after) for before, after in arms)
+        series.append(Series(stable, candidate, f"> {bound:g} ms"))
     return GateLook(tuple(series))
 
 
-_DEFAULT_BOUNDS_MS = (0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0)
-"""Envoy's own; only asked before the first request, when it shows no bucket yet."""
+_NAMES = ("stable", "candidate")
+
+
+def _slower(bound: float, before: ArmCounters, after: ArmCounters) -> Counts:
+    """Slow requests of one arm; one without requests may not show the bucket yet."""
+    total = after.timed - before.timed
+    below = after.not_slower.get(bound, 0) - before.not_slower.get(bound, 0)
+    return Counts(min(max(total - below, 0), total), total)
 
 
 def thresholds(threshold_ms: float, bounds: Sequence[float]) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from hafnium_rollout.dossier.facts import from_record, from_store
 from hafnium_rollout.dossier.page import page
 from hafnium_rollout.errors import RecordError, RolloutFileError, StateError, UnknownRollout
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, ObjectMeta, UserAction, load_rollout
-from hafnium_rollout.planning import plan_rollout
+from hafnium_rollout.planning import expected_s, plan_rollout
 from hafnium_rollout.record import read_record
 from hafnium_rollout.replay_story import Summary, tell
 from hafnium_rollout.standing import Standing
@@ -189,11 +189,10 @@ def plan(file: Path, *, rate: float, base: float, regression: float) -> dict[str
     except ValueError as e:
         raise InputError(f"{file}: {e}") from e
     alpha = max((g.compare.alpha for g in rollout.spec.gates if g.blocking), default=0.0)
-    known = {r.step: r.step_s for r in rows if r.step_s is not None}
     # Evidence for Fail goes on from step to step, so a gate misses at most what its best step alone would miss.
     missed = [min(r.missed for r in rows if r.gate == name) for name in dict.fromkeys(r.gate for r in rows)]
     return {"rollout": rollout.name, "falseRollbackMax": alpha, "wrongPassMax": alpha, "missedMax": max(missed, default=1.0),
-            "expectedSeconds": sum(known.values()), "gates": [asdict(r) for r in rows]}
+            "expectedSeconds": expected_s(rollout, rows, rate=rate), "gates": [asdict(r) for r in rows]}
 
 
 def plan_table(file: Path, *, rate: float, base: float, regression: float) -> str:

@@ -69,6 +69,10 @@ OBJECTS: Mapping[str, Mapping[str, Any]] = {
         _rule("!self.gates.exists(g, has(g.scores) && !(has(g.scores.unpaired) && g.scores.unpaired)) || "
               "self.strategy.steps.exists(s, s.shadow)",
               "a scores gate compares answers to the same request and needs a step with shadow: true, unless it is unpaired", ".gates"),
+        _rule("self.gates.all(g, g.role != 'Safety' || self.strategy.steps.exists(s, s.shadow ? 'shadow' in g.requiredIn : "
+              "'weight' in g.requiredIn && (!has(g.scores) || (has(g.scores.unpaired) && g.scores.unpaired))))",
+              "requiredIn names no kind of step that strategy.steps has (or that the gate can see): no step waits for that Safety gate's "
+              "Pass, and silence promotes", ".gates"),
         _rule("self.approvals.required.size() == 0 || has(self.model.trainedBy)",
               "model.trainedBy is required where approvals are: nobody approves their own model, so it must be known whose it is",
               ".model"),

@@ -35,12 +35,13 @@ from hafnium_rollout.people import handled, in_words, open_actions
 from hafnium_rollout.reporting import finish
 from hafnium_rollout.status import REJECTED_MAX, GateStatus, RolloutStatus
 from hafnium_rollout.turn import Outcome, Turn, hold, own_time_since, reached, restarts_in_step, since
+from hafnium_rollout.wrong_clock import set_right
 
 
 def decide(rollout: ModelRollout, status: RolloutStatus, seen: Observation, now: datetime) -> Decision:
     """What to do next. Write the decision's status, then do its actions in order."""
     before = status
-    turn = take_in(Turn(rollout, status, seen, now))
+    turn = take_in(Turn(rollout, set_right(status, now), seen, now))
     for rule in RULES:
         outcome = rule(turn)
         if outcome is not None:

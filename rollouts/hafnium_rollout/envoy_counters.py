@@ -47,7 +47,7 @@ class ArmCounters:
 
     def as_data(self) -> dict[str, Any]:
         """For the cursor in the status."""
-        buckets = {f"{k:g}": v for k, v in self.not_slower.items()}
+        buckets = {f"{k:.15g}": v for k, v in self.not_slower.items()}
         return {"endpoint": self.endpoint, "success": self.success, "error": self.error, "completed": self.completed,
                 "timed": self.timed, "notSlower": buckets, "refused": self.refused}
 

@@ -25,6 +25,7 @@ _EXPECTED_MAX = 10.0
 _RECENT = 0.8
 _RECENT_MIN = 20
 """Stable requests below which nothing is said about the stable arm's own share."""
+_NOTHING_COMPARED = tilt.FailState()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,14 @@ def _counted(gate: Gate, before: GateStatus, seen: GateLook | None, context: Gat
     state = before.state
     error = "" if seen is None else seen.error
     series = () if seen is None or seen.error else seen.series
-    followed = len(state.fail) or len(series)
-    if series and len(series) != followed:
-        series, error = (), f"{len(series)} thresholds came, {followed} are being followed"
+    if series and state.fail and len(series) != len(state.fail):
+        if not _begun(state):
+            state = state.model_copy(update={"fail": (), "passing": ()})
+        elif _both_arms(series):
+            now, before_it = _thresholds(len(series)), _thresholds(len(state.fail))
+            error = (f"{now} around slowerThan can be followed now, {before_it} until now: the models' buckets changed in this run; "
+                     "choose a slowerThan that is a bucket of both, and the gate begins anew")
+            series = ()
     if series:
         # a copy of a status costs more than the statistics in it: one for all that the look changes
         changes = _take_counts(gate, state, series, context)
@@ -133,20 +139,34 @@ def _alone(context: GateContext) -> bool:
     return context.weight >= 100 and not context.shadow
 
 
+def _begun(state: GateState) -> bool:
+    """Something was compared. Only that settles how many thresholds are followed: an arm without requests may show no bucket yet."""
+    return any(f != _NOTHING_COMPARED for f in state.fail)
+
+
+def _both_arms(series: Sequence[Series]) -> bool:
+    return any(s.stable.total > 0 and s.candidate.total > 0 for s in series)
+
+
+def _thresholds(n: int) -> str:
+    return f"{n} threshold{'s' if n != 1 else ''}"
+
+
 def _take_counts(gate: Gate, state: GateState, series: Sequence[Series], context: GateContext) -> dict[str, object]:
     """The look's increments into every process that they may feed."""
-    failing = state.fail or tuple(tilt.FailState() for _ in series)
+    failing = state.fail or (_NOTHING_COMPARED,) * len(series)
+    followed = len(failing) == len(series)  # else there is nothing to compare in this look
     update: dict[str, object] = {"fail": failing}
     phis = [_phi(gate, s) for s in series]
     if context.counts_for_fail and not context.void:
         look_s = 0.0 if state.last_seen_at is None else (context.now - state.last_seen_at).total_seconds()
         restarts = gate.compare.dispersion is not None
-        update["fail"] = tuple([
+        update["fail"] = failing if not followed else tuple([
             tilt.add_fail(f, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi,
                           harmless=gate.harmless, look_s=max(look_s, 0.0), restarts=restarts)
             for f, s, phi in zip(failing, series, phis, strict=True)
         ])
-        if context.counts_for_pass:
+        if context.counts_for_pass and followed:
             passing = state.passing or tuple(tilt.PassState() for _ in series)
             update["passing"] = tuple([
                 tilt.add_pass(p, s.candidate.bad, s.candidate.total, s.stable.bad, s.stable.total, phi=phi)

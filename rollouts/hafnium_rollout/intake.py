@@ -256,14 +256,18 @@ def _sample_ratio(turn: Turn, look: Look | None) -> Turn:
 
 
 def _samples(turn: Turn, step: StepStatus, look: Look | None) -> StepStatus:
-    """Candidate requests in this step, or pairs of scores where those are compared in shadow."""
-    kinds = {g.name: g for g in turn.rollout.spec.gates}
-    counted = [g.samples for g in turn.status.gates if kinds[g.name].counted]
+    """Candidate requests in this step that each gate which it waits for has seen, or pairs of scores where those are compared in shadow."""
+    kinds, spec = {g.name: g for g in turn.rollout.spec.gates}, turn.step_spec
     pairs = [g.samples for g in turn.status.gates if kinds[g.name].kind == "scores" and kinds[g.name].blocking]
     if step.shadow_observed and not step.weight_observed and pairs:
         return step.model_copy(update={"samples": min(pairs)})
-    if counted:
-        return step.model_copy(update={"samples": max(counted)})
+    counted = [g for g in turn.status.gates if kinds[g.name].counted]
+    waited = [g.samples for g in counted if spec is not None and kinds[g.name].waits_in(spec)]
+    blocking = [g.samples for g in counted if kinds[g.name].blocking]
+    # A query that only shows something may count anything; our own counters are requests in any role.
+    shown = [g.samples for g in counted if kinds[g.name].kind != "prometheus"]
+    if found := waited or blocking or shown:
+        return step.model_copy(update={"samples": min(found)})
     routed = look.routed_candidate if look is not None else None
     return step.model_copy(update={"samples": step.samples + int(routed or 0)})
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from hafnium_contract.bundle import VERSION_PATTERN
 from hafnium_contract.contract_file import dotted, line_of, read_yaml
 from hafnium_contract.durations import Duration, PositiveDuration, parse_duration
 from hafnium_contract.errors import ContractError, Problem
@@ -59,8 +60,8 @@ class ModelRef(Strict):
 
     name: Name
     """The model's name, as in its contract. Never changes: another model is another ModelRollout."""
-    version: str = Field(min_length=1, max_length=63)
-    """The bundle's version, for people; what is served is named by the digest."""
+    version: Annotated[str, Field(pattern=VERSION_PATTERN, max_length=63)]
+    """The bundle's version, for people; what is served is named by the digest. Also a label of its services."""
     storage_uri: str = Field(min_length=1, max_length=2048)
     """Where the bundle is: s3://…, pvc://…, file://…, as KServe's storageUri."""
     digest: Digest
@@ -103,7 +104,8 @@ class Step(Strict):
     min_dwell: Duration = NO_TIME
     """Time that the step lasts at least, counted from the moment that its weight was seen at the gateway."""
     min_samples: int = Field(default=0, ge=0, le=1_000_000_000)
-    """Candidate requests (pairs of scores, for a scores gate) that the step needs at least."""
+    """Candidate requests (pairs of scores, for a scores gate) that the step needs at least, by the least count of the gates that it waits
+    for."""
     deadline: PositiveDuration = parse_duration("7d")
     """Without a verdict by then the rollout pauses and says what was missing."""
 
@@ -257,8 +259,8 @@ class Gate(Strict):
     """The candidate's own share of bad requests above this is a failure whatever the stable one does, unless it is above it too."""
     required_in: Annotated[
         tuple[Literal["shadow", "weight"], ...], Field(max_length=2), AfterValidator(_each_once)] = ("shadow", "weight")
-    """Kinds of step that wait for this gate's Pass; a Quality gate may name none. Its Fail counts in all of them. Scores are
-    compared in shadow only, unless they are unpaired."""
+    """Kinds of step that wait for this gate's Pass. A Quality gate may name none, a Safety gate must name one that strategy.steps has.
+    Its Fail counts in all of them. Scores are compared in shadow only, unless they are unpaired."""
     failure_limit: int = Field(default=1, ge=1, le=1000)
     """Quality only: looks in a row with Fail before the rollout goes back. Safety always goes back at once."""
 
@@ -402,6 +404,12 @@ class RolloutSpec(Strict):
             raise ValueError(
                 f"gates: {', '.join(paired)}: a scores gate compares answers to the same request and needs a step with shadow: true; "
                 "without one, `scores: {unpaired: true}` compares those to different requests"
+            )
+        unasked = [g.name for g in self.gates if g.role == "Safety" and not any(g.waits_in(s) for s in self.strategy.steps)]
+        if unasked:
+            raise ValueError(
+                f"gates: {', '.join(unasked)}: requiredIn names no kind of step that strategy.steps has (or that it can see): no step "
+                "waits for that Safety gate's Pass, and silence promotes; add `weight`, or a step with shadow: true"
             )
         if not isinstance(self.service.get("predictor"), dict):
             raise ValueError("service: expected an InferenceServiceSpec with `predictor`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hafnium_rollout.intake import alpha_parts, alphas_of
@@ -48,9 +49,40 @@ def plan_rollout(rollout: ModelRollout, *, rate: float, base: float, regression:
     ]
 
 
+def expected_s(rollout: ModelRollout, rows: Sequence[GatePlan], *, rate: float) -> float | None:
+    """How long an equal candidate takes up to weight 100: in each step its slowest counted gate. None: one of those never passes."""
+    total = 0.0
+    for index, step in enumerate(rollout.spec.strategy.steps):
+        if step.live_weight == 100:
+            continue
+        waited = {g.name for g in rollout.spec.gates if g.waits_in(step)}
+        slowest = _least_s(step, rate)
+        for row in rows:
+            if row.step != index or row.gate not in waited:
+                continue
+            if row.step_s is None:
+                return None
+            slowest = max(slowest, row.step_s)
+        total += slowest
+    return total
+
+
+def _share(step: Step) -> float:
+    """The candidate's share of what both arms answer."""
+    return 0.5 if step.shadow else min(step.live_weight / 100.0, _AT_100)
+
+
+def _candidate_per_s(step: Step, rate: float) -> float:
+    return rate if step.shadow else rate * _share(step)
+
+
+def _least_s(step: Step, rate: float) -> float:
+    """Time that the step takes whatever its gates say."""
+    return max(step.min_dwell.total_seconds(), step.min_samples / _candidate_per_s(step, rate))
+
+
 def _gate(index: int, step: Step, gate: Gate, alpha_fail: float, rate: float, base: float, regression: float) -> GatePlan:
-    weight = 0.5 if step.shadow else min(step.live_weight / 100.0, _AT_100)
-    per_s = rate if step.shadow else rate * weight
+    weight, per_s = _share(step), _candidate_per_s(step, rate)
     d = gate.compare.dispersion
     phi = dispersion.at_weight(d.phi, d.weight, weight, d.clump) if d is not None else 1.0
     alpha = gate.compare.alpha
@@ -58,7 +90,7 @@ def _gate(index: int, step: Step, gate: Gate, alpha_fail: float, rate: float, ba
         plan.requests_to_pass(base, base, weight, alpha, gate.margin, phi=phi, quantile=q) for q in (0.5, 0.9)
     )
     fail = plan.requests_to_fail(base + regression, base, weight, alpha_fail, harmless=gate.harmless, phi=phi, restarts=d is not None)
-    step_s = None if median is None else max(step.min_dwell.total_seconds(), step.min_samples / per_s, median / per_s)
+    step_s = None if median is None else max(_least_s(step, rate), median / per_s)
     seen = (step_s if step_s is not None else step.deadline.total_seconds()) * per_s
     chance = plan.chance_of_fail(base + regression, base, weight, alpha_fail, seen, harmless=gate.harmless, phi=phi,
                                  restarts=d is not None)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import EvidenceUnread, Observation, RouteSeen
+from hafnium_rollout.observation import Counts, EvidenceUnread, GateLook, Observation, RouteSeen, Series
 from hafnium_rollout.status import GateStatus, stored
 
 SCORES = {"name": "scores", "role": "Quality", "scores": {}, "compare": {"margin": 0.05}}
@@ -101,6 +101,46 @@ def test_2_the_least_samples_are_waited_for() -> None:
         samples = world.status.step.samples
         world.turn()
     assert samples >= 4600  # the look that completes them moves on
+
+
+class Probed(World):
+    """Its gate `probe` counts 5,000 requests in a look, whatever the candidate gets."""
+
+    def observe(self, seconds: float) -> Observation:
+        seen = super().observe(seconds)
+        if seen.look is not None:
+            probe = GateLook((Series(Counts(0, 5000), Counts(0, 5000)),))
+            self.seen = replace(seen, look=replace(seen.look, gates={**seen.look.gates, "probe": probe}))
+        return self.seen
+
+
+@pytest.mark.parametrize("role", ["Advisory", "Quality"])
+def test_2_a_gate_that_counts_more_than_the_others_does_not_stand_in_for_their_samples(role: str) -> None:
+    probe = {"name": "probe", "role": role, "prometheus": {"bad": "b", "total": "t"}}
+    world = Probed(rollout(gates=[ERRORS, probe], strategy={"steps": [{"weight": 50, "minSamples": 10_000}, {"weight": 100}]}))
+    world.until_step(0)
+    seen = 0
+    while world.status.step is not None and world.status.step.index == 0:
+        assert world.status.step.samples == world.status.gates[0].samples
+        seen = world.status.step.samples
+        world.turn()
+    assert seen > 9_500
+
+
+@pytest.mark.parametrize(("gates", "counted"), [
+    ([ERRORS, {"name": "shown", "role": "Quality", "latency": {"slowerThan": "1s"}, "requiredIn": ["shadow"]}], True),
+    ([{"name": "drift", "role": "Safety", "drift": {}}, {"name": "shown", "role": "Advisory", "requests": {}}], True),
+    ([{"name": "drift", "role": "Safety", "drift": {}},
+      {"name": "probe", "role": "Advisory", "prometheus": {"bad": "b", "total": "t"}}], False),
+], ids=["a gate of other steps", "shown only, and our own counters", "shown only, and a query"])
+def test_2_samples_are_requests_of_the_candidate(gates: list[dict[str, Any]], counted: bool) -> None:
+    world = Probed(rollout(gates=gates, strategy={"steps": [{"weight": 50, "minSamples": 100_000}, {"weight": 100}]}))
+    world.until_step(0)
+    for _ in range(5):
+        world.turn()
+    assert world.status.step is not None
+    assert 500 < world.status.step.samples < 1500
+    assert (world.status.step.samples == world.status.gates[0 if gates[0] is ERRORS else 1].samples) is counted
 
 
 # --- 3 ---------------------------------------------------------------------------------------------------------------------------

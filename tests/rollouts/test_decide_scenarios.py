@@ -446,3 +446,37 @@ def test_10_retries_do_not_hide_a_candidate_that_fails_twice_as_often_and_more()
 
     world.observe = observe  # type: ignore[method-assign]
     assert world.until("RolledBack", turns=200) == "RolledBack"
+
+
+def test_8_after_our_own_clock_was_ahead_a_bad_candidate_still_goes_back_at_once() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "2h", "deadline": "6h"}, {"weight": 100}]}))
+    world.now += timedelta(hours=1)
+    world.until_step(0)
+    for _ in range(5):
+        world.turn()
+    world.now -= timedelta(hours=1)
+    world.bad_candidate = 0.3
+    assert world.until("RolledBack", turns=40) == "RolledBack", world.status.message
+
+
+def test_8_after_our_own_clock_was_ahead_a_blind_gate_is_still_seen() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "2h", "deadline": "6h"}, {"weight": 100}]}))
+    world.now += timedelta(hours=1)
+    world.until_step(0)
+    for _ in range(5):
+        world.turn()
+    world.now -= timedelta(hours=1)
+    world.blind = True
+    for _ in range(40):  # maxBlindDuration is a minute
+        world.turn()
+    assert "BlindStepDown" in world.events
+
+
+def test_8_clocks_of_two_leaders_that_are_a_minute_apart_begin_nothing_anew() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 20, "minDwell": "2h", "deadline": "6h"}, {"weight": 100}]}))
+    world.until_step(0)
+    assert world.status.step is not None
+    entered = world.status.step.entered_at
+    world.now -= timedelta(minutes=1)
+    world.turn()
+    assert world.status.step.entered_at == entered

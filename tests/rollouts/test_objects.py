@@ -93,14 +93,35 @@ SAFE: dict[str, Any] = {"name": "errors", "role": "Safety", "requests": {}}
     ({"gates": [{"name": "x", "role": "Safety"}]}, "given: none"),
     ({"gates": [{**SAFE, "failureLimit": 3}]}, "failureLimit is for Quality"),
     ({"gates": [{**SAFE, "requiredIn": []}]}, "silence promotes"),
+    ({"gates": [{**SAFE, "requiredIn": ["shadow"]}], "strategy": {"steps": [{"weight": 10}, {"weight": 100}]}}, "silence promotes"),
+    ({"gates": [SAFE, {"name": "l", "role": "Safety", "latency": {"slowerThan": "1s"}, "requiredIn": ["shadow"]}],
+      "strategy": {"steps": [{"weight": 10}, {"weight": 100}]}}, "gates: l: requiredIn names no kind of step"),
+    ({"gates": [SAFE, {"name": "s", "role": "Safety", "scores": {}, "requiredIn": ["weight"]}]}, "gates: s: requiredIn"),
     ({"gates": [SAFE, {"name": "d", "drift": {}, "hardLimit": 0.1}]}, "hardLimit is for counted"),
     ({"gates": [{**SAFE, "compare": {"margin": 0.01, "harmless": 0.02}}]}, "must be below"),
     ({"gates": [SAFE, {"name": "s", "scores": {}}], "strategy": {"steps": [{"weight": 5}, {"weight": 100}]}}, "needs a step with shadow"),
     ({"service": {}}, "expected an InferenceServiceSpec"),
+    *(({"model": {"version": v}}, "model.version: string should")
+      for v in ("", "1.4.0+build.7", "v1/2", "-v1", "2026-03-01 rc1", "v1\n", "v" * 64)),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_what_makes_no_sense_is_refused_in_words(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RolloutFileError, match=message):
         rollout(**changes)
+
+
+@pytest.mark.parametrize("version", ["1", "1.4.0-build.7", "2026-03-01_rc1", "v" * 63])
+def test_a_version_may_be_what_a_label_may(version: str) -> None:
+    assert rollout(model={"version": version}).spec.model.version == version
+
+
+@pytest.mark.parametrize("changes", [
+    {"gates": [{**SAFE, "requiredIn": ["shadow"]}]},
+    {"gates": [{**SAFE, "requiredIn": ["weight"]}], "strategy": {"steps": [{"weight": 100}]}},
+    {"gates": [SAFE, {"name": "s", "role": "Safety", "scores": {}, "requiredIn": ["shadow"]}]},
+    {"gates": [SAFE, {"name": "d", "drift": {}, "requiredIn": ["shadow"]}], "strategy": {"steps": [{"weight": 100}]}},
+], ids=["shadow", "weight", "pairs", "a Quality gate that no step waits for"])
+def test_a_safety_gate_that_some_step_waits_for_is_accepted(changes: dict[str, Any]) -> None:
+    rollout(**changes)
 
 
 def test_what_is_worked_out_from_a_gates_settings_does_not_outlive_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,40 @@ def test_the_command_prints_every_step_with_traffic_to_compare(tmp_path: Path) -
     assert 300 <= found["gates"][1]["pass_requests"] <= 600  # no errors, margin .02: about 380 are needed
     with pytest.raises(InputError, match="rate must be"):
         commands.plan(file, rate=0, base=0.01, regression=0.02)
+
+
+def test_the_expected_time_is_that_of_the_slowest_gate_each_step_waits_for(tmp_path: Path) -> None:
+    errors = {"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.005}}
+    slow = {"name": "slow", "latency": {"slowerThan": "100ms"}, "compare": {"margin": 0.1}}
+    steps = [{"weight": 5}, {"weight": 25}, {"weight": 100}]
+    file = tmp_path / "r.yaml"
+
+    def planned(gates: list[dict[str, Any]], base: float, steps: list[dict[str, Any]] = steps) -> dict[str, Any]:
+        file.write_text(json.dumps(rollout(gates=gates, strategy={"steps": steps}).model_dump(mode="json", exclude_none=True)))
+        return commands.plan(file, rate=100, base=base, regression=0.02)
+
+    for gates in ([errors, slow], [slow, errors]):
+        found = planned(gates, 0.01)
+        times = {(g["step"], g["gate"]): g["step_s"] for g in found["gates"]}
+        assert times[0, "errors"] > times[0, "slow"]
+        assert found["expectedSeconds"] == pytest.approx(times[0, "errors"] + times[1, "errors"])
+    shown = [errors | {"role": "Advisory"}, slow | {"role": "Safety"}]
+    assert planned(shown, 0.01)["expectedSeconds"] == pytest.approx(times[0, "slow"] + times[1, "slow"]), "nobody waits for Advisory"
+    early = [errors, slow | {"requiredIn": ["shadow"]}]
+    assert planned(early, 0.01)["expectedSeconds"] == pytest.approx(times[0, "errors"] + times[1, "errors"])
+    drift = [{"name": "drift", "role": "Safety", "drift": {}}]
+    dwell = [{"weight": 5, "minDwell": "1m", "minSamples": 100}, {"weight": 50, "minSamples": 5000}, {"weight": 100}]
+    assert planned(drift, 0.01, dwell)["expectedSeconds"] == pytest.approx(60 + 100), "what a step takes whatever its gates say"
+
+
+def test_a_plan_with_a_gate_that_never_passes_has_no_expected_time(tmp_path: Path) -> None:
+    gates = [{"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 1e-9}},
+             {"name": "slow", "latency": {"slowerThan": "1s"}}]
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps(rollout(gates=gates).model_dump(mode="json", exclude_none=True)))
+    found = commands.plan(file, rate=100, base=0.3, regression=0.02)
+    assert None in {g["step_s"] for g in found["gates"]}
+    assert found["expectedSeconds"] is None
 
 
 def test_the_alphas_of_all_gates_and_limits_add_up_to_the_rollouts() -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(str(hafnium_rollout.__file__)).parent
 PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions", "observation",
         "status", "objects", "errors", "planning", "statistics.tilt", "statistics.betting", "statistics.dispersion",
         "statistics.sample_ratio", "statistics.across", "statistics.plan", "observation_codec", "record_lines",
-        "replaying", "retraining.policy", "evidence_retention", "standing")
+        "replaying", "wrong_clock", "retraining.policy", "evidence_retention", "standing")
 READS_FILES = {"objects"}  # parsing a YAML file is its job; decide only uses its types
 FORBIDDEN = {"time", "random", "secrets", "os", "socket", "subprocess", "threading", "http", "urllib", "asyncio", "pathlib"}
 OTHERS = {"numpy", "pydantic"}

@@ -60,7 +60,10 @@ def gate(draw: st.DrawFn, name: str, role: str, kinds: list[str]) -> JSON:
     if role == "Quality" and draw(st.booleans()):
         out["failureLimit"] = draw(st.integers(1, 1000))
     if draw(st.booleans()):
-        out["requiredIn"] = draw(st.sampled_from([["shadow"], ["weight"], ["shadow", "weight"]]))
+        # A Safety gate is waited for in a step that there is: in `weight` always, and in `shadow` where scores may stand.
+        shadow = [["shadow"]] if role != "Safety" or "scores" in kinds else []
+        live = [["weight"]] if role != "Safety" or kind != "scores" else []
+        out["requiredIn"] = draw(st.sampled_from([*shadow, *live, ["shadow", "weight"]]))
     return out
 
 
@@ -72,8 +75,8 @@ def rollouts(draw: st.DrawFn) -> JSON:
     gate_names = draw(st.lists(names, min_size=1, max_size=5, unique=True))
     roles = ["Safety", *(draw(st.sampled_from(["Safety", "Quality", "Advisory"])) for _ in gate_names[1:])]
     spec: JSON = {
-        "model": {"name": draw(stages), "version": draw(st.from_regex(r"[a-z0-9.]{1,20}", fullmatch=True)), "storageUri": "s3://b/2",
-                  "digest": draw(digests)},
+        "model": {"name": draw(stages), "version": draw(st.from_regex(r"[a-zA-Z0-9]([-a-z0-9_.]{0,18}[a-z0-9])?", fullmatch=True)),
+                  "storageUri": "s3://b/2", "digest": draw(digests)},
         "service": {"predictor": {"minReplicas": 2, "model": {"modelFormat": {"name": "onnx"}}}},
         "strategy": {"steps": draw(steps(shadow))},
         "gates": [draw(gate(n, r, kinds)) for n, r in zip(gate_names, roles, strict=True)],
@@ -137,6 +140,7 @@ MISTAKES: dict[str, Callable[[JSON], None]] = {
     "weight 0": _set("strategy", "steps", 0, to={"weight": 0}),
     "weight 101": _set("strategy", "steps", -1, to={"weight": 101}),
     "falling weights": _set("strategy", "steps", to=[{"weight": 50}, {"weight": 20}, {"weight": 100}]),
+    "version that is no label": _set("model", "version", to="1.4.0+build.7"),
     "the same weight twice": _set("strategy", "steps", to=[{"weight": 50}, {"weight": 50}, {"weight": 100}]),
     "shadow twice": _set("strategy", "steps", to=[{"shadow": True}, {"shadow": True}, {"weight": 100}]),
     "shadow last": _set("strategy", "steps", to=[{"weight": 100}, {"shadow": True}]),
@@ -156,6 +160,11 @@ MISTAKES: dict[str, Callable[[JSON], None]] = {
     "hardLimit of drift": _set("gates", 0, to={"name": "a", "role": "Safety", "drift": {}, "hardLimit": 0.5}),
     "hardLimit of 1": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "hardLimit": 1}),
     "Safety that nobody waits for": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "requiredIn": []}),
+    "Safety in shadow without shadow": lambda s: s.update(
+        strategy={"steps": [{"weight": 100}]}, gates=[{"name": "a", "role": "Safety", "requests": {}, "requiredIn": ["shadow"]}]),
+    "Safety of pairs in live traffic": lambda s: s.update(
+        strategy={"steps": [{"shadow": True}, {"weight": 100}]},
+        gates=[{"name": "a", "role": "Safety", "requests": {}}, {"name": "b", "role": "Safety", "scores": {}, "requiredIn": ["weight"]}]),
     "Safety that may fail twice": _set("gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "failureLimit": 2}),
     "harmless beyond the default margin": _set(
         "gates", 0, to={"name": "a", "role": "Safety", "requests": {}, "compare": {"harmless": 0.005}}),

@@ -62,7 +62,8 @@ class ScriptedApi:
 
 
 @contextmanager
-def scripted_api(*answers: Answer | Callable[[Asked], Answer]) -> Generator[ScriptedApi]:
+def scripted_api(*answers: Answer | Callable[[Asked], Answer], port: int = 0) -> Generator[ScriptedApi]:
+    """`port`: one that an earlier server had, to come back there."""
     api = ScriptedApi(*answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,7 +89,7 @@ def scripted_api(*answers: Answer | Callable[[Asked], Answer]) -> Generator[Scri
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

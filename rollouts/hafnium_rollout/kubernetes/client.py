@@ -221,7 +221,10 @@ class KubernetesClient:
         query = {"watch": "1", "resourceVersion": resource_version, "timeoutSeconds": str(max(1, round(timeout_s))),
                  "allowWatchBookmarks": "true", **({"labelSelector": labels} if labels else {})}
         what = f"watch {kind.plural} in {namespace or 'all namespaces'}"
-        answer = self._once("GET", f"{kind.path(namespace)}?{urlencode(query)}", None, "application/json", timeout_s + 5.0, what)
+        try:
+            answer = self._once("GET", f"{kind.path(namespace)}?{urlencode(query)}", None, "application/json", timeout_s + 5.0, what)
+        except (urllib3.exceptions.HTTPError, OSError) as e:
+            raise Unavailable(f"{what}: no answer: {e}") from e
         try:
             if answer.status != 200:
                 raise _error(what, answer.status, answer.read(self._limits.answer_bytes_max), answer.headers)

@@ -99,7 +99,7 @@ class Operator:
         self._say("info", "Started", f"{self.leader.identity}: health and metrics at port {health.port}", port=health.port,
                   identity=self.leader.identity)
         if settings.watch:
-            Watches(self._client, settings.namespace, self.call, stop).start()
+            Watches(self._client, settings.namespace, self.call, stop, self._say).start()
         election.start()
         self._companions.start()
         self._reconciler.start()

@@ -54,7 +54,7 @@ class PodCounters:
 
     def as_data(self) -> dict[str, Any]:
         """For the cursor in the status."""
-        slow = {f"{k:g}": v for k, v in (self.not_slower or {}).items()}
+        slow = {f"{k:.15g}": v for k, v in (self.not_slower or {}).items()}
         return {"at": self.scraped_at, "requests": self.requests, "errors": self.errors, "timed": self.timed, "notSlower": slow,
                 "target": self.target}
 
@@ -174,7 +174,7 @@ def increase(before: Mapping[str, PodCounters], after: Mapping[str, PodCounters]
     both = [p for p in pods if p in before and p in after and before[p].target == after[p].target]
     whole = set(both) == {p for p in (*pods, *before) if p in before or p in after}
     requests = errors = timed = 0.0
-    not_slower: dict[float, float] = {}
+    slow: list[Mapping[float, float]] = []
     for pod in both:
         old, new = before[pod], after[pod]
         if new.scraped_at <= old.scraped_at:
@@ -185,7 +185,11 @@ def increase(before: Mapping[str, PodCounters], after: Mapping[str, PodCounters]
         requests += new.requests - old.requests
         errors += new.errors - old.errors
         timed += new.timed - old.timed
-        for bound, count in (new.not_slower or {}).items():
-            not_slower[bound] = not_slower.get(bound, 0.0) + count - (old.not_slower or {}).get(bound, 0.0)
+        if new.timed > 0:
+            known = old.not_slower or {}
+            slow.append({b: n - known.get(b, 0.0) for b, n in (new.not_slower or {}).items() if b in known or not old.timed})
+    # A bucket that one pod lacks (two images in one arm) is none of the arm: all of that pod's requests would seem slow.
+    common = set(slow[0]).intersection(*slow) if slow else set[float]()
+    not_slower = {b: sum(s[b] for s in slow) for b in sorted(common)}
     started = min((before[p].scraped_at for p in both), default=None)
     return ArmIncrease(requests, errors, timed, not_slower, whole, started)

@@ -211,8 +211,9 @@ class Reconciler:
             return False
         key = (meta.namespace, meta.name)
         last = self._looked.get(key)
-        # A rollback is over when counters say so: for that they are asked each time.
-        if status.rollback is None and last is not None and (now - last).total_seconds() < self._settings.look_s * 0.9:
+        # A rollback is over when counters say so: for that they are asked each time. A last look that is still to come was seen by a clock
+        # that was wrong, and is none.
+        if status.rollback is None and last is not None and 0 <= (now - last).total_seconds() < self._settings.look_s * 0.9:
             return False
         with self._lock:
             self._looked[key] = now

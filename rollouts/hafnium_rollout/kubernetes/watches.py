@@ -1,12 +1,16 @@
-"""Watches: wake-up calls and nothing more. What changed is read anew by the turn; a call that is lost costs at most a look's time."""
+"""Watches: wake-up calls and nothing more. What changed is read anew by the turn; a call that is lost costs at most a look's time.
+
+A watch ends with its process and by nothing else: a thread that died would cost a look's time at every change from then on, in silence.
+"""
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 
 from hafnium_rollout.kubernetes.client import KubernetesClient
-from hafnium_rollout.kubernetes.errors import Gone, KubernetesError, NotFound
+from hafnium_rollout.kubernetes.errors import Gone, NotFound
 from hafnium_rollout.kubernetes.kinds import HTTP_ROUTE, INFERENCE_SERVICE, MODEL_APPROVAL, MODEL_EVIDENCE, MODEL_ROLLOUT, Kind
 from hafnium_rollout.kubernetes.objects_seen import Meta, meta_of
 from hafnium_rollout.kubernetes.snapshot import Key
@@ -14,7 +18,14 @@ from hafnium_rollout.state_folder import ROLLOUT_LABEL
 
 WATCHED: tuple[Kind, ...] = (MODEL_ROLLOUT, INFERENCE_SERVICE, HTTP_ROUTE, MODEL_EVIDENCE, MODEL_APPROVAL)
 _WATCH_S = 240.0
-_PAUSE_S = 5.0
+_ABSENT_PAUSE_S = 30.0
+_PAUSE_FIRST_S = 1.0
+_PAUSE_MAX_S = 30.0
+"""After an error, doubled from the first to the last, each drawn between half and all of it: replicas must not come back in step."""
+_SAID_AT = 2
+"""Failures in a row. A single one is a connection that somebody on the way cuts now and then."""
+Say = Callable[[str, str, str], None]
+"""Level, event, message."""
 ALL_OF = "*"
 """Instead of a name: every rollout of the namespace."""
 
@@ -29,8 +40,10 @@ def touched(kind: Kind, meta: Meta) -> Key:
 class Watches:
     """One thread per kind. `call` is told which rollout something happened to."""
 
-    def __init__(self, client: KubernetesClient, namespace: str, call: Callable[[Key], None], stop: threading.Event) -> None:
-        self._client, self._namespace, self._call, self._stop = client, namespace, call, stop
+    def __init__(
+        self, client: KubernetesClient, namespace: str, call: Callable[[Key], None], stop: threading.Event, say: Say,
+    ) -> None:
+        self._client, self._namespace, self._call, self._stop, self._say = client, namespace, call, stop, say
         self._threads = [
             threading.Thread(target=self._run, args=(k,), name=f"watch-{k.plural}", daemon=True) for k in WATCHED]
 
@@ -40,25 +53,37 @@ class Watches:
 
     def _run(self, kind: Kind) -> None:
         generations: dict[Key, tuple[int, bool]] = {}
-        version = ""
+        version, failures = "", 0
         while not self._stop.is_set():
             try:
                 if not version:
                     version = self._client.version_of(kind, self._namespace)
                 for event in self._client.watch(kind, self._namespace, version, _WATCH_S):
+                    failures = self._answered(kind, failures)
                     meta = meta_of(event.object)
                     version = meta.resource_version or version
                     if self._stop.is_set():
                         return
                     if event.type != "BOOKMARK" and self._news(kind, meta, event.type, generations):
                         self._call(touched(kind, meta))
+                failures = self._answered(kind, failures)
             except Gone:
                 version = ""
+                self._stop.wait(_PAUSE_FIRST_S)
             except NotFound:  # the kind isn't installed (yet)
-                self._stop.wait(_PAUSE_S * 6)
-            except KubernetesError:
-                version = ""
-                self._stop.wait(_PAUSE_S)
+                self._stop.wait(_ABSENT_PAUSE_S)
+            except Exception as e:  # noqa: BLE001 - whatever it is, the next try may be better, and nobody starts this thread again
+                version, failures = "", failures + 1
+                if failures == _SAID_AT:
+                    self._say("warning", "WatchFailed", f"changes of {kind.plural} wait for the next look until it is back: {e}")
+                longest = min(_PAUSE_FIRST_S * 2.0 ** min(failures - 1, 10), _PAUSE_MAX_S)
+                self._stop.wait(longest * random.uniform(0.5, 1.0))  # noqa: S311
+
+    def _answered(self, kind: Kind, failures: int) -> int:
+        """The watch works: failures in a row begin anew."""
+        if failures >= _SAID_AT:
+            self._say("info", "WatchBack", f"{kind.plural} are watched again")
+        return 0
 
     @staticmethod
     def _news(kind: Kind, meta: Meta, what: str, generations: dict[Key, tuple[int, bool]]) -> bool:

@@ -197,6 +197,13 @@ def test_a_kind_that_is_not_installed_is_none_and_a_server_that_is_down_is_an_er
         api.client(clock=waits.clock, sleep=waits.sleep).resources(LEASE)
 
 
+def test_a_watch_that_nobody_answers_is_an_error_of_ours() -> None:
+    with scripted_api(Answer(cut=True)) as api, pytest.raises(Unavailable, match="watch pods in n: no answer"):
+        list(api.client().watch(POD, "n", "1", 1))
+    with pytest.raises(Unavailable, match="watch pods in n: no answer"):  # the port is closed now
+        list(api.client().watch(POD, "n", "1", 1))
+
+
 def test_a_watch_says_when_its_version_is_too_old() -> None:
     event = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "message": "too old resource version"}}
     with scripted_api(Answer(200, json.dumps(event).encode() + b"\n")) as api, pytest.raises(Gone, match="too old"):

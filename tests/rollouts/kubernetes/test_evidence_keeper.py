@@ -399,7 +399,7 @@ def test_removing_wakes_nobody_and_new_evidence_does() -> None:
         called.append(key)
         stop.set()
     with scripted_api(answer) as api:
-        Watches(api.client(), "", call, stop)._run(MODEL_EVIDENCE)
+        Watches(api.client(), "", call, stop, lambda *_: None)._run(MODEL_EVIDENCE)
         assert called == [("risk", "*")]
         assert "limit=1" in api.asked[0].path, "where to begin is asked without reading everything"
 

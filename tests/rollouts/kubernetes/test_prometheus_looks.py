@@ -14,13 +14,14 @@ import pytest
 from hafnium_rollout_world import rollout
 from hafnium_scripted_api import Answer, Asked, scripted_api
 
+from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.kubernetes.objects_seen import PodSeen
 from hafnium_rollout.kubernetes.pod_counters import Pods, by_pod, increase
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError, Sample
 from hafnium_rollout.kubernetes.prometheus_queries import LookMade, PrometheusLooks, query_problems
 from hafnium_rollout.observation import Counts, Look
 from hafnium_rollout.statistics import sample_ratio
-from hafnium_rollout.status import ModelSeen, RollbackStatus, RolloutStatus, StepStatus, stored
+from hafnium_rollout.status import GateStatus, ModelSeen, RollbackStatus, RolloutStatus, StepStatus, stored
 
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 SCRAPE_S = 15.0
@@ -33,6 +34,7 @@ class Pod:
     errors: float | None = None
     slow: float = 0.0
     """Requests above 100 ms."""
+    buckets: tuple[str, ...] = ("0.05", "0.1")
 
 
 @dataclass
@@ -84,7 +86,8 @@ class World:
             if p.errors is not None:
                 rows.append(({"__name__": "inference_errors_total", "pod": name, "type": "internal"}, p.errors))
             rows.append(({"__name__": "inference_duration_seconds_count", "pod": name}, p.requests))
-            for le, n in (("0.05", p.requests - p.slow), ("0.1", p.requests - p.slow), ("+Inf", p.requests)):
+            # A labelled histogram shows no bucket before its first request.
+            for le, n in ((*((b, p.requests - p.slow) for b in p.buckets), ("+Inf", p.requests)) if p.requests else ()):
                 rows.append(({"__name__": "inference_duration_seconds_bucket", "pod": name, "le": le}, n))
         return _ok("vector", [{"metric": {**labels, "instance": job}, "value": [at, str(v)]}
                               for labels, v in rows for job in jobs[labels["pod"]]])
@@ -386,6 +389,74 @@ def test_latency_is_the_share_above_a_bucket(world: World) -> None:
     world.look()
     world.scrape(s_1=Pod(requests=200, slow=3), c_1=Pod(requests=30, slow=5))
     assert _counts(world.look(), "slow") == (Counts(2, 100), Counts(5, 20))
+
+
+_WITH_75 = ("0.05", "0.075", "0.1")
+_SLOW = {"gates": [{"name": "slow", "role": "Safety", "latency": {"slowerThan": "75ms"}}]}
+
+
+@pytest.mark.parametrize(("stable", "candidate"), [(("0.05", "0.1"), _WITH_75), (_WITH_75, ("0.05", "0.1"))], ids=["stable", "candidate"])
+def test_a_latency_bucket_that_one_arm_lacks_is_not_taken_for_slow_requests(
+    world: World, stable: tuple[str, ...], candidate: tuple[str, ...],
+) -> None:
+    world.spec = _SLOW
+    world.scrape(s_1=Pod(requests=100, buckets=stable), c_1=Pod(requests=100, buckets=candidate))
+    world.look()
+    world.scrape(s_1=Pod(requests=1100, buckets=stable), c_1=Pod(requests=1100, slow=900, buckets=candidate))
+    found = _made(world.look()).gates["slow"]
+    assert [(s.label, s.stable, s.candidate) for s in found.series] == [
+        (f"> {b} ms", Counts(0, 1000), Counts(900, 1000)) for b in (50, 100)]
+
+
+def test_latency_arms_without_a_useful_bucket_in_common_can_not_be_compared(world: World) -> None:
+    world.spec = _SLOW
+    stable, candidate = ("0.005", "10"), ("0.005", "0.05", "0.1", "5")
+    world.scrape(s_1=Pod(requests=100, buckets=stable), c_1=Pod(requests=100, buckets=candidate))
+    world.look()
+    world.scrape(s_1=Pod(requests=1100, buckets=stable), c_1=Pod(requests=1100, slow=900, buckets=candidate))
+    found = _made(world.look()).gates["slow"]
+    assert found.series == ()
+    assert "the stable arm has 5 and 10000 ms, the candidate arm has 50 and 100 ms" in found.error
+
+
+def test_two_images_in_one_arm_are_compared_at_the_buckets_of_both(world: World) -> None:
+    world.spec = _SLOW
+    old, new = ("0.05", "0.1"), _WITH_75
+    world.scrape(s_1=Pod(requests=100, buckets=old), s_2=Pod(requests=100, buckets=new), c_1=Pod(requests=100, buckets=new))
+    world.look()
+    world.scrape(s_1=Pod(requests=200, buckets=old), s_2=Pod(requests=200, buckets=new), c_1=Pod(requests=200, buckets=new))
+    found = _made(world.look()).gates["slow"]
+    assert [(s.label, s.stable, s.candidate) for s in found.series] == [
+        (f"> {b} ms", Counts(0, 200), Counts(0, 100)) for b in (50, 100)]
+
+
+def test_timed_requests_without_any_bucket_are_an_error_and_not_slow(world: World) -> None:
+    world.spec = _SLOW
+    world.scrape(s_1=Pod(requests=100, buckets=_WITH_75), c_1=Pod(requests=100, buckets=()))
+    world.look()
+    world.scrape(s_1=Pod(requests=200, buckets=_WITH_75), c_1=Pod(requests=200, buckets=()))
+    assert "the candidate arm has 100 timed requests and no histogram bucket" in _made(world.look()).gates["slow"].error
+
+
+@pytest.mark.parametrize("threshold", ["75ms", "100ms", "60ms"])
+def test_looks_before_the_first_request_settle_no_latency_thresholds(world: World, threshold: str) -> None:
+    """No bucket is shown yet; the gate must be measurable once there is one."""
+    world.spec = {"gates": [{"name": "slow", "role": "Safety", "latency": {"slowerThan": threshold}}]}
+    gate = rollout(**world.spec).spec.gates[0]
+    context = GateContext(
+        now=T0, shadow=True, weight=0, digest="", step_since=T0, run_since=T0, counts_for_pass=True, counts_for_fail=True,
+        alpha_fail=0.01, alpha_limit=0.01, fresh=timedelta(minutes=1))
+    status = GateStatus(name="slow", role="Safety")
+    said: list[str] = []
+    for s_requests, c_requests in ((0, 0), (0, 0), (5, 0), (2000, 2000), (4000, 4000)):
+        world.scrape(s_1=Pod(requests=s_requests, buckets=_WITH_75), c_1=Pod(requests=c_requests, buckets=("0.05", "0.1")))
+        look = world.look().look
+        if look is not None:
+            status = judge(gate, status, look, (), "", replace(context, now=world.now))
+            said.append(f"{status.verdict} {status.message}")
+            assert status.state.last_seen_at == world.now, "a silent service isn't a blind gate"
+    assert said[-1].startswith("Pass"), said
+    assert status.samples == 4000
 
 
 @pytest.mark.parametrize(("fault", "says"), [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -512,3 +512,12 @@ def test_a_route_of_another_form_that_comes_under_way_is_put_back_and_tells_nobo
         assert at.weight == 20
         assert at.status.stable is not None
         assert at.status.stable.service == STABLE_SERVICE
+def test_a_clock_that_is_set_back_stops_no_looks() -> None:
+    with cluster() as found:
+        found.climbed()
+        meta, status = meta_of(found.item()), found.status
+        late = found.now + timedelta(hours=1)
+        assert found.reconciler._look_due(meta, status, late)
+        assert not found.reconciler._look_due(meta, status, late + timedelta(seconds=1)), "a wake-up is no look"
+        assert found.reconciler._look_due(meta, status, found.now), "the clock was corrected"
+        assert not found.reconciler._look_due(meta, status, found.now + timedelta(seconds=1))
