@@ -8,6 +8,8 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 STAMP := $(VENV)/.installed
+# Most of the tests' time is waiting for real clocks, and each worker takes up to 3 GB. Files stay whole: their tests share servers
+WORKERS ?= 2
 LOCK := $(if $(filter no,$(CUDA)),$(VENV)/)requirements.lock
 PARTS := contract predictors transformers training monitoring rollouts local
 
@@ -36,9 +38,9 @@ endif
 demo: $(STAMP)           ## the whole story on this machine; ARGS="--fault crash" and more: .venv/bin/hafnium demo --help
 	$(BIN)/hafnium demo $(ARGS)
 
-test: $(STAMP)           ## all tests, with coverage
+test: $(STAMP)           ## all tests, with coverage; WORKERS=0 for one after the other
 	rm -f .coverage .coverage.*
-	$(BIN)/pytest --cov --cov-report= --cov-fail-under=0 $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report= --cov-fail-under=0 $(ARGS)
 	@# files that no test imported count too, with no line covered; pytest has left its own data in .coverage: hence --append
 	$(BIN)/coverage run --source=$(subst $(space),$(comma),$(strip $(PARTS))) -m hafnium_local --help >/dev/null
 	$(BIN)/coverage combine --quiet --append
