@@ -412,12 +412,15 @@ def timestamps(column: pd.Series[Any], where: str) -> pd.Series[pd.Timestamp]:
         raise InputError(f"{where}: holds numbers; the contract must give eventTime a unit and an origin for those")
     else:
         # Two groups: where both forms occur in one call, pandas 2.3 reads a time without an offset with another row's offset.
-        offset = column.astype(str).str.contains(_OFFSET)
+        text = column.astype(str)
+        offset = text.str.contains(_OFFSET)
         parts = [pd.to_datetime(column[rows], format="ISO8601", utc=True, errors="coerce") for rows in (offset, ~offset)]
         times = pd.concat(parts).dt.as_unit("us")
         times = times.set_axis(np.concatenate([np.flatnonzero(offset), np.flatnonzero(~offset)])).sort_index()
         times = times.set_axis(column.index)
-        _refuse((times.isna() & column.notna()).to_numpy(), column, where, "an ISO 8601 time such as 2026-01-31T12:00:00Z")
+        # pandas takes "now" and "today" for the moment at which it reads them: another training set each time
+        wrong = (times.isna() | ~text.str.match(r"\s*\d")) & column.notna()
+        _refuse(wrong.to_numpy(), column, where, "an ISO 8601 time such as 2026-01-31T12:00:00Z")
     times = times.dt.tz_localize("UTC") if times.dt.tz is None else times.dt.tz_convert("UTC")
     return times.dt.as_unit("us")
 
