@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -199,8 +200,10 @@ def test_full_disk_ends_the_replay_with_its_reason(backend: Any, tmp_path: Path)
         sys.executable, "-m", "hafnium_local.replay", "--requests", str(tmp_path / "r.jsonl"), "--url", backend().url, "--rate", "100",
         "--journal", str(tmp_path / "j"),
     ]
+    # Coverage couldn't write what it measured there, and would leave half a file
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
     found = subprocess.run(
-        argv, capture_output=True, text=True, check=False,
+        argv, capture_output=True, text=True, check=False, env=environment,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
     )
     assert found.returncode == 2

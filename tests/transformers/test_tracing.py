@@ -386,6 +386,17 @@ def test_what_is_refused_on_the_hot_path_has_a_span_that_says_why(
             assert (over.attributes["error.type"], over.status, over.status_message) == ("overloaded", 2, "")
 
 
+def lines_about(server: Server, wanted: set[str]) -> list[dict[str, Any]]:
+    """The lines that name these requests. A request is logged after its answer, so they are waited for."""
+    until = time.monotonic() + 20
+    while True:
+        lines = [(x, wanted & {x.get("request_id", ""), *x.get("request_ids", ())}) for x in lines_of(server)]
+        if set().union(*(ids for _, ids in lines)) == wanted:
+            return [x for x, ids in lines if ids]
+        assert time.monotonic() < until, f"{wanted} are not all in the log:\n{server.log}"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_predictor_that_is_gone_and_one_with_another_contract(
     bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
@@ -408,14 +419,12 @@ def test_a_predictor_that_is_gone_and_one_with_another_contract(
         assert (spans["POST /v1/score"].status, spans["POST /v1/score"].attributes["http.response.status_code"]) == (2, 503)
         assert (spans["predict"].status, spans["predict"].attributes["error.type"]) == (2, "unavailable")
         assert "http.response.status_code" not in spans["predict"].attributes, "nobody answered"
-        [line] = [x for x in lines_of(front) if x.get("request_id") == "alone"]
+        [line] = lines_about(front, {"alone"})
         assert (line["status"], line["kind"], line["trace_id"]) == (503, "unavailable", me.trace_id)
         callers = [caller() for _ in rows]
         got = together(front, [score_request(r, f"gone-{i}", c) for i, (r, c) in enumerate(zip(rows, callers, strict=True))])
         assert {s for s, _ in got} == {b"503"}
-        lines = lines_of(front)
-        found = {i for x in lines for i in [x.get("request_id", ""), *x.get("request_ids", ())] if i.startswith("gone-")}
-        assert found == {f"gone-{i}" for i in range(6)}
+        assert lines_about(front, {f"gone-{i}" for i in range(6)})
         with predictor(newer.path, tmp_path, port=behind.port, env=collector.env) as other:
             other.wait()
             until = time.monotonic() + 30
