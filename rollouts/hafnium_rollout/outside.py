@@ -110,7 +110,12 @@ def outside_change(turn: Turn) -> Outcome | None:
         text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
         return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
     # A share that it has not begun with yet, or that was taken from it because nobody could say how it does, is in no stranger's gift
-    return put_back(turn, always=wanted.candidate is None)
+    return put_back(turn, always=wanted.candidate is None or _rejected_serves(turn, seen.route))
+
+
+def _rejected_serves(turn: Turn, route: RouteSeen) -> bool:
+    """Whether the route names a service of a rejected model: such a one is taken out each time."""
+    return bool({route.stable, route.candidate, *route.others} & {turn.rollout.service_name(d) for d in turn.status.rejected_digests})
 
 
 def keep_route(turn: Turn) -> Outcome | None:
@@ -120,9 +125,7 @@ def keep_route(turn: Turn) -> Outcome | None:
         return write_again(turn) if seen.route_absent and status.route is not None else None
     if normal(seen.route) in [normal(r) for r in status.route_before] and not status.route_confirmed:
         return write_again(turn)
-    services = {seen.route.stable, seen.route.candidate, *seen.route.others}
-    rejected = {turn.rollout.service_name(d) for d in status.rejected_digests}
-    return put_back(turn, always=bool(services & rejected))
+    return put_back(turn, always=_rejected_serves(turn, seen.route))
 
 
 def garbage(turn: Turn) -> tuple[Action, ...]:

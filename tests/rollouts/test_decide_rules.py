@@ -867,6 +867,20 @@ def test_10_a_rejected_model_is_put_back_however_often_it_is_brought() -> None:
         assert world.route == RouteSeen("risk", None, 0, False)
 
 
+@pytest.mark.parametrize("foreign", [
+    RouteSeen("risk", "risk-eeeeeeee", 50, False), RouteSeen("~foreign", None, 0, False, "gitops", ("risk", "risk-eeeeeeee"))])
+def test_10_a_rejected_model_is_taken_out_each_time_also_while_another_has_a_share(foreign: RouteSeen) -> None:
+    world = World()
+    world.until_step(1)
+    world.status = world.status.model_copy(update={"rejected_digests": ("sha256:" + "e" * 64,)})
+    for _ in range(8):
+        world.route = foreign
+        world.turn()
+        assert world.route is not None
+        assert (world.route.stable, world.route.candidate, world.route.weight, world.route.others) == ("risk", SERVICE, 5, ())
+    assert world.events.count("ExternalChange") == 3
+
+
 def test_10_a_rejected_model_is_taken_out_of_a_route_of_any_form() -> None:
     world = World()
     world.until_step(1)
