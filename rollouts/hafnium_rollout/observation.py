@@ -98,6 +98,8 @@ class RouteSeen:
     manager: str = ""
     others: tuple[str, ...] = ()
     """Services that a route of a foreign form names, sorted: what it does with them isn't known, only that it may."""
+    revision: str = ""
+    """Another one after each write, by whomever; empty where none is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,17 +24,20 @@ def fought_over(status: RolloutStatus) -> bool:
 def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     """Restores the wanted route, unless that was needed too often lately. `always`: a model that is due nothing must not serve.
 
-    It is told at most three times in ten minutes, however often it is done.
+    It is told at most three times in ten minutes, however often it is done, and once for each change: a write that the API server refuses
+    leaves the same change there at the next look.
     """
-    status, recent = turn.status, recent_changes(turn)
-    told = len(recent) >= CHANGES_MAX if always else fought_over(status)
+    status, recent, revision = turn.status, recent_changes(turn), turn.seen.route.revision if turn.seen.route is not None else ""
+    waits = revision != "" and revision == status.external_revision and bool(status.external_changes)
+    told = waits or (len(recent) >= CHANGES_MAX if always else fought_over(status))
     if not told:
-        turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:])
+        turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:], external_revision=revision)
     text = f"{_who(turn)} changed the route to {_route_text(turn.seen.route)}"
     if not always and fought_over(turn.status):
         return _left(turn, f"{text}; {CHANGES_MAX} times in ten minutes: left as it is, a person must settle it and Retry", told=told)
     if told:
-        turn = turn.update(reason="ExternalChange", message=f"{text}; put back each time, until whoever writes it stops")
+        how = "" if waits else " each time, until whoever writes it stops"
+        turn = turn.update(reason="ExternalChange", message=f"{text}; put back{how}")
     else:
         turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
     return Outcome(turn, (route_action(turn, _writable(status)),))

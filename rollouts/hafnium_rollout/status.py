@@ -300,6 +300,8 @@ class RolloutStatus(Strict):
     """Routes that may still stand there because a write of ours was cut off."""
     external_changes: tuple[AwareDatetime, ...] = ()
     """When somebody else changed the route."""
+    external_revision: str = ""
+    """The route's revision after the last of them: while it is there, our write has not arrived, and it is the same change."""
     rollback: RollbackStatus | None = None
     """A rollback under way."""
     had_weight: bool = True

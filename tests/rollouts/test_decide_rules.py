@@ -893,6 +893,23 @@ def test_10_a_rejected_model_is_taken_out_of_a_route_of_any_form() -> None:
         assert (world.route.stable, world.route.candidate, world.route.others) == ("risk", None, ())
 
 
+def test_10_a_change_whose_put_back_is_refused_is_counted_once() -> None:
+    """The API server refuses writes for a while: one change is no fight, however many looks find it there."""
+    world = World()
+    world.until_step(1)
+    for time in range(2):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "kubectl-edit", revision=f"u/{time}")
+        for _ in range(6):
+            world.turn(actions_done=0)
+        assert (world.weight, world.status.phase) == (50, "Progressing")
+        world.turn()
+        assert (world.weight, world.events.count("ExternalChange")) == (5, time + 1)
+    world.route = RouteSeen("risk", SERVICE, 50, False, "kubectl-edit", revision="u/3")
+    for _ in range(3):
+        world.turn()
+        assert (world.weight, world.status.phase) == (50, "Paused")
+
+
 def test_10_a_missing_route_is_written_again() -> None:
     world = World()
     world.until_step(1)

@@ -29,6 +29,7 @@ from hafnium_rollout.kubernetes.objects_seen import (
     dig,
     meta_of,
     other_manager,
+    revision_of,
     rows,
     texts,
     want_of_room,
@@ -102,13 +103,13 @@ def revision_digests(revisions: Sequence[Json]) -> dict[str, str]:
 def route_of(rollout: ModelRollout, item: Json, stable: str) -> RouteSeen:
     """What the spec intends. A candidate's template at 0 is dark: no candidate."""
     arm, percent = arm_of(rollout, template_digest(item)), percent_of(item)
-    manager = other_manager(item)
+    manager, revision = other_manager(item), revision_of(item)
     if percent == -1:
-        return RouteSeen(FOREIGN, None, 0, False, manager)
+        return RouteSeen(FOREIGN, None, 0, False, manager, revision=revision)
     if not stable or arm == stable:
-        return RouteSeen(arm, None, 0, False, manager)
+        return RouteSeen(arm, None, 0, False, manager, revision=revision)
     weight = 100 if percent is None else percent
-    return RouteSeen(stable, arm if weight else None, weight, False, manager)
+    return RouteSeen(stable, arm if weight else None, weight, False, manager, revision=revision)
 
 
 def live_of(rollout: ModelRollout, item: Json, digests: Mapping[str, str]) -> tuple[LiveRoute | None, str]:

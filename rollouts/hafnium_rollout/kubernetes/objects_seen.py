@@ -213,19 +213,25 @@ def _named(rules: Sequence[Json]) -> tuple[str, ...]:
     return tuple(sorted({service_of_backend(n) for n in (*(str(r.get("name")) for r in refs), *copies)}))
 
 
+def revision_of(item: Json) -> str:
+    """Another text after each write of an object's spec, and after it was made anew."""
+    meta = dig(item, "metadata")
+    return f"{dig(meta, 'uid')}/{dig(meta, 'generation')}" if dig(meta, "generation") else ""
+
+
 def route_seen(item: Json) -> RouteSeen:
     """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right."""
-    manager = other_manager(item)
+    manager, revision = other_manager(item), revision_of(item)
     rules = rows(item, "spec", "rules")
     if not_our_form(item):
-        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules))
+        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules), revision)
     refs, mirrors = _refs(rules[0]), _mirrors(rules[0])
     total = sum(w for _, w in refs)
     if len(refs) == 1:
-        return RouteSeen(refs[0][0], service_of_backend(mirrors[0]) if mirrors else None, 0, bool(mirrors), manager)
+        return RouteSeen(refs[0][0], service_of_backend(mirrors[0]) if mirrors else None, 0, bool(mirrors), manager, revision=revision)
     # The first is the stable one by our order; a stranger's order is another route, and is put back like any other change.
     (stable, _), (candidate, weight) = refs
-    return RouteSeen(stable, candidate, _percent(weight, total), False, manager)
+    return RouteSeen(stable, candidate, _percent(weight, total), False, manager, revision=revision)
 
 
 def not_our_form(item: Json) -> str:

@@ -40,7 +40,10 @@ def fixture(name: str) -> dict[str, Any]:
 
 
 def test_weights_of_a_route_and_who_wrote_them() -> None:
-    seen = route_seen(fixture("httproute_weights"))
+    item = fixture("httproute_weights")
+    seen = route_seen(item)
+    item["metadata"]["generation"] += 1
+    assert route_seen(item).revision not in ("", seen.revision)
     assert (seen.stable, seen.candidate, seen.weight, seen.shadow) == ("risk-aaaaaaaa", "risk-bbbbbbbb", 20, False)
     assert seen.manager == "kubectl-client-side-apply (Update, 20:57:42 UTC)"
 
