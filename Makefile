@@ -81,7 +81,7 @@ soak: $(STAMP)           ## ten minutes of mixed load: does anything grow? ARGS=
 bench-training: $(STAMP) ## how good models are; HAFNIUM_ULB=creditcard.csv for the real data too
 	$(BIN)/python benchmarks/training.py
 
-bench-rollouts: $(STAMP) ## how often rollouts decide wrongly, beside the rules of others (15 minutes); ARGS="--rollouts 100 --climbs 10"
+bench-rollouts: $(STAMP) ## how often rollouts decide wrongly, beside the rules of others (25 minutes); ARGS="--rollouts 100 --climbs 10 --bad 10"
 	$(BIN)/python benchmarks/rollouts $(ARGS)
 
 image-sizes: $(STAMP)    ## what the packages of each image weigh, against those of KServe's own Python servers

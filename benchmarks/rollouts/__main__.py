@@ -1,6 +1,6 @@
 """`make bench-rollouts`: how often production's `decide` is wrong, and how long it takes to be right, beside the rules of others.
 
-    python benchmarks/rollouts                          everything: 1,000 rollouts in each world, 15 minutes on two cores
+    python benchmarks/rollouts                          everything: 1,000 rollouts in each world, 25 minutes on two cores
     python benchmarks/rollouts --rollouts 100           a tenth of it
     python benchmarks/rollouts --world wave,retries     false rollbacks in these worlds only
 
@@ -57,6 +57,7 @@ class Results:
 
     rollouts: int
     climbs: int
+    bad_climbs: int
     seed: int
     aa: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict[str, Any])
     """Rule → world → (rolled back, of)."""
@@ -114,7 +115,7 @@ def whole_climbs(lab: studies.Laboratory, wanted: list[str], results: Results) -
     for case in studies.AA:
         if case.world not in wanted:
             continue
-        ends = lab.run(case)
+        ends = lab.run(case, results.climbs)
         results.aa.setdefault(CLIMBS, {})[case.world] = (sum(e.rolled_back for e in ends), len(ends))
         results.aa_ends[case.world] = {
             "promoted on evidence alone": sum(e.phase == "Promoted" and not e.skipped for e in ends),
@@ -127,7 +128,7 @@ def whole_climbs(lab: studies.Laboratory, wanted: list[str], results: Results) -
 
 def bad_candidates(lab: studies.Laboratory, results: Results) -> None:
     for case in (*studies.BAD, *studies.AT_MARGIN):
-        ends = lab.run(case)
+        ends = lab.run(case, results.bad_climbs)
         results.bad[case.name] = {"promoted": sum(e.phase == "Promoted" for e in ends), "rolled back": sum(e.rolled_back for e in ends),
                                   "paused": sum(e.phase == "Paused" for e in ends), "of": len(ends)}
 
@@ -280,8 +281,8 @@ def markdown(table: Table) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=1000, help="in each world, and for each delay")
-    parser.add_argument("--climbs", type=int, default=300, help="of equal candidates in each world, and of each kind of bad one, "
-                        "through the whole of decide")
+    parser.add_argument("--climbs", type=int, default=300, help="of equal candidates in each world, through the whole of decide")
+    parser.add_argument("--bad", type=int, default=1000, help="of each kind of bad candidate, through the whole of decide")
     parser.add_argument("--world", default="", help=f"comma-separated, of: {', '.join(worlds.WORLDS)}; false rollbacks only")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -289,17 +290,17 @@ def main() -> int:
     wanted = [w for w in args.world.split(",") if w] or list(worlds.WORLDS)
     if unknown := set(wanted) - set(worlds.WORLDS):
         parser.error(f"no such world: {', '.join(sorted(unknown))}")
-    if min(args.rollouts, args.processes, args.climbs) < 1:
-        parser.error("--rollouts, --climbs and --processes must be at least 1")
+    if min(args.rollouts, args.processes, args.climbs, args.bad) < 1:
+        parser.error("--rollouts, --climbs, --bad and --processes must be at least 1")
     everything = not args.world
-    results = Results(args.rollouts, args.climbs, args.seed)
+    results = Results(args.rollouts, args.climbs, args.bad, args.seed)
     began = time.monotonic()
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn"), initializer=studies.settle) as pool,
           Progress(*columns, console=Console(stderr=True)) as bars):
         if everything:
             results.decide_ms = speed.decide_ms()
-        lab = studies.Laboratory(pool, bars, args.rollouts, args.climbs, args.seed)
+        lab = studies.Laboratory(pool, bars, args.rollouts, args.seed)
         false_rollbacks(lab, wanted, results)
         if everything:
             delays(lab, results)
@@ -318,7 +319,8 @@ def main() -> int:
     (OUT / "rollouts.md").write_text("\n\n".join(markdown(t) for t in made) + "\n", encoding="utf-8")
     (OUT / "rollouts-details.json").write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plots.draw(results, wanted, OUT)
-    print(f"{args.rollouts} rollouts and {args.climbs} whole climbs in each world, seed {args.seed}, {results.seconds:.0f} s")
+    print(f"{args.rollouts} rollouts and {args.climbs} whole climbs in each world, {args.bad} of each bad candidate, "
+          f"seed {args.seed}, {results.seconds:.0f} s")
     return 1 if publish("rollouts", figures(results)) else 0
 
 

@@ -167,8 +167,8 @@ def _drift_false(world: str, seed: int, index: int) -> bool:
 class Laboratory:
     """Runs studies on a pool of processes, with a bar for each."""
 
-    def __init__(self, pool: ProcessPoolExecutor, bars: Progress, rollouts: int, climbs: int, seed: int) -> None:
-        self.pool, self.bars, self.rollouts, self.climbs, self.seed = pool, bars, rollouts, climbs, seed
+    def __init__(self, pool: ProcessPoolExecutor, bars: Progress, rollouts: int, seed: int) -> None:
+        self.pool, self.bars, self.rollouts, self.seed = pool, bars, rollouts, seed
         self.others: dict[str, list[bool]] = {}
         self.phis: dict[str, tuple[tuple[climb.Phi, climb.Phi], ...]] = {}
 
@@ -187,9 +187,9 @@ class Laboratory:
             self.phis[world] = tuple(self._map(f"φ in {world}", partial(_phi, world, self.seed), list(range(PHIS))))
         return self.phis[world]
 
-    def run(self, case: Case) -> list[climb.Ending]:
-        """All rollouts of a case."""
-        chunks = [tuple(range(i, min(i + CHUNK, self.climbs))) for i in range(0, self.climbs, CHUNK)]
+    def run(self, case: Case, climbs: int) -> list[climb.Ending]:
+        """So many rollouts of a case."""
+        chunks = [tuple(range(i, min(i + CHUNK, climbs))) for i in range(0, climbs, CHUNK)]
         phis = self.phi(case.world)
         return [e for part in self._map(case.name, partial(_run, case, self.seed, phis), chunks) for e in part]
 
@@ -235,7 +235,6 @@ class Laboratory:
         """Pairs until Fail for a shift of the mean score."""
         some = list(range(max(self.rollouts // PLAN_SHARE, 20)))
         return {name: self._map(f"scores shifted by {name}", partial(_shift, s, self.seed), some) for name, s in SCORES}
-
 
     def across(self) -> dict[str, list[float]]:
         """Scores compared across arms: candidate scores until the verdict, inf for never."""
