@@ -291,13 +291,13 @@ def test_a_rayjob_searches_on_two_workers_and_registers_the_model(desk: Desk, ml
     kubectl = desk.kubectl
     if kubectl.run("get", "crd", "rayjobs.ray.io").returncode != 0:
         pytest.skip("NOT TESTED: this cluster doesn't know RayJob; install KubeRay")
-    contract, data = write_lender(tmp_path / "lender")
+    # So many rows that a trial takes longer than the second worker's process needs to begin: until then the first takes every trial
+    contract, data = write_lender(tmp_path / "lender", rows=40_000)
     pd.read_csv(data).to_parquet(tmp_path / "training.parquet")
     desk.put(contract, "training/contract.yaml")
     desk.put(tmp_path / "training.parquet", "training/training.parquet")
     kubectl("apply", "-f", "-", given=rendered("hafnium-training", "ServiceAccount"))
     job = rendered("hafnium-training", "RayJob")
-    # On a busy machine the second worker came after thirty of these trials, which take less than a second each
     job["spec"]["entrypoint"] = f"{BOTH_WORKERS} && {job['spec']['entrypoint']}"
     kubectl("apply", "-f", "-", given=job)
 
