@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 import numpy as np
 from climb import START, score_differences
 
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.gates import GateContext, judge
-from hafnium_rollout.objects import Gate
 from hafnium_rollout.observation import Counts, GateLook, Look, Series
 from hafnium_rollout.statistics import across
 from hafnium_rollout.status import GateStatus

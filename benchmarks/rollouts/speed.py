@@ -9,7 +9,8 @@ import climb
 import worlds
 
 from hafnium_rollout.actions import Decision
-from hafnium_rollout.objects import GATES_MAX, Gate, ModelRollout
+from hafnium_rollout.gate_spec import Gate
+from hafnium_rollout.objects import GATES_MAX, ModelRollout
 from hafnium_rollout.observation import Observation
 
 WARM = 30

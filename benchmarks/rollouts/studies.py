@@ -18,8 +18,8 @@ import worlds
 from rich.progress import Progress
 from worlds import Floats, Ints
 
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.intake import alpha_parts, alphas_of
-from hafnium_rollout.objects import Gate
 from hafnium_rollout.planning import plan_rollout
 
 PHIS = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hafnium_rollout.envoy_counters import ArmCounters
-from hafnium_rollout.objects import Gate
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.observation import Counts, GateLook, Series
 
 Arms = tuple[tuple[ArmCounters, ArmCounters], tuple[ArmCounters, ArmCounters]]

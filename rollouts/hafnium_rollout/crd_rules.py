@@ -1,6 +1,7 @@
-"""What the API server checks besides types: CEL rules, one for each validator of objects.py, and the kinds of lists.
+"""What the API server checks besides types: CEL rules, one for each validator of objects.py, steps.py and gate_spec.py, and the
+kinds of lists.
 
-A rule's cost is estimated from the longest value that the schema allows, which is why objects.py limits everything. The messages
+A rule's cost is estimated from the longest value that the schema allows, which is why everything there is limited. The messages
 are those of the validators, because the same person reads both. Rules stand on defaults: the API server fills them in before.
 """
 

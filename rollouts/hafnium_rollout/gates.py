@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 from hafnium_contract.durations import format_duration
 from hafnium_contract.evidence import EvidenceSpec, Verdict
-from hafnium_rollout.objects import Gate
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.observation import Counts, EvidenceUnread, GateLook, Look, Series
 from hafnium_rollout.statistics import betting, dispersion, tilt
 from hafnium_rollout.status import GateState, GateStatus

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.gates import GateContext, judge
-from hafnium_rollout.objects import Gate, RolloutSpec
+from hafnium_rollout.objects import RolloutSpec
 from hafnium_rollout.observation import FOREIGN, LiveRoute, Look
 from hafnium_rollout.statistics import sample_ratio
 from hafnium_rollout.status import GateStatus, ModelSeen, RouteWanted, StepStatus, UnreadyStatus

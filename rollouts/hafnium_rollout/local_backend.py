@@ -19,7 +19,8 @@ from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.arm_looks import Arms, gate_look
 from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, was_reset
 from hafnium_rollout.errors import StateError
-from hafnium_rollout.objects import Gate, ModelRollout, UserAction
+from hafnium_rollout.gate_spec import Gate
+from hafnium_rollout.objects import ModelRollout, UserAction
 from hafnium_rollout.observation import GateLook, LiveRoute, Look, Observation, RouteSeen, ServiceSeen
 from hafnium_rollout.score_reading import ScoreReaders
 from hafnium_rollout.state_folder import (

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.intake import alpha_parts, alphas_of
-from hafnium_rollout.objects import Gate, ModelRollout, Step
+from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.statistics import dispersion, plan
+from hafnium_rollout.steps import Step
 
 _AT_100 = 0.99
 """A step at weight 100 has nobody to compare with; nothing is planned for it."""

@@ -20,7 +20,8 @@ from typing import Literal
 from hafnium_rollout.actions import Decision
 from hafnium_rollout.decide import decide
 from hafnium_rollout.errors import RecordError
-from hafnium_rollout.objects import Gate, ModelRollout
+from hafnium_rollout.gate_spec import Gate
+from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import Counts, GateLook, LiveRoute, Look, Observation, RouteSeen
 from hafnium_rollout.record_lines import Gap, RecordedTurn, Start, status_digest
 from hafnium_rollout.status import RolloutStatus

@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, Field
 
 from hafnium_contract.evidence import Verdict
 from hafnium_contract.model_contract import Strict
-from hafnium_rollout.objects import Role
+from hafnium_rollout.gate_spec import Role
 from hafnium_rollout.statistics.betting import BettingState
 from hafnium_rollout.statistics.sample_ratio import RatioState
 from hafnium_rollout.statistics.tilt import FailState, LimitState, PassState

@@ -9,9 +9,10 @@ from typing import Any
 
 from hafnium_contract.durations import format_duration
 from hafnium_rollout.actions import Action, Event
-from hafnium_rollout.objects import ModelRollout, Step
+from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import Observation, RouteSeen, ServiceSeen
 from hafnium_rollout.status import ModelSeen, PodRestarts, RollbackStatus, RolloutStatus, RouteWanted, StepStatus
+from hafnium_rollout.steps import Step
 
 ROUTES_BEFORE_MAX = 8
 """The oldest is kept in any case: for want of pods it may be the one that still stands."""

@@ -26,7 +26,8 @@ from hafnium_local.__main__ import app
 from hafnium_rollout import crd_rules, crds
 from hafnium_rollout.crd_schema import Extras, structural
 from hafnium_rollout.errors import RolloutFileError, SchemaError
-from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, Role, RolloutSpec, parse_rollout
+from hafnium_rollout.gate_spec import Role
+from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, RolloutSpec, parse_rollout
 from hafnium_rollout.reporting import MESSAGE_CHARACTERS_MAX
 from hafnium_rollout.statistics.betting import STAKES, BettingState
 from hafnium_rollout.status import STORED_BYTES_MAX, GateState, GateStatus, HistoryPoint, RolloutStatus, stored

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.evidence_retention import MODEL_TESTS_KEPT, OF_TRAFFIC, SLACK, TRAFFIC_KEPT, Asked, Retention, Stored
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.kubernetes.evidence_cache import asked_of, stored
 from hafnium_rollout.kubernetes.objects_seen import evidence_seen, finding_seen
-from hafnium_rollout.objects import Gate
 from hafnium_rollout.observation import EvidenceUnread
 from hafnium_rollout.retraining.policy import RetrainingPolicy, decide_retraining
 from hafnium_rollout.status import GateState, GateStatus, ModelSeen, RolloutStatus

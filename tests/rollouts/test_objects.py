@@ -11,7 +11,8 @@ import pytest
 from hafnium_rollout_world import rollout
 
 from hafnium_rollout.errors import RolloutFileError
-from hafnium_rollout.objects import Compare, Gate, load_rollout
+from hafnium_rollout.gate_spec import Compare, Gate
+from hafnium_rollout.objects import load_rollout
 
 YAML = """\
 apiVersion: hafnium.dev/v1alpha1

@@ -11,10 +11,10 @@ import pytest
 import hafnium_rollout
 
 PACKAGE = Path(str(hafnium_rollout.__file__)).parent
-PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions", "observation",
-        "status", "objects", "errors", "planning", "statistics.tilt", "statistics.betting", "statistics.dispersion",
-        "statistics.sample_ratio", "statistics.across", "statistics.plan", "observation_codec", "record_lines",
-        "replaying", "wrong_clock", "retraining.policy", "evidence_retention", "standing")
+PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions",
+        "observation", "status", "objects", "field_types", "steps", "gate_spec", "errors", "planning", "statistics.tilt",
+        "statistics.betting", "statistics.dispersion", "statistics.sample_ratio", "statistics.across", "statistics.plan",
+        "observation_codec", "record_lines", "replaying", "wrong_clock", "retraining.policy", "evidence_retention", "standing")
 READS_FILES = {"objects"}  # parsing a YAML file is its job; decide only uses its types
 FORBIDDEN = {"time", "random", "secrets", "os", "socket", "subprocess", "threading", "http", "urllib", "asyncio", "pathlib"}
 OTHERS = {"numpy", "pydantic"}

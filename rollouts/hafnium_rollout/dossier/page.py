@@ -14,8 +14,8 @@ from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.approvals import refusal
 from hafnium_rollout.dossier.facts import Facts
 from hafnium_rollout.dossier.plots import VERDICT_COLOURS, GateTrace, bounds_plot, gate_trace, statistic_plot, weights_plot
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.intake import alpha_parts, alphas_of
-from hafnium_rollout.objects import Gate
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.status import GateStatus, HistoryPoint, ModelSeen
 from hafnium_rollout.stores import Approval

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from hafnium_rollout.objects import Gate
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.status import GatePoint, HistoryPoint
 
 WIDTH = 760

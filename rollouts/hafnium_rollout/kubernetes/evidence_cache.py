@@ -15,11 +15,11 @@ from datetime import timedelta
 from hafnium_contract.durations import parse_duration
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.evidence_retention import Asked, Retention, Stored
+from hafnium_rollout.gate_spec import DriftEvidence
 from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import KubernetesError, Unreadable
 from hafnium_rollout.kubernetes.kinds import MODEL_EVIDENCE, Json
 from hafnium_rollout.kubernetes.objects_seen import dig, finding_seen, meta_of, rows, stored_at, time_of
-from hafnium_rollout.objects import DriftEvidence
 from hafnium_rollout.observation import EvidenceUnread
 
 LISTED_MAX = 100_000

@@ -17,11 +17,12 @@ from typing import Any, cast
 
 from hafnium_contract.metric_names import REQUESTS
 from hafnium_rollout.arm_looks import Arms, gate_look
+from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.kubernetes import traffic_split
 from hafnium_rollout.kubernetes.objects_seen import PodSeen
 from hafnium_rollout.kubernetes.pod_counters import FAMILIES, ArmIncrease, PodCounters, Pods, by_pod, from_data, increase
 from hafnium_rollout.kubernetes.prometheus_client import Prometheus, PrometheusError
-from hafnium_rollout.objects import Gate, ModelRollout
+from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import Counts, GateLook, Look, Series
 from hafnium_rollout.status import RolloutStatus
 
