@@ -25,7 +25,7 @@ from hafnium_rollout.dossier.facts import from_record, from_store
 from hafnium_rollout.dossier.page import page
 from hafnium_rollout.errors import RecordError, RolloutFileError, StateError, UnknownRollout
 from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, ObjectMeta, UserAction, load_rollout
-from hafnium_rollout.planning import expected_s, plan_rollout
+from hafnium_rollout.planning import expected_s, missed_max, plan_rollout, unplanned
 from hafnium_rollout.record import read_record
 from hafnium_rollout.replay_story import Summary, tell
 from hafnium_rollout.standing import Standing
@@ -189,10 +189,8 @@ def plan(file: Path, *, rate: float, base: float, regression: float) -> dict[str
     except ValueError as e:
         raise InputError(f"{file}: {e}") from e
     alpha = max((g.compare.alpha for g in rollout.spec.gates if g.blocking), default=0.0)
-    # Evidence for Fail goes on from step to step, so a gate misses at most what its best step alone would miss.
-    missed = [min(r.missed for r in rows if r.gate == name) for name in dict.fromkeys(r.gate for r in rows)]
-    return {"rollout": rollout.name, "falseRollbackMax": alpha, "wrongPassMax": alpha, "missedMax": max(missed, default=1.0),
-            "expectedSeconds": expected_s(rollout, rows, rate=rate), "gates": [asdict(r) for r in rows]}
+    return {"rollout": rollout.name, "falseRollbackMax": alpha, "wrongPassMax": alpha, "missedMax": missed_max(rollout, rows),
+            "expectedSeconds": expected_s(rollout, rows, rate=rate), "unplanned": unplanned(rollout), "gates": [asdict(r) for r in rows]}
 
 
 def plan_table(file: Path, *, rate: float, base: float, regression: float) -> str:
@@ -204,13 +202,22 @@ def plan_table(file: Path, *, rate: float, base: float, regression: float) -> st
 
     rows = [["STEP", "GATE", "PASS", "PASS P90", "STEP TAKES", f"FAIL AT +{100 * regression:g} PT", "MISSED"]]
     rows += [[
-        "shadow" if r["shadow"] else f"{r['weight']}%", r["gate"], shown(r["pass_s"]), shown(r["pass_s_p90"]), shown(r["step_s"]),
-        shown(r["fail_s"]), f"{100 * r['missed']:.1f} %",
+        "shadow" if r["shadow"] else f"{r['weight']}%", r["gate"], shown(r["pass_s"]), shown(r["pass_s_p90"]),
+        "pauses first" if r["pauses"] else shown(r["step_s"]), shown(r["fail_s"]), f"{100 * r['missed']:.1f} %",
     ] for r in found["gates"]]
-    end = (f"an equal candidate is rolled back falsely, or a candidate beyond the margin passes a step, in at most "
-           f"{100 * found['falseRollbackMax']:g} % of rollouts each")
-    miss = f"a regression of +{100 * regression:g} points is not failed by the end of the steps in at most {100 * found['missedMax']:.1f} %"
-    return "\n".join([*_aligned(rows), miss, end])
+    lines = _aligned(rows) if found["gates"] else ["no gate counts requests"]
+    others = f", when {' and '.join(found['unplanned'])} pass in time, which no rate foretells" if found["unplanned"] else ""
+    expected = found["expectedSeconds"]
+    lines.append(
+        f"an equal candidate has 100 % after about {_age(expected)}{others}" if expected is not None else
+        "an equal candidate pauses before 100 %: a deadline comes before the Pass. Longer deadlines, more traffic or wider margins help")
+    regressed = f"a regression of +{100 * regression:g} points is not failed"
+    missed = found["missedMax"]
+    lines.append(f"{regressed} by the end of the steps in at most {100 * missed:.1f} %" if missed is not None else
+                 f"{regressed}: no gate that counts requests can take a candidate back")
+    lines.append(f"an equal candidate is rolled back falsely, or a candidate beyond the margin passes a step, in at most "
+                 f"{100 * found['falseRollbackMax']:g} % of rollouts each")
+    return "\n".join(lines)
 
 
 def promote(where: Where, name: str, reason: str = "", *, by: str = "", now: datetime | None = None) -> str:

@@ -102,8 +102,9 @@ def test_the_expected_time_is_that_of_the_slowest_gate_each_step_waits_for(tmp_p
 
     for gates in ([errors, slow], [slow, errors]):
         found = planned(gates, 0.01)
-        times = {(g["step"], g["gate"]): g["step_s"] for g in found["gates"]}
+        times = {(g["step"], g["gate"]): g["pass_s"] for g in found["gates"]}
         assert times[0, "errors"] > times[0, "slow"]
+        assert {g["step_s"] for g in found["gates"] if g["step"] == 0} == {times[0, "errors"]}, "each gate has the whole step to fail"
         assert found["expectedSeconds"] == pytest.approx(times[0, "errors"] + times[1, "errors"])
     shown = [errors | {"role": "Advisory"}, slow | {"role": "Safety"}]
     assert planned(shown, 0.01)["expectedSeconds"] == pytest.approx(times[0, "slow"] + times[1, "slow"]), "nobody waits for Advisory"
@@ -112,6 +113,44 @@ def test_the_expected_time_is_that_of_the_slowest_gate_each_step_waits_for(tmp_p
     drift = [{"name": "drift", "role": "Safety", "drift": {}}]
     dwell = [{"weight": 5, "minDwell": "1m", "minSamples": 100}, {"weight": 50, "minSamples": 5000}, {"weight": 100}]
     assert planned(drift, 0.01, dwell)["expectedSeconds"] == pytest.approx(60 + 100), "what a step takes whatever its gates say"
+
+
+def test_a_step_whose_deadline_comes_before_its_pass_pauses_and_there_is_no_expected_time(tmp_path: Path) -> None:
+    """1 % of errors at 2 requests/s and 5 %: a Pass takes hours, the deadline 20 minutes. A World with these numbers pauses, too."""
+    errors = {"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.005}}
+    file = tmp_path / "r.yaml"
+    for deadline, pauses in (("20m", True), ("7d", False)):
+        spec = rollout(gates=[errors], strategy={"steps": [{"weight": 5, "deadline": deadline}, {"weight": 100}]})
+        file.write_text(json.dumps(spec.model_dump(mode="json", exclude_none=True)))
+        found = commands.plan(file, rate=2, base=0.01, regression=0.02)
+        (row,) = found["gates"]
+        assert (row["pauses"], found["expectedSeconds"] is None) == (pauses, pauses)
+        said = commands.plan_table(file, rate=2, base=0.01, regression=0.02)
+        assert ("pauses first" in said, "pauses before 100 %" in said) == (pauses, pauses)
+        assert (row["missed"] > 0.9) == pauses, "within 20 minutes there are 120 requests to see it by"
+
+
+def test_gates_that_take_nothing_back_or_cannot_be_planned_are_not_in_the_chances(tmp_path: Path) -> None:
+    errors = {"name": "errors", "role": "Safety", "requests": {}, "compare": {"margin": 0.005}}
+    others: list[dict[str, Any]] = [
+        {"name": "drift", "role": "Safety", "drift": {}}, {"name": "scores", "scores": {}},
+        {"name": "later", "evidence": {"kind": "smoke"}, "requiredIn": []},
+    ]
+    file = tmp_path / "r.yaml"
+
+    def planned(gates: list[dict[str, Any]]) -> dict[str, Any]:
+        file.write_text(json.dumps(rollout(gates=gates).model_dump(mode="json", exclude_none=True)))
+        return commands.plan(file, rate=100, base=0.01, regression=0.02)
+
+    alone = planned([errors])
+    assert alone["unplanned"] == []
+    found = planned([errors, errors | {"name": "shown", "role": "Advisory", "compare": {"margin": 0.5}}, *others])
+    assert found["unplanned"] == ["drift", "scores"]
+    assert found["missedMax"] == pytest.approx(alone["missedMax"], abs=0.01)
+    assert "when drift and scores pass in time" in commands.plan_table(file, rate=100, base=0.01, regression=0.02)
+    nobody = planned(others)
+    assert (nobody["missedMax"], nobody["gates"]) == (None, [])
+    assert "no gate that counts requests" in commands.plan_table(file, rate=100, base=0.01, regression=0.02)
 
 
 def test_a_plan_with_a_gate_that_never_passes_has_no_expected_time(tmp_path: Path) -> None:
