@@ -44,6 +44,9 @@ FEATURE_STALENESS = Metric(
 )
 FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
 CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute", across="livesum")
+ACTIVE = Metric(
+    "inference_active", "gauge", "Processes of a transformer with a contract in force; 0: it waits for predictor or store since its start",
+    across="livesum")
 CLIENT_ROWS_MAX = Metric("inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute")
 LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
 LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())
@@ -89,7 +92,7 @@ ROLLOUT_LEADER = Metric("modelrollout_leader", "gauge", "1 while this process le
 
 ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
-    FEATURE_STALENESS, FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
+    FEATURE_STALENESS, FEATURE_MISSING, ACTIVE, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
     ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
     ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, RECORD_LOST, ROLLOUT_LEADER,
     EVIDENCES, EVIDENCE_SURPLUS, EVIDENCE_REMOVED, EVIDENCE_REMOVAL_ERRORS,

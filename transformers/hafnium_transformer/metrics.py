@@ -74,6 +74,7 @@ class TransformerMetrics:
         self._lookup_failures = _counter(metric_names.FEATURE_LOOKUP_FAILURES, registry)
         self._staleness = _gauge(metric_names.FEATURE_STALENESS, registry)
         self._missing = _counter(metric_names.FEATURE_MISSING, registry)
+        self._active = _gauge(metric_names.ACTIVE, registry)
         self._clients = _gauge(metric_names.CLIENTS, registry)
         self._client_rows_max = _gauge(metric_names.CLIENT_ROWS_MAX, registry)
         self._dropped = _counter(metric_names.LOG_DROPPED, registry)
@@ -117,6 +118,10 @@ class TransformerMetrics:
         if not isinstance(child, Counter):
             child = self._children[("missing", feature)] = self._missing.labels(feature)
         child.inc()
+
+    def active(self) -> None:
+        """There is a contract, and so an answer to requests."""
+        self._active.set(1.0)
 
     def query_volume(self, clients: int, busiest_rows: int) -> None:
         """How many asked in the last minute, and how much the busiest did."""

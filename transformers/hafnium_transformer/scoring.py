@@ -162,6 +162,7 @@ class Scorer:
             if plan.views:
                 plan = await self._with_store(plan)
             self._plan, self.served, self.reason = plan, served, ""
+            self._metrics.active()
             log.info("contract %s of %s version %s is in force", plan.digest, plan.contract.name, served.model_version)
 
     async def _with_store(self, plan: Plan) -> Plan:
