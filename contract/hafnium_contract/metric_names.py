@@ -42,7 +42,10 @@ FEATURE_LOOKUP_FAILURES = Metric(
 FEATURE_STALENESS = Metric(
     "feature_staleness_seconds", "gauge", "Age of the values last read from a view, now", ("view",), across="mostrecent",
 )
-FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
+FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("model_name", "feature_name"))
+FEATURE_ROWS = Metric(
+    "feature_rows_total", "counter", "Rows scored, or refused for want of a value: what feature_missing_total is a share of",
+    ("model_name",))
 CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute", across="livesum")
 ACTIVE = Metric(
     "inference_active", "gauge", "Processes of a transformer with a contract in force; 0: it waits for predictor or store since its start",
@@ -92,7 +95,7 @@ ROLLOUT_LEADER = Metric("modelrollout_leader", "gauge", "1 while this process le
 
 ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
-    FEATURE_STALENESS, FEATURE_MISSING, ACTIVE, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
+    FEATURE_STALENESS, FEATURE_MISSING, FEATURE_ROWS, ACTIVE, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
     ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
     ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, RECORD_LOST, ROLLOUT_LEADER,
     EVIDENCES, EVIDENCE_SURPLUS, EVIDENCE_REMOVED, EVIDENCE_REMOVAL_ERRORS,

@@ -130,6 +130,12 @@ CASES = {
     # alert: (series with values a minute, minute at which it is silent, minute at which it fires)
     "HafniumErrorsHigh": (
         {f"inference_requests_total{{{M}}}": "0+6000x60", f'inference_errors_total{{{M},type="unavailable"}}': "0+120x60"}, 9, 12),
+    # A model lacks a feature in all its rows, beside another one with twenty times its rows
+    "HafniumFeaturesMissing": (
+        {f'feature_missing_total{{{L},feature_name="mcc"}}': "0+60x60", f"feature_rows_total{{{L}}}": "0+60x60",
+         f"feature_rows_total{{{L}}}".replace('model_name="risk"', 'model_name="other"'): "0+1200x60",
+         f"inference_requests_total{{{M}}}": "0+60x60",
+         f"inference_requests_total{{{M}}}".replace('model_name="risk"', 'model_name="other"'): "0+1200x60"}, 14, 17),
     # The store is gone from minute 10 on: two lookups a minute try, the others are not asked
     "HafniumFeatureStoreFailing": (
         {f"feature_lookup_seconds_count{{{L}}}": "0+600x10 6002+2x50",
@@ -169,6 +175,10 @@ OUTAGES = {
         f"inference_active{{{C}}}": "_x30 0x400", f"up{{{C}}}": "_x30 1x400"},
 }
 NEVER = {
+    # One row of a thousand lacks it, in every request
+    "HafniumFeaturesMissing": {
+        f'feature_missing_total{{{L},feature_name="mcc"}}': "0+60x60", f"feature_rows_total{{{L}}}": "0+60000x60",
+        f"inference_requests_total{{{M}}}": "0+60x60"},
     # A minute without Redis, and a client that gives its lookups no time
     "HafniumFeatureStoreFailing": {
         f"feature_lookup_seconds_count{{{L}}}": "0+600x60", f'feature_lookup_failures_total{{{L},type="unavailable"}}': "0x53 400x7",
