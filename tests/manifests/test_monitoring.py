@@ -141,6 +141,8 @@ CASES = {
         {f"feature_lookup_seconds_count{{{L}}}": "0+600x10 6002+2x50",
          f'feature_lookup_failures_total{{{L},type="unavailable"}}': "0x10 2+2x50",
          f'feature_lookup_failures_total{{{L},type="not_asked"}}': "0x10 600+600x50"}, 15, 18),
+    # One burst, of one moment
+    "HafniumInferenceLogDropping": ({f'inference_log_dropped_total{{{L},reason="queue_full"}}': "0x10 100000x100"}, 10, 12),
     # The predictor's pod goes at minute 10, and with it its series, five minutes later at most; the transformer's stays
     "HafniumPredictorsGone": (
         {f"inference_requests_total{{{M},{S}}}": "0+600x10 6000x400", f"inference_log_rows_total{{{L},{S}}}": "0x400",

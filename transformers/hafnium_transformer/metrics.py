@@ -12,6 +12,7 @@ from hafnium_contract.metric_names import Metric
 from hafnium_contract.serving.bucket_histogram import BucketHistogram
 
 COMPONENT = "transformer"
+LOG_LOSSES = ("queue_full", "write_failed", "shutdown")
 
 
 def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
@@ -79,6 +80,8 @@ class TransformerMetrics:
         self._clients = _gauge(metric_names.CLIENTS, registry)
         self._client_rows_max = _gauge(metric_names.CLIENT_ROWS_MAX, registry)
         self._dropped = _counter(metric_names.LOG_DROPPED, registry)
+        for reason in LOG_LOSSES:
+            self._dropped.labels(reason)  # an increase needs the zero before the first loss
         self.log_written = _counter(metric_names.LOG_WRITTEN, registry)
         self._models: dict[tuple[str, str], ModelSeries] = {}
         self._lookups: dict[str, BucketHistogram] = {}
@@ -139,5 +142,5 @@ class TransformerMetrics:
         self._client_rows_max.set(busiest_rows)
 
     def log_dropped(self, reason: str, rows: int = 1) -> None:
-        """Rows that the inference log lost."""
+        """Rows that the inference log lost. `reason`: one of LOG_LOSSES."""
         self._dropped.labels(reason).inc(rows)
