@@ -81,6 +81,27 @@ def test_a_wrong_metric_or_label_is_found() -> None:
             test_metrics_and_their_labels_exist("wrong", wrong)
 
 
+@pytest.mark.parametrize(("where", "expression"), [(w, e) for w, e in expressions() if w.startswith("hafnium-")])
+def test_panels_show_the_chosen_namespaces_and_keep_rollouts_and_models_of_one_name_apart(where: str, expression: str) -> None:
+    if not where.endswith("$namespace"):
+        for name in metrics_of(expression) - {"modelrollout_leader"}:  # the operator is one for all
+            for selector in re.findall(rf"\b{name}\b(\{{[^}}]*\}})?", expression):
+                assert 'namespace=~"$namespace' in selector, f"{where}: {name} of all namespaces"
+    for grouped in re.findall(r"(?:by|on) \(([^)]*)\)", expression):
+        labels = {x.strip() for x in grouped.split(",")}
+        assert not labels & {"rollout", "model_name", "model_version"} or "namespace" in labels, f"{where}: by ({grouped})"
+        assert "model_version" not in labels or "model_name" in labels, f"{where}: versions of several models in by ({grouped})"
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda p: p.stem)
+def test_a_curve_is_named_by_all_that_it_is_grouped_by(path: Path) -> None:
+    for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]:
+        for target in panel.get("targets", []):
+            grouped = {x.strip() for g in re.findall(r"by \(([^)]*)\)", target["expr"]) for x in g.split(",")} - {"le"}
+            if target.get("format") != "table":
+                assert {*re.findall(r"{{(\w+)}}", target["legendFormat"])} == grouped, f"{panel['title']}: {target}"
+
+
 def test_each_alert_has_its_page_and_each_page_its_alert() -> None:
     alerts = [r for r in rules() if "alert" in r]
     text = RUNBOOKS.read_text(encoding="utf-8")
