@@ -132,6 +132,17 @@ def test_promtool_takes_the_rules_and_every_expression_of_the_dashboards(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def case(series: Json, alert: str, minute: int, fires: bool) -> Json:
+    """Whether ALERTS says that it fires, by its number: labels and texts aren't spelled out again."""
+    return {
+        "interval": "1m", "input_series": [{"series": k, "values": v} for k, v in series.items()],
+        "promql_expr_test": [{
+            "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)', "eval_time": f"{minute}m",
+            "exp_samples": [{"labels": "{}", "value": 1 if fires else 0}],
+        }],
+    }
+
+
 M = 'component="transformer",model_name="risk",model_version="1",namespace="risk",pod="a"'
 L = 'model_name="risk",namespace="risk",pod="a"'
 R = 'namespace="risk",rollout="risk"'
@@ -232,6 +243,21 @@ NEVER = {
 }
 
 
+PAUSED, DESIRED, OBSERVED = (f"modelrollout_{x}}}" for x in (
+    f'phase{{{R},phase="Paused"', f'weight{{{R},kind="desired"', f'weight{{{R},kind="observed"'))
+MOVED = {k.replace(R, f'{R},pod="b"'): v for k, v in {PAUSED: "_x211 1x400", DESIRED: "_x11 25x60", OBSERVED: "_x11 5x60"}.items()}
+"""Of the pod that leads from then on: a minute after the one before it knew nothing any more."""
+MORE = [
+    *(case({PAUSED: "1x209 stale", **MOVED}, "HafniumRolloutWaitsForPerson", minute, minute == 241) for minute in (239, 241)),
+    *(case({DESIRED: "25x9 stale", OBSERVED: "5x9 stale", **MOVED}, "HafniumRolloutWeightStuck", minute, minute == 16)
+      for minute in (14, 16)),
+    # a weight that is raised while the gateway follows within a minute each time
+    case({DESIRED: "5x20 25x20 50x20", OBSERVED: "5x21 25x20 50x20"}, "HafniumRolloutWeightStuck", 55, False),
+    # ended long before, and Retry: each pause begins anew
+    case({PAUSED: "1x200 0x10 1x100"}, "HafniumRolloutWaitsForPerson", 300, False),
+]
+
+
 def test_alerts_fire_at_their_edge_and_not_before(tmp_path: Path) -> None:
     program = promtool()
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups()}), encoding="utf-8")
@@ -241,6 +267,7 @@ def test_alerts_fire_at_their_edge_and_not_before(tmp_path: Path) -> None:
     cases += [case(series, alert, 59, False) for alert, series in NEVER.items()]
     for alert in ("HafniumPredictorsGone", "HafniumTransformersGone"):  # beyond a day
         cases.append(case({k: v.replace("x400", "x1600") for k, v in CASES[alert][0].items()}, alert, 1590, True))
+    cases += MORE
     unseen = {f'modelrollout_weight{{{R},kind="desired"}}': "25x60", f'modelrollout_weight{{{R},kind="observed"}}': "25x10 stale"}
     cases += [case(unseen, "HafniumRolloutWeightStuck", minute, minute == 26) for minute in (25, 26)]  # what isn't seen is not as wanted
     cases.append(case({"up": "1x60"}, "HafniumOperatorDown", 5, True))  # no series at all is no leader either
@@ -269,14 +296,3 @@ def agree(program: str, tmp_path: Path, cases: list[Json]) -> None:
             [program, "test", "rules", f"test-{i}.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         wanted = c["promql_expr_test"][0]
         assert done.returncode == 0, f"{wanted}: {done.stdout}{done.stderr}"
-
-
-def case(series: Json, alert: str, minute: int, fires: bool) -> Json:
-    """Whether ALERTS says that it fires, by its number: labels and texts aren't spelled out again."""
-    return {
-        "interval": "1m", "input_series": [{"series": k, "values": v} for k, v in series.items()],
-        "promql_expr_test": [{
-            "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)', "eval_time": f"{minute}m",
-            "exp_samples": [{"labels": "{}", "value": 1 if fires else 0}],
-        }],
-    }
