@@ -255,6 +255,14 @@ MORE = [
     case({DESIRED: "5x20 25x20 50x20", OBSERVED: "5x21 25x20 50x20"}, "HafniumRolloutWeightStuck", 55, False),
     # ended long before, and Retry: each pause begins anew
     case({PAUSED: "1x200 0x10 1x100"}, "HafniumRolloutWaitsForPerson", 300, False),
+    # the first turn of the operator that leads now finds the change; the one before it had seen others
+    *(case({f"modelrollout_external_change_total{{{R},pod=\"a\"}}": "2x99 stale",
+            f"modelrollout_external_change_total{{{R},pod=\"b\"}}": "_x100 1x200"}, "HafniumRouteChangedOutside", minute, fires)
+      for minute, fires in ((99, False), (101, True), (150, True), (170, False))),
+    *(case({f"modelrollout_record_lost_total{{{R}}}": "_x10 1x100"}, "HafniumRecordHasGaps", minute, fires)
+      for minute, fires in ((9, False), (11, True), (90, False))),
+    # Prometheus itself was away for half an hour: nothing new
+    case({f"modelrollout_external_change_total{{{R}}}": "2x100 _x30 2x100"}, "HafniumRouteChangedOutside", 165, False),
 ]
 
 
