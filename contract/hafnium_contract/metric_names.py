@@ -83,6 +83,9 @@ ROLLBACK_UNCONFIRMED = Metric(
 EXTERNAL_CHANGES = Metric("modelrollout_external_change_total", "counter", "Times that somebody else changed the route", _ROLLOUT)
 RECONCILE_ERRORS = Metric(
     "modelrollout_reconcile_errors_total", "counter", "Turns that ended in an error; of all rollouts, or of one", (*_ROLLOUT, "type"))
+FAILING = Metric(
+    "modelrollout_failing_seconds", "gauge",
+    "Since when each turn has ended in an error: of all rollouts, or of one that is under way; 0: the last did not", _ROLLOUT)
 RECORD_LOST = Metric(
     "modelrollout_record_lost_total", "counter", "Turns that are missing in the record: its volume was slow or full", _ROLLOUT)
 EVIDENCES = Metric("modelrollout_evidences", "gauge", "ModelEvidence objects that were there at the last look", ("namespace",))
@@ -97,6 +100,7 @@ ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
     FEATURE_STALENESS, FEATURE_MISSING, FEATURE_ROWS, ACTIVE, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
     ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
-    ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, RECORD_LOST, ROLLOUT_LEADER,
+    ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, FAILING, RECORD_LOST,
+    ROLLOUT_LEADER,
     EVIDENCES, EVIDENCE_SURPLUS, EVIDENCE_REMOVED, EVIDENCE_REMOVAL_ERRORS,
 )

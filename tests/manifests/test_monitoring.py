@@ -184,6 +184,7 @@ CASES = {
         {f"inference_requests_total{{{M},{S}}}": "0+600x10 stale", f"inference_active{{{L},{S}}}": "1x10 stale",
          f"model_info{{{P},{S}}}": "1x400", UP: "1x10 stale", UP_P: "1x400"}, 13, 14),
     "HafniumOperatorDown": ({"modelrollout_leader{pod=\"a\"}": "0x60", "modelrollout_leader{pod=\"b\"}": "0x60"}, 1, 2),
+    "HafniumOperatorFailing": ({f"modelrollout_failing_seconds{{{R}}}": "0x10 0+60x60"}, 16, 17),
     "HafniumRolloutGateBlind": ({f'modelrollout_blind_seconds{{{R},gate="errors"}}': "0+60x60"}, 15, 16),
     "HafniumRolloutWaitsForPerson": ({f'modelrollout_phase{{{R},phase="Paused"}}': "1x300"}, 239, 240),
     "HafniumRolloutWeightStuck": (
