@@ -42,8 +42,14 @@ FEATURE_LOOKUP_FAILURES = Metric(
 FEATURE_STALENESS = Metric(
     "feature_staleness_seconds", "gauge", "Age of the values last read from a view, now", ("view",), across="mostrecent",
 )
-FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("feature_name",))
+FEATURE_MISSING = Metric("feature_missing_total", "counter", "Values that were missing or too old", ("model_name", "feature_name"))
+FEATURE_ROWS = Metric(
+    "feature_rows_total", "counter", "Rows scored, or refused for want of a value: what feature_missing_total is a share of",
+    ("model_name",))
 CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last whole minute", across="livesum")
+ACTIVE = Metric(
+    "inference_active", "gauge", "Processes of a transformer with a contract in force; 0: it waits for predictor or store since its start",
+    across="livesum")
 CLIENT_ROWS_MAX = Metric("inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute")
 LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
 LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())
@@ -77,6 +83,9 @@ ROLLBACK_UNCONFIRMED = Metric(
 EXTERNAL_CHANGES = Metric("modelrollout_external_change_total", "counter", "Times that somebody else changed the route", _ROLLOUT)
 RECONCILE_ERRORS = Metric(
     "modelrollout_reconcile_errors_total", "counter", "Turns that ended in an error; of all rollouts, or of one", (*_ROLLOUT, "type"))
+FAILING = Metric(
+    "modelrollout_failing_seconds", "gauge",
+    "Since when each turn has ended in an error: of all rollouts, or of one that is under way; 0: the last did not", _ROLLOUT)
 RECORD_LOST = Metric(
     "modelrollout_record_lost_total", "counter", "Turns that are missing in the record: its volume was slow or full", _ROLLOUT)
 EVIDENCES = Metric("modelrollout_evidences", "gauge", "ModelEvidence objects that were there at the last look", ("namespace",))
@@ -89,8 +98,9 @@ ROLLOUT_LEADER = Metric("modelrollout_leader", "gauge", "1 while this process le
 
 ALL = (
     REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
-    FEATURE_STALENESS, FEATURE_MISSING, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
+    FEATURE_STALENESS, FEATURE_MISSING, FEATURE_ROWS, ACTIVE, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
     ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
-    ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, RECORD_LOST, ROLLOUT_LEADER,
+    ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, FAILING, RECORD_LOST,
+    ROLLOUT_LEADER,
     EVIDENCES, EVIDENCE_SURPLUS, EVIDENCE_REMOVED, EVIDENCE_REMOVAL_ERRORS,
 )

@@ -58,6 +58,14 @@ def test_full_queue_drops_and_counts(plan: Plan, tmp_path: Path) -> None:
     assert "inference_log_rows_total 3.0" in text
 
 
+def test_losses_are_counted_from_zero_on_so_that_the_first_one_is_an_increase(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    open_log(tmp_path, registry, queue=3).close()
+    text = generate_latest(registry).decode()
+    for reason in ("queue_full", "write_failed", "shutdown"):
+        assert f'inference_log_dropped_total{{reason="{reason}"}} 0.0' in text
+
+
 def test_a_batch_is_cut_where_the_room_ends(plan: Plan, tmp_path: Path) -> None:
     registry = CollectorRegistry()
     log = open_log(tmp_path, registry, queue=1200)

@@ -147,6 +147,17 @@ async def test_how_old_a_views_values_are_is_told_by_the_servers_clock_whatever_
         assert registry.get_sample_value("feature_staleness_seconds", {"view": "usage"}) == 3600.0
 
 
+async def test_missing_values_and_the_rows_that_they_are_a_share_of_are_counted_by_model(
+    scorer: Scorer, registry: CollectorRegistry,
+) -> None:
+    rows = [asked("fresh"), asked("no-must"), asked("fresh", amount=None), asked("no-may"), asked(risk=None)]
+    await scorer.score(rows, context(), [f"r[{i}]" for i in range(5)])
+    model = {"model_name": scorer.plan.contract.name}
+    assert registry.get_sample_value("feature_rows_total", model) == 4  # the caller's mistake never got as far
+    for feature, count in (("must", 1), ("risk", 1)):
+        assert registry.get_sample_value("feature_missing_total", {**model, "feature_name": feature}) == count
+
+
 async def test_bad_rows_of_a_batch_leave_the_others_their_own_values(scorer: Scorer) -> None:
     rows = [asked("fresh"), asked("no-must"), asked("fresh", amount=None), asked("zero"), asked("no-may", amount=90)]
     results = await scorer.score(rows, context(), [f"r[{i}]" for i in range(5)])

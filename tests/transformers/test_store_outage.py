@@ -122,9 +122,11 @@ def test_a_transformer_that_starts_without_its_redis_says_so_and_is_ready_when_i
             assert refused.status == 503
             assert "feature store can't be reached" in refused.json["detail"]
             assert front.get(READY).status == 503
+            assert "\ninference_active 0.0\n" in front.get("/metrics").body.decode()
             with redis:
                 front.wait()
                 assert front.post(SCORE, row).json["degraded"] == []
+                assert "\ninference_active 1.0\n" in front.get("/metrics").body.decode()
 
 
 @pytest.mark.parametrize("given", ["", "s3cret,n4me=v4lue"], ids=["none", "with a comma"])

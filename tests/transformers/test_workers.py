@@ -66,6 +66,7 @@ def test_every_request_is_in_the_metrics_whichever_worker_answers_and_whoever_di
     assert counted(pair.behind, "model_info") == 1.0
     used = [p for p in workers(front) if p.cpu_times().user > 0]
     assert len(used) == 2
+    assert counted(front, "inference_active") == 2
     victim = workers(front)[0]
     victim.kill()
 

@@ -12,6 +12,7 @@ from hafnium_contract.metric_names import Metric
 from hafnium_contract.serving.bucket_histogram import BucketHistogram
 
 COMPONENT = "transformer"
+LOG_LOSSES = ("queue_full", "write_failed", "shutdown")
 
 
 def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
@@ -74,13 +75,19 @@ class TransformerMetrics:
         self._lookup_failures = _counter(metric_names.FEATURE_LOOKUP_FAILURES, registry)
         self._staleness = _gauge(metric_names.FEATURE_STALENESS, registry)
         self._missing = _counter(metric_names.FEATURE_MISSING, registry)
+        self._rows = _counter(metric_names.FEATURE_ROWS, registry)
+        self._active = _gauge(metric_names.ACTIVE, registry)
         self._clients = _gauge(metric_names.CLIENTS, registry)
         self._client_rows_max = _gauge(metric_names.CLIENT_ROWS_MAX, registry)
         self._dropped = _counter(metric_names.LOG_DROPPED, registry)
+        for reason in LOG_LOSSES:
+            self._dropped.labels(reason)  # an increase needs the zero before the first loss
         self.log_written = _counter(metric_names.LOG_WRITTEN, registry)
         self._models: dict[tuple[str, str], ModelSeries] = {}
         self._lookups: dict[str, BucketHistogram] = {}
-        self._children: dict[tuple[str, str], Counter | Gauge] = {}
+        self._ages: dict[str, Gauge] = {}
+        self._missed: dict[tuple[str, str], Counter] = {}
+        self._rows_of: dict[str, Counter] = {}
         self._lookup_failed: dict[tuple[str, str], Counter] = {}
 
     def model(self, model_name: str, model_version: str) -> ModelSeries:
@@ -106,17 +113,28 @@ class TransformerMetrics:
 
     def staleness(self, view: str, seconds: float) -> None:
         """Age of the values just read from a view."""
-        child = self._children.get(("view", view))
-        if not isinstance(child, Gauge):
-            child = self._children[("view", view)] = self._staleness.labels(view)
+        child = self._ages.get(view)
+        if child is None:
+            child = self._ages[view] = self._staleness.labels(view)
         child.set(seconds)
 
-    def missing(self, feature: str) -> None:
-        """A value was missing, too old or unusable."""
-        child = self._children.get(("missing", feature))
-        if not isinstance(child, Counter):
-            child = self._children[("missing", feature)] = self._missing.labels(feature)
+    def missing(self, model_name: str, feature: str) -> None:
+        """A row's value was missing, too old or unusable."""
+        child = self._missed.get((model_name, feature))
+        if child is None:
+            child = self._missed[(model_name, feature)] = self._missing.labels(model_name, feature)
         child.inc()
+
+    def rows(self, model_name: str, count: int) -> None:
+        """Rows whose missing values are counted, whether or not they had any: a batch of a thousand is a thousand."""
+        child = self._rows_of.get(model_name)
+        if child is None:
+            child = self._rows_of[model_name] = self._rows.labels(model_name)
+        child.inc(count)
+
+    def active(self) -> None:
+        """There is a contract, and so an answer to requests."""
+        self._active.set(1.0)
 
     def query_volume(self, clients: int, busiest_rows: int) -> None:
         """How many asked in the last minute, and how much the busiest did."""
@@ -124,5 +142,5 @@ class TransformerMetrics:
         self._client_rows_max.set(busiest_rows)
 
     def log_dropped(self, reason: str, rows: int = 1) -> None:
-        """Rows that the inference log lost."""
+        """Rows that the inference log lost. `reason`: one of LOG_LOSSES."""
         self._dropped.labels(reason).inc(rows)

@@ -162,6 +162,7 @@ class Scorer:
             if plan.views:
                 plan = await self._with_store(plan)
             self._plan, self.served, self.reason = plan, served, ""
+            self._metrics.active()
             log.info("contract %s of %s version %s is in force", plan.digest, plan.contract.name, served.model_version)
 
     async def _with_store(self, plan: Plan) -> Plan:
@@ -298,10 +299,12 @@ class Scorer:
                 found = await self._look_up(plan, batch, deadline)
                 lookup.found(len(batch) if found is None else 0)
         encoded = encode(plan, batch, found)
+        if encoded.errors:
+            self._metrics.rows(plan.contract.name, len(encoded.errors))
         for i, error in encoded.errors.items():
             results[i] = error
             for feature in error.features:
-                self._metrics.missing(feature)
+                self._metrics.missing(plan.contract.name, feature)
         if encoded.places:
             await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
@@ -466,11 +469,12 @@ class Scorer:
         ]
         for i, answer in zip(places, answers, strict=True):
             results[i] = answer
+        self._metrics.rows(name, len(places))
         lacks = [(k, lacking[i]) for k, i in enumerate(places) if i in lacking] if lacking else []
         for k, (degraded, missing) in lacks:
             answers[k]["degraded"] = list(degraded)
             for feature in missing:
-                self._metrics.missing(feature)
+                self._metrics.missing(name, feature)
         if explainer is not None:
             self._explain(plan, [k for k, i in enumerate(places) if batch.explained[i]], answers, scores, matrix, prediction, explainer)
         series = self._metrics.model(name, version)

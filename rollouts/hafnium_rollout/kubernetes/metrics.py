@@ -32,6 +32,8 @@ class Metrics(Collector):
         self._seen: dict[Key, tuple[ModelRollout, RolloutStatus]] = {}
         self._leads = False
         self._errors: dict[tuple[str, str, str], int] = {}
+        self._failing: dict[Key, datetime] = {}
+        """Since when each turn has ended in an error. ("", ""): the list of all."""
         self._external: dict[Key, int] = {}
         self._evidences: Mapping[str, int] = {}
         self._surplus: Mapping[str, int] = {}
@@ -47,6 +49,7 @@ class Metrics(Collector):
             self._leads = value
             if not value:
                 self._seen.clear()
+                self._failing.clear()
                 self._evidences = self._surplus = {}
 
     def turned(self, key: Key, rollout: ModelRollout | None, status: RolloutStatus | None, error: str, external: int,
@@ -58,6 +61,11 @@ class Metrics(Collector):
                 self._external[key] = self._external.get(key, 0) + external  # with 0 too: the series begins before its first event
             if error:
                 self._errors[(*key, error)] = self._errors.get((*key, error), 0) + 1
+                known = status or (self._seen[key][1] if key in self._seen else None)
+                if known is None or known.step is not None or known.rollback is not None:  # at rest nobody needs to be guarded
+                    self._failing.setdefault(key, self._now())
+            else:
+                self._failing.pop(key, None)
             if rollback_s is not None:
                 bounds = names.ROLLBACK_LATENCY.buckets
                 counts = self._rollbacks.setdefault(key, [0.0] * (len(bounds) + 2))
@@ -70,6 +78,12 @@ class Metrics(Collector):
         """An error of the whole turn, of no rollout in particular."""
         with self._lock:
             self._errors[("", "", error)] = self._errors.get(("", "", error), 0) + 1
+            self._failing.setdefault(("", ""), self._now())
+
+    def listed(self) -> None:
+        """All rollouts were there to be looked at: what had failed of the whole turn is over."""
+        with self._lock:
+            self._failing.pop(("", ""), None)
 
     def evidence(self, there: Mapping[str, int], surplus: Mapping[str, int]) -> None:
         """ModelEvidence by namespace, as the last look found them."""
@@ -90,6 +104,7 @@ class Metrics(Collector):
             self._seen = {k: v for k, v in self._seen.items() if k in alive}
             self._external = {k: v for k, v in self._external.items() if k in alive}
             self._rollbacks = {k: v for k, v in self._rollbacks.items() if k in alive}
+            self._failing = {k: v for k, v in self._failing.items() if k in alive or k == ("", "")}
             self._errors = {k: v for k, v in self._errors.items() if k[:2] in alive or k[:2] == ("", "")}
 
     def exposition(self) -> bytes:
@@ -98,7 +113,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             seen, leads = dict(self._seen), self._leads
-            errors, external = dict(self._errors), dict(self._external)
+            errors, external, failing = dict(self._errors), dict(self._external), dict(self._failing)
             rollbacks = {k: list(v) for k, v in self._rollbacks.items()}
             evidences, surplus = self._evidences, self._surplus
             removed, removal_errors = dict(self._removed), dict(self._removal_errors)
@@ -106,10 +121,12 @@ class Metrics(Collector):
         families = {m.name: GaugeMetricFamily(m.name, m.help, labels=m.labels) for m in (
             names.ROLLOUT_INFO, names.ROLLOUT_PHASE, names.ROLLOUT_WEIGHT, names.ROLLOUT_GATE_VERDICT, names.ROLLOUT_GATE_SAMPLES,
             names.ROLLOUT_GATE_STATISTIC, names.ROLLOUT_GATE_BOUND, names.ROLLOUT_BLIND, names.ROLLOUT_LEADER,
-            names.ROLLBACK_UNCONFIRMED, names.EVIDENCES, names.EVIDENCE_SURPLUS)}
+            names.ROLLBACK_UNCONFIRMED, names.FAILING, names.EVIDENCES, names.EVIDENCE_SURPLUS)}
         families[names.ROLLOUT_LEADER.name].add_metric([], 1.0 if leads else 0.0)
         for key, (rollout, status) in sorted(seen.items()):
             _add(families, key, rollout, status, now)
+        for key in sorted({("", ""), *seen, *failing} if leads else failing):
+            families[names.FAILING.name].add_metric(key, max(0.0, (now - failing.get(key, now)).total_seconds()))
         for namespace, count in sorted(evidences.items()):
             families[names.EVIDENCES.name].add_metric([namespace], count)
             families[names.EVIDENCE_SURPLUS.name].add_metric([namespace], surplus.get(namespace, 0))

@@ -194,6 +194,7 @@ class Operator:
             self.metrics.evidence({}, {})
         if len(items) <= self._settings.rollouts_max:
             self._problem = ""
+            self.metrics.listed()
         return True
 
     def small_turn(self, keys: set[Key]) -> None:

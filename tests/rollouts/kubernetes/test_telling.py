@@ -166,6 +166,30 @@ def test_a_gate_that_waits_for_a_person_after_a_doubt_is_not_blind() -> None:
     assert _families(metrics)["modelrollout_blind_seconds"][("errors", "ns", "risk")] == 0.0
 
 
+def test_how_long_each_turn_has_ended_in_an_error_is_told_of_all_rollouts_and_of_those_under_way() -> None:
+    """HafniumOperatorFailing goes by it."""
+    now = [START]
+    world, metrics = _under_way(), Metrics(lambda: now[0])
+    metrics.leads(True)
+    resting = world.status.model_copy(update={"step": None, "rollback": None, "phase": "Promoted"})
+    metrics.turned(("ns", "risk"), world.spec, world.status, "", 0, None)
+    metrics.turned(("ns", "rests"), world.spec, resting, "", 0, None)
+    for _ in range(3):  # since the first of them
+        for name in ("risk", "rests", "never-read"):
+            metrics.turned(("ns", name), None, None, "Forbidden", 0, None)
+        metrics.failed("Unavailable")
+        now[0] += timedelta(seconds=100)
+    assert _families(metrics)["modelrollout_failing_seconds"] == {
+        ("", ""): 300.0, ("ns", "risk"): 300.0, ("ns", "rests"): 0.0, ("ns", "never-read"): 300.0}
+    metrics.listed()
+    metrics.turned(("ns", "risk"), world.spec, world.status, "", 0, None)
+    metrics.keep({("ns", "risk")})
+    assert _families(metrics)["modelrollout_failing_seconds"] == {("", ""): 0.0, ("ns", "risk"): 0.0}
+    metrics.failed("Unavailable")
+    metrics.leads(False)
+    assert "modelrollout_failing_seconds" not in _families(metrics)
+
+
 def test_a_rollout_that_is_gone_and_a_process_that_leads_no_more_leave_no_series() -> None:
     world, metrics = _under_way(), Metrics(lambda: START)
     metrics.leads(True)

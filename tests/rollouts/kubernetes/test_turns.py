@@ -189,6 +189,19 @@ def test_a_lost_lease_ends_a_turn_only_when_all_of_its_rollouts_have_come_to_an_
     assert lines == ["LeaseLost"]
 
 
+def test_a_list_that_fails_is_a_failing_operator_until_the_next_one_that_does_not() -> None:
+    empty = Answer(200, json.dumps({"kind": "ModelRolloutList", "items": [], "metadata": {"resourceVersion": "1"}}).encode())
+    with scripted_api(Answer(403, b'{"kind":"Status","message":"no"}'), empty) as api:
+        operator = Operator(Settings(watch=False), api.client(), log=lambda _: None)
+        operator.metrics.leads(True)
+        told = lambda: operator.metrics.exposition().decode()  # noqa: E731
+        zero = 'modelrollout_failing_seconds{namespace="",rollout=""} 0.0'
+        assert not operator.full_turn()
+        assert zero not in told()
+        assert operator.full_turn()
+        assert zero in told()
+
+
 @settings(max_examples=100, deadline=None)
 @given(rollouts=st.lists(st.tuples(st.booleans(), st.none() | st.floats(0, 1e9)), max_size=12))
 def test_rollbacks_come_first_and_then_who_waited_longest(rollouts: list[tuple[bool, float | None]]) -> None:
