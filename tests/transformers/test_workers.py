@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,17 @@ from hafnium_testing import synthetic_rows
 
 pytestmark = pytest.mark.slow
 PATIENT = ["--deadline_ms", "20000", "--lookup_timeout_ms", "10000", "--workers", "2"]
+
+SLOW_TO_STOP = """
+import pathlib, signal, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+pathlib.Path("began").touch()
+while not told:
+    time.sleep(0.05)
+time.sleep(1.0)
+pathlib.Path("finished").touch()
+"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,20 @@ def test_sigterm_under_load_loses_nothing(pair: Pair) -> None:
         load.ending()
         assert pair.front.stop() == 0
     assert not load.lost
+
+
+@pytest.mark.parametrize(("stop_s", "finished"), [(20.0, True), (0.3, False)], ids=["enough", "too little"])
+def test_workers_get_the_time_to_stop_that_their_settings_say(tmp_path: Path, stop_s: float, finished: bool) -> None:
+    (tmp_path / "slow_to_stop.py").write_text(SLOW_TO_STOP)
+    code = "from hafnium_contract.serving.workers import supervise as run\n" \
+        "run('slow_to_stop', [], host='127.0.0.1', port=0, workers=1, stop_s=%r)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen([sys.executable, "-c", code % stop_s], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        wait_until((tmp_path / "began").exists)
+        run.terminate()
+        said = run.communicate(timeout=60)[1]
+    assert (tmp_path / "finished").exists() == finished
+    assert ("did not stop within 0.3 s and is killed" in said) != finished
 
 
 def test_a_port_that_is_taken_is_said_at_once(bundle: Bundle, tmp_path: Path) -> None:

@@ -20,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from hafnium_transformer.log_target import LogTarget, file_name
+from hafnium_transformer.log_target import CLOSE_S, LogTarget, file_name
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.records import EntityValue
 from hafnium_transformer.plan import Plan
 
 log = logging.getLogger("hafnium.transformer")
 _HASH_BYTES = 16
-_CLOSE_TIMEOUT_S = 8.0
 _PART_ROWS = 500
 _COMPLAINT_PAUSE_S = 30.0
 """A disk that stays full is reported this often, not at every flush."""
@@ -126,11 +125,11 @@ class InferenceLog:
         """Writes what is queued and ends the thread; gives up (and counts) after a few seconds on a disk that hangs."""
         self._closing = True
         self._wake.set()
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             left = self._rows_in - self._rows_out
             self._metrics.log_dropped("shutdown", left)
-            log.error("inference log: not written in %.0f s, %d rows lost", _CLOSE_TIMEOUT_S, left)
+            log.error("inference log: not written in %.0f s, %d rows lost", CLOSE_S, left)
 
     def _run(self) -> None:
         while True:
