@@ -6,6 +6,7 @@ import asyncio
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,34 @@ def test_full_queue_drops_and_counts(plan: Plan, tmp_path: Path) -> None:
     text = generate_latest(registry).decode()
     assert 'inference_log_dropped_total{reason="queue_full"} 3.0' in text
     assert "inference_log_rows_total 3.0" in text
+
+
+class HangingTarget:
+    """A disk that takes a file and never says that it has it, until it is let go."""
+
+    def __init__(self) -> None:
+        self.writing, self.let_go = threading.Event(), threading.Event()
+
+    def write(self, table: Any, when: datetime, model_version: str, name: str) -> None:
+        self.writing.set()
+        assert self.let_go.wait(60.0)
+
+
+def test_rows_in_a_write_that_hangs_at_the_end_are_lost_ones(plan: Plan) -> None:
+    registry, target = CollectorRegistry(), HangingTarget()
+    log = InferenceLog(target, TransformerMetrics(registry), flush_seconds=3600.0, flush_rows=4000, queue_rows_max=10_000,
+                       entity_hash=EntityHash("k"), close_s=0.2)
+    log.append(log_row(plan, 0, rows=4000))
+    assert target.writing.wait(60.0)
+    log.append(log_row(plan, 4000, rows=10))
+    log.close()
+    target.let_go.set()
+    for thread in threading.enumerate():
+        if thread.name == "inference-log":
+            thread.join(60.0)
+    assert registry.get_sample_value("inference_log_dropped_total", {"reason": "shutdown"}) == 4010
+    assert not registry.get_sample_value("inference_log_dropped_total", {"reason": "write_failed"})
+    assert registry.get_sample_value("inference_log_rows_total") == 0
 
 
 def test_a_batch_is_cut_where_the_room_ends(plan: Plan, tmp_path: Path) -> None:
