@@ -94,6 +94,8 @@ class InferenceLog:
         self._flush_seconds = flush_seconds
         self._flush_rows = flush_rows
         self._queue_rows_max = queue_rows_max
+        self._wake_rows = min(flush_rows, max(queue_rows_max // 2, 1))
+        """A queue that never holds a file's rows is written from when it is half full: the other half is for what comes meanwhile."""
         self._entity_hash = entity_hash
         self._clock = clock
         self._close_s = close_s
@@ -125,7 +127,7 @@ class InferenceLog:
             batch, count = batch.first(room), room
         self._rows_in += count
         self._queue.append(batch)
-        if self._rows_in - self._rows_out >= self._flush_rows and not self._wake.is_set():
+        if self._rows_in - self._rows_out >= self._wake_rows and not self._wake.is_set():
             self._wake.set()
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ class Settings(BaseModel):
     """Rows that make a file at once: 420 kB with 15 inputs. Files of 20,000 rows took no fewer bytes per row (measured)."""
     log_queue_rows_max: int = Field(default=20_000, ge=1)
     """Rows in memory before further ones are dropped and counted: ten seconds of a stalled disk at 2,000
-    rows/s, and 18 MB with 15 inputs."""
+    rows/s, and 18 MB with 15 inputs. When half of them wait, they are written, be they fewer than a file's or not."""
     deadline_ms: float = Field(default=1_000.0, gt=0)
     """Time for a whole answer when the caller gives no x-hafnium-deadline-ms: ten times the p99 that owners ask for."""
     lookup_timeout_ms: float = Field(default=250.0, gt=0)
