@@ -28,6 +28,7 @@ from hafnium_transformer.breaker import Breaker
 from hafnium_transformer.errors import (
     ContractChangedError,
     DeadlineError,
+    LookedUpError,
     OverloadedError,
     RowInvalidError,
     ScoringError,
@@ -300,7 +301,7 @@ class Scorer:
         encoded = encode(plan, batch, found)
         for i, error in encoded.errors.items():
             results[i] = error
-            for feature in error.features:
+            for feature in (*error.features, *batch.lacking.get(i, NOTHING).missing):
                 self._metrics.missing(feature)
         if encoded.places:
             await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results)
@@ -384,6 +385,10 @@ class Scorer:
         if refused:
             for i, error in refused.items():
                 results[i] = error
+                # Who is told 503 for a derived input lacks what it is made of: an outage must show there, as in rows that are answered
+                derived = error.features if isinstance(error, LookedUpError) else ()
+                for feature in (*derived, *encoded.lacking.get(i, NOTHING).missing):
+                    self._metrics.missing(feature)
             kept = [k for k, i in enumerate(places) if i not in refused]
             if not kept:
                 return
