@@ -95,6 +95,7 @@ class PredictorServer(ModelServer):
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = self._settings.host
+        rest.config.proxy_headers = False  # x-forwarded-for is anybody's to send, and nothing here reads it
         rest.gate(self._model, self._metrics, self._settings, self._tracing)
         # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -126,6 +126,7 @@ class TransformerServer(ModelServer):
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = s.host
+        rest.config.proxy_headers = False  # x-forwarded-for is anybody's to send: a client is its connection's address on all paths
         admission = Admission(s, metrics)
         coalescer = Coalescer(
             scorer, admission.limit, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max, traced=self._tracing is not None)
