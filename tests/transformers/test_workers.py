@@ -35,6 +35,25 @@ time.sleep(1.0)
 pathlib.Path("finished").touch()
 """
 
+ONE_WORKER = """
+import os, sys
+from hafnium_transformer.metrics import TransformerMetrics
+metrics = TransformerMetrics()
+metrics.query_volume(3, int(sys.argv[1]))
+metrics.log_written.inc(int(sys.argv[1]))
+print(os.getpid())
+"""
+WORKER_DIED = """
+import sys
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from hafnium_contract.serving.workers import forget
+forget(int(sys.argv[1]))
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -103,6 +122,18 @@ def test_every_request_is_in_the_metrics_whichever_worker_answers_and_whoever_di
     for r in per_entity:
         hashes[r["request_id"]].add(r["entity_hash"])
     assert all(len(h) == 1 for h in hashes.values())  # one key for all workers
+
+
+def test_a_worker_that_died_takes_what_it_said_about_now_with_it_and_leaves_its_counts(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+    def run(code: str, *arguments: object) -> str:
+        argv = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    busy, _ = [int(run(ONE_WORKER, rows)) for rows in (50_000, 5)]
+    told = [line for line in run(WORKER_DIED, busy).splitlines() if not line.startswith("#")]
+    assert {"inference_client_rows_max 5.0", "inference_clients 3.0", "inference_log_rows_total 50005.0"} <= set(told)
 
 
 def test_sigterm_under_load_loses_nothing(pair: Pair) -> None:

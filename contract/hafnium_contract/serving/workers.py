@@ -80,13 +80,13 @@ class _Worker:
             self._pause_s = _PAUSE_FIRST_S if lived > _HEALTHY_S else min(self._pause_s * 2.0, _PAUSE_MAX_S)
             self._again_at = now + self._pause_s
             log.error("worker %d ended with %d after %.0f s; started again in %.1f s", self.number, status, lived, self._pause_s)
-            _forget(self.process.pid)
+            forget(self.process.pid)
         elif now >= self._again_at:
             self._again_at, self._began = 0.0, now
             self.process = self._start(self.number)
 
 
-def _forget(pid: int) -> None:
+def forget(pid: int) -> None:
     """Drops gauges of a process that is gone; its counters stay."""
     from prometheus_client import multiprocess
 
