@@ -327,7 +327,9 @@ class Scorer:
             hurried = isinstance(e, DeadlineError) and timeout_s < self._fair_s
             if hurried:
                 self._ask_store_with_time(self._store, plan)
-            elif not isinstance(e, OverloadedError):
+            elif isinstance(e, OverloadedError):  # nothing was asked
+                self._store_breaker.tried()
+            else:
                 self._store_breaker.failed(time.monotonic())
             self._metrics.lookup_failed(name, "hurry" if hurried else e.kind)
             if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
@@ -350,7 +352,7 @@ class Scorer:
         try:
             await store.read(plan, [_nobody(plan)], self._fair_s)
         except OverloadedError:  # nothing was asked
-            return
+            self._store_breaker.tried()
         except (DeadlineError, UnavailableError):
             self._store_breaker.failed(time.monotonic())
         else:
