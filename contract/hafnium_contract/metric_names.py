@@ -19,8 +19,8 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    across: Literal["max", "mostrecent", "livesum"] = "max"
-    """Of a gauge: what several workers' values are together."""
+    across: Literal["max", "livemax", "mostrecent", "livesum"] = "max"
+    """Of a gauge: what several workers' values are together. `live`: of those that live."""
 
 
 _MODEL = ("component", "model_name", "model_version")
@@ -50,7 +50,8 @@ CLIENTS = Metric("inference_clients", "gauge", "Clients that asked in the last w
 ACTIVE = Metric(
     "inference_active", "gauge", "Processes of a transformer with a contract in force; 0: it waits for predictor or store since its start",
     across="livesum")
-CLIENT_ROWS_MAX = Metric("inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute")
+CLIENT_ROWS_MAX = Metric(
+    "inference_client_rows_max", "gauge", "Rows that the busiest client asked for in the last whole minute", across="livemax")
 LOG_DROPPED = Metric("inference_log_dropped_total", "counter", "Rows that the inference log had no room for", ("reason",))
 LOG_WRITTEN = Metric("inference_log_rows_total", "counter", "Rows written to the inference log", ())
 SPANS_DROPPED = Metric("trace_spans_dropped_total", "counter", "Spans that did not reach the collector", ("reason",))

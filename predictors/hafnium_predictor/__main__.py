@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         set_up(settings.log_format)
         arguments = sys.argv[1:] if argv is None else argv
         try:
-            return supervise("hafnium_predictor", arguments, host=settings.host, port=settings.http_port, workers=settings.workers)
+            return supervise(
+                "hafnium_predictor", arguments, host=settings.host, port=settings.http_port, workers=settings.workers,
+                stop_s=settings.stop_s)
         except OSError as e:
             sys.stderr.write(f"hafnium_predictor: {settings.host}:{settings.http_port}: {e.strerror or e}\n")
             return 2

@@ -58,6 +58,10 @@ class _GatedRestServer(RESTServer):
         super().create_application()
         self.config.app = cast(Any, self._gate)
 
+    @property
+    def told_to_stop(self) -> bool:
+        return self._server.should_exit
+
     def request_exit(self) -> None:
         self._server.should_exit = True
 
@@ -74,7 +78,6 @@ class PredictorServer(ModelServer):
         self._metrics = PredictorMetrics(settings.model_name)
         self._tracing = tracing
         self._model = RiskModel(settings, self._metrics, tracing)
-        self._grpc: InferenceServer | None = None
         self.exit_status = 0
         """2: it could not listen where it was told to."""
 
@@ -92,22 +95,23 @@ class PredictorServer(ModelServer):
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = self._settings.host
+        rest.config.proxy_headers = False  # x-forwarded-for is anybody's to send, and nothing here reads it
         rest.gate(self._model, self._metrics, self._settings, self._tracing)
         # uvicorn takes the signals over while it serves and raises them again when it has drained: they must not kill us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
         loop = asyncio.get_running_loop()
         loading = loop.run_in_executor(None, self._load)
-        grpc_task = asyncio.create_task(self._serve_grpc(loading)) if self.enable_grpc else None
+        grpc_task = asyncio.create_task(self._serve_grpc(loading, rest)) if self.enable_grpc else None
         if grpc_task is not None:
             when_failed(grpc_task, lambda: self._without_grpc(rest))
         if is_worker() and others_missing() == 0:
             await loading  # started again beside others that answer: it must not take what it can't answer yet
         await rest.start()
         self._model.ready = False
-        if grpc_task is not None:
-            await self._stop_grpc(grpc_task)
         await loading
+        if grpc_task is not None:
+            await asyncio.gather(grpc_task, return_exceptions=True)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close, FLUSH_S)
         log.info("stopped")
@@ -119,26 +123,20 @@ class PredictorServer(ModelServer):
             say_ready()
         return loaded
 
-    async def _serve_grpc(self, loading: asyncio.Future[bool]) -> None:
+    async def _serve_grpc(self, loading: asyncio.Future[bool], rest: _GatedRestServer) -> None:
         """gRPC opens when the model is ready: the SDK answers INTERNAL for a model that is not (it means UNAVAILABLE)."""
-        if not await asyncio.shield(loading):
+        if not await asyncio.shield(loading) or rest.told_to_stop:
             return
         s = self._settings
-        self._grpc = InferenceServer(
+        server = InferenceServer(
             listening_address(s.host, s.grpc_port), GrpcGate(self._model, self._metrics, s, self._tracing),
             body_bytes_max=s.body_bytes_max, grace_period_s=s.grace_period_s, streams_max=s.grpc_streams_max,
         )
         servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
-        add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
-        await self._grpc.serve()
+        add_GRPCInferenceServiceServicer_to_server(servicer, server.server)
+        await server.serve(lambda: rest.told_to_stop)
 
     def _without_grpc(self, rest: _GatedRestServer) -> None:
         """A server that was asked for gRPC and can't give it is not to be ready."""
         self.exit_status = 2
         rest.request_exit()
-
-    async def _stop_grpc(self, task: asyncio.Task[None]) -> None:
-        if self._grpc is not None:
-            await self._grpc.stop()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hafnium_contract.errors import InputError
 from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.json_log import LogFormat
+from hafnium_contract.serving.tracing import FLUSH_S
+from hafnium_contract.serving.workers import STOP_SPARE_S
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
 
 ENVIRONMENT_PREFIX = "HAFNIUM_"
@@ -55,7 +57,8 @@ class Settings(BaseModel):
     warmup_rows: int = Field(default=64, ge=1)
     """Rows of the largest warm-up batch. ONNX Runtime plans its memory at the first run of a shape."""
     grace_period_s: int = Field(default=20, ge=0)
-    """Seconds that requests in flight get on SIGTERM: below Kubernetes' 30, or SIGKILL would cut them off."""
+    """Seconds that requests in flight get on SIGTERM. Spans take up to 5 s more: the pod's terminationGracePeriodSeconds has to hold its
+    preStop and both."""
     keep_alive_s: int = Field(default=65, ge=1)
     """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes. A new
     connection on which nothing comes ends after it too."""
@@ -80,6 +83,11 @@ class Settings(BaseModel):
         """What one client may cost."""
         return ConnectionLimits(
             self.read_timeout_s, self.write_timeout_s, self.write_total_timeout_s, self.head_bytes_max, self.connections_max)
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds from SIGTERM until it has ended, whatever hangs: requests in hand, then the last spans."""
+        return self.grace_period_s + FLUSH_S + STOP_SPARE_S
 
 
 def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:

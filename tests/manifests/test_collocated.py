@@ -17,8 +17,6 @@ from hafnium_predictor import settings as predictor
 from hafnium_transformer import settings as transformer
 
 COMPONENTS = ("monitoring", "network-policy", "collocated-transformer")
-SPANS_S, LOG_S = 3, 10
-"""What each writes after its requests have ended."""
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +57,12 @@ def _ports(pod: Pod) -> set[int]:
 def test_the_predictor_answers_until_the_transformer_has_nothing_in_hand(pod: Pod) -> None:
     """Both get SIGTERM at one time, each after its own hook; the predictor would close under requests that still need it."""
     asks, answers = _container(pod, "transformer-container"), _container(pod, "kserve-container")
-    drained_s = _pause_s(asks) + transformer.Settings.model_fields["grace_period_s"].default
+    asking, answering = transformer.Settings(predictor_host="p:80"), predictor.Settings()
+    drained_s = _pause_s(asks) + asking.grace_period_s
     assert not any("grace_period" in a for c in (asks, answers) for a in c["args"]), "the defaults hold"
     assert _pause_s(answers) > drained_s
-    end_s = max(drained_s + SPANS_S + LOG_S, _pause_s(answers) + predictor.Settings.model_fields["grace_period_s"].default + SPANS_S)
-    assert pod.spec["terminationGracePeriodSeconds"] > end_s
+    end_s = max(_pause_s(asks) + asking.stop_s, _pause_s(answers) + answering.stop_s)
+    assert pod.spec["terminationGracePeriodSeconds"] >= end_s
 
 
 def test_both_are_scraped_and_prometheus_may_come_to_both(objects: list[Json], pod: Pod) -> None:

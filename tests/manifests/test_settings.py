@@ -33,7 +33,6 @@ BIN = "/opt/hafnium/bin"
 """Where the images have the programs of others."""
 KSERVE_ARGS = ["--model_name", "unified-risk", "--predictor_host", "unified-risk-predictor.risk", "--http_port", "8080"]
 """What KServe adds to a custom transformer."""
-SPARE_S = 3
 REDIS = ["redis-server", "--dir", "/data", "--appendonly", "yes", "--requirepass", "$(REDIS_PASSWORD)"]
 
 
@@ -67,12 +66,12 @@ def arguments(container: Json, env: Mapping[str, str]) -> list[str]:
     return [expanded(a.replace("{{.Name}}", "unified-risk"), env) for a in container.get("args", [])]
 
 
-def drains(pod: Pod, container: Json, grace_s: int) -> None:
-    """SIGKILL comes after what the server gives to requests in hand."""
+def drains(pod: Pod, container: Json, stop_s: float) -> None:
+    """SIGKILL comes after what the server gives to requests in hand, to its log and to its spans."""
     if "lifecycle" not in container:  # Knative's proxy drains, and refuses a hook
         return
     pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pod.spec["terminationGracePeriodSeconds"] >= pause_s + grace_s + SPARE_S, pod.where
+    assert pod.spec["terminationGracePeriodSeconds"] >= pause_s + stop_s, pod.where
 
 
 def ports(container: Json) -> set[int]:
@@ -90,7 +89,7 @@ def test_the_part_takes_its_arguments(
         assert served.sdk_arguments == ()
         assert served.model_name == "unified-risk"
         assert ports(container) == {served.http_port}
-        drains(pod, container, served.grace_period_s)
+        drains(pod, container, served.stop_s)
     elif part == "transformer":
         collocated = container["name"] == "transformer-container"
         asked = transformer.parse_settings([*given, *([] if collocated else KSERVE_ARGS)], env)
@@ -102,7 +101,7 @@ def test_the_part_takes_its_arguments(
             (other,) = [c for c in pod.containers() if part_of(c) == "predictor"]
             (port,) = ports(other)
             assert asked.predictor_host == f"localhost:{port}"
-        drains(pod, container, asked.grace_period_s)
+        drains(pod, container, asked.stop_s)
     elif part == "rollout":
         assert given[0] == "operator"
         guards = operator.parse_settings(given[1:], env)

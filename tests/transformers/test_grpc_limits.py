@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import grpc
@@ -192,3 +194,30 @@ def test_clients_rows_bytes_deadlines_and_failures_have_the_meaning_that_http_gi
         assert (gone.code(), dict(gone.trailing_metadata())["retry-after"]) == (grpc.StatusCode.UNAVAILABLE, "1")
         counts = {kind: counted(front, "inference_errors_total", f'type="{kind}"') for kind in ("rate_limited", "deadline", "invalid_row")}
         assert counts == {"rate_limited": 2, "deadline": 1, "invalid_row": 1}
+
+
+def test_sigterm_ends_new_calls_at_once_and_waits_for_those_in_hand(
+    bundle: Bundle, contract: ModelContract, repo: Path, tmp_path: Path,
+) -> None:
+    """One grace period for HTTP and gRPC: calls taken while HTTP drained had a second one, which no pod has time for."""
+    row = synthetic_rows(contract, 1, seed=7)[0]
+    with grpc_chain(bundle, tmp_path, repo) as (behind, front, stub, _port), ThreadPoolExecutor(1) as pool:
+        right = score_of(stub.ModelInfer(message(row), timeout=WAIT_S))
+        assert front.process is not None
+        with stopped(behind):
+            over_http = pool.submit(front.post, "/v1/score", row)
+            over_grpc = stub.ModelInfer.future(message(row), timeout=WAIT_S)
+            sleep(1.0)  # both are in hand: nothing that could be seen says so while the predictor hangs
+            front.process.terminate()
+
+            def no_more_taken() -> bool:
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.ModelInfer(message(row), timeout=0.5)
+                return bool(caught.value.code() == grpc.StatusCode.UNAVAILABLE)
+
+            wait_until(no_more_taken, 10.0)
+            assert not over_http.done()
+            assert not over_grpc.done()
+        assert over_http.result(WAIT_S).status == 200
+        assert score_of(over_grpc.result(WAIT_S)) == pytest.approx(right, abs=1e-6)
+        assert front.process.wait(WAIT_S) == 0

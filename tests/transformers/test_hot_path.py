@@ -217,7 +217,11 @@ def test_one_client_s_limit_is_not_another_s_and_says_when_to_come_again(
         assert front.post("/v1/score/batch", {"requests": [row] * 3}, {"x-api-key": "theirs"}).status == 429
         asked = {"instances": [row] * 3}
         assert [front.post("/v1/models/m:predict", asked, {"x-api-key": "by V1"}).status for _ in range(2)] == [200, 429]
-        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 3.0' \
+        # Without a key it is the connection's address on both paths, whatever a header says. The batch leaves a debt of a minute
+        assert front.post("/v1/score/batch", {"requests": [row] * 30}, {"x-forwarded-for": "10.0.0.1"}).status == 200
+        assert front.post("/v1/score", row, {"x-forwarded-for": "10.0.0.2"}).status == 429
+        assert ask(front.port, body, [b"x-forwarded-for: 10.0.0.3"])[0] == b"429"
+        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 5.0' \
             in front.get("/metrics").body.decode()
 
 

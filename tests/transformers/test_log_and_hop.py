@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hafnium_servers import wait_until
 from prometheus_client import CollectorRegistry, generate_latest
 
 from hafnium_contract.contract_file import load_contract
@@ -43,19 +47,82 @@ def open_log(folder: Path, registry: CollectorRegistry, queue: int, flush_rows: 
                         queue_rows_max=queue, entity_hash=EntityHash("k"))
 
 
+class SlowFolder(Folder):
+    """Its first write waits until it is let go: meanwhile the queue fills."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.writing, self.let_go = threading.Event(), threading.Event()
+
+    def write(self, table: Any, when: datetime, model_version: str, name: str) -> None:
+        self.writing.set()
+        assert self.let_go.wait(60.0)
+        super().write(table, when, model_version, name)
+
+
+@contextmanager
+def busy_log(plan: Plan, folder: Path, registry: CollectorRegistry, queue: int) -> Iterator[InferenceLog]:
+    """A log whose thread has half a queue in hand until the end."""
+    target = SlowFolder(folder)
+    log = InferenceLog(target, TransformerMetrics(registry), flush_seconds=3600.0, flush_rows=1000, queue_rows_max=queue,
+                       entity_hash=EntityHash("k"))
+    log.append(log_row(plan, 10_000, rows=max(queue // 2, 1)))
+    assert target.writing.wait(60.0)
+    yield log
+    target.let_go.set()
+    log.close()
+
+
 def test_full_queue_drops_and_counts(plan: Plan, tmp_path: Path) -> None:
     registry = CollectorRegistry()
-    log = open_log(tmp_path, registry, queue=3)
-    for i in range(5):
-        log.append(log_row(plan, i))
-    log.close()
+    with busy_log(plan, tmp_path, registry, queue=3) as log:
+        for i in range(5):
+            log.append(log_row(plan, i))
     log.append(log_row(plan, 9))
     table = read_files(log_files(tmp_path))
     assert table is not None
-    assert table["request_id"].to_pylist() == ["r0", "r1", "r2"]
+    assert sorted(table["request_id"].to_pylist()) == ["r0", "r1", "r10000", "r2"]
     text = generate_latest(registry).decode()
     assert 'inference_log_dropped_total{reason="queue_full"} 3.0' in text
-    assert "inference_log_rows_total 3.0" in text
+    assert "inference_log_rows_total 4.0" in text
+
+
+def test_a_queue_smaller_than_a_file_is_written_before_it_is_full(plan: Plan, tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    log = open_log(tmp_path, registry, queue=1000, flush_rows=5000)
+    for i in range(10):  # nothing else wakes the writer for an hour
+        log.append(log_row(plan, 500 * i, rows=500))
+        wait_until(lambda i=i: registry.get_sample_value("inference_log_rows_total") == 500 * (i + 1))
+    log.close()
+    assert not registry.get_sample_value("inference_log_dropped_total", {"reason": "queue_full"})
+
+
+class HangingTarget:
+    """A disk that takes a file and never says that it has it, until it is let go."""
+
+    def __init__(self) -> None:
+        self.writing, self.let_go = threading.Event(), threading.Event()
+
+    def write(self, table: Any, when: datetime, model_version: str, name: str) -> None:
+        self.writing.set()
+        assert self.let_go.wait(60.0)
+
+
+def test_rows_in_a_write_that_hangs_at_the_end_are_lost_ones(plan: Plan) -> None:
+    registry, target = CollectorRegistry(), HangingTarget()
+    log = InferenceLog(target, TransformerMetrics(registry), flush_seconds=3600.0, flush_rows=4000, queue_rows_max=10_000,
+                       entity_hash=EntityHash("k"), close_s=0.2)
+    log.append(log_row(plan, 0, rows=4000))
+    assert target.writing.wait(60.0)
+    log.append(log_row(plan, 4000, rows=10))
+    log.close()
+    target.let_go.set()
+    for thread in threading.enumerate():
+        if thread.name == "inference-log":
+            thread.join(60.0)
+    assert registry.get_sample_value("inference_log_dropped_total", {"reason": "shutdown"}) == 4010
+    assert not registry.get_sample_value("inference_log_dropped_total", {"reason": "write_failed"})
+    assert registry.get_sample_value("inference_log_rows_total") == 0
 
 
 def test_losses_are_counted_from_zero_on_so_that_the_first_one_is_an_increase(tmp_path: Path) -> None:
@@ -68,13 +135,12 @@ def test_losses_are_counted_from_zero_on_so_that_the_first_one_is_an_increase(tm
 
 def test_a_batch_is_cut_where_the_room_ends(plan: Plan, tmp_path: Path) -> None:
     registry = CollectorRegistry()
-    log = open_log(tmp_path, registry, queue=1200)
-    log.append(log_row(plan, 0, rows=700))
-    log.append(log_row(plan, 700, rows=700))
-    log.close()
+    with busy_log(plan, tmp_path, registry, queue=1200) as log:
+        log.append(log_row(plan, 0, rows=700))
+        log.append(log_row(plan, 700, rows=700))
     table = read_files(log_files(tmp_path))
     assert table is not None
-    assert sorted(table["request_id"].to_pylist()) == sorted(f"r{i}" for i in range(1200))
+    assert sorted(table["request_id"].to_pylist()) == sorted(f"r{i}" for i in [*range(1200), *range(10_000, 10_600)])
     assert set(table["time"].to_pylist()) == {datetime(2026, 1, 1, tzinfo=UTC)}
     assert 'inference_log_dropped_total{reason="queue_full"} 200.0' in generate_latest(registry).decode()
 

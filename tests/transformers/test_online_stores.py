@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hafnium_redis import Redis
 from hafnium_servers import make_feature_repo, predictor, transformer
+from redis import Redis as Client
 
 from hafnium_contract.bundle import Bundle
 from hafnium_contract.errors import InputError
@@ -195,6 +196,36 @@ async def test_redis_with_a_password_and_too_many_rows(tmp_path: Path, contract:
         with pytest.raises(UnavailableError, match="refused"):
             await wrong.read(plan, asked, 5.0)
         wrong.close()
+
+
+async def test_a_key_of_another_type_is_an_entity_without_values_and_costs_the_others_nothing(
+    redis: Redis, tmp_path: Path, contract: ModelContract,
+) -> None:
+    address = f"{redis.address},db=5"
+    make_feature_repo(tmp_path / "repo", contract, synthetic_views(contract, 1), redis=address)
+    feast = FeastReader(tmp_path / "repo")
+    plan = make_plan(contract, feast.entity_types(make_plan(contract)))
+    store = feast.direct_store(rows_max=100)
+    assert isinstance(store, RedisStore)
+    asked = [r["entity"] for r in synthetic_rows(contract, 3, seed=0)]
+    assert len({str(a) for a in asked}) == 3
+    right = await store.read(plan, asked, 20.0)
+    assert all(right)
+    client = Client(port=redis.port, db=5)
+    spoilt = [k for k in client.keys("*") for value in asked[1].values() if str(value).encode() in k]
+    for key in spoilt:
+        client.delete(key)
+        client.set(key, "somebody else's")
+    assert spoilt
+    try:
+        found = await store.read(plan, asked, 20.0)
+        assert [same(a, b) for a, b in zip(found, [right[0], {}, right[2]], strict=True)] == [True] * 3
+        columns = await store.read_columns(plan, asked, 20.0)
+        assert [same(columns.row(i), one) for i, one in enumerate(found)] == [True] * 3
+        assert [math.isnan(t) for t in columns.times[0]] == [False, True, False]
+    finally:
+        store.close()
+        client.close()
 
 
 async def test_redis_that_hangs_dies_or_was_never_there(tmp_path: Path, contract: ModelContract) -> None:

@@ -62,6 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, contract: ModelContract) ->
         row("fresh", fresh), row("old", old), row("older", older), row("no-must", fresh, must=None),
         row("no-may", fresh, may=None), row("no-said", fresh, said=None), row("bad-may", fresh, may=101.0),
         row("bad-must", fresh, must=-1.0), row("zero", fresh, must=0.0),
+        row("zero-no-said", fresh, must=0.0, said=None),
     ]})
     with predictor(bundle.path, folder) as running:
         running.wait()
@@ -129,6 +130,19 @@ async def test_looked_up_value_that_is_demanded_ends_as_503_and_names_the_view(
     assert "view usage" in result.detail
     assert result.problems[0].path == path
     assert said in result.problems[0].message
+
+
+@pytest.mark.parametrize("rows", [1, 100], ids=["one row", "columns"])
+@pytest.mark.parametrize(("card", "missing"), [
+    ("no-must", {"must", "risk"}), ("zero-no-said", {"share", "said", "risk"}),
+], ids=["looked-up input", "derived input"])
+async def test_a_refused_rows_missing_values_are_counted_all(
+    scorer: Scorer, registry: CollectorRegistry, card: str, missing: set[str], rows: int,
+) -> None:
+    results = await scorer.score([asked(card, risk=None)] * rows, context(), [""] * rows)
+    assert all(isinstance(r, LookedUpError) for r in results)
+    counted = {s.labels["feature_name"]: s.value for m in registry.collect() for s in m.samples if s.name == "feature_missing_total"}
+    assert counted == dict.fromkeys(missing, float(rows))
 
 
 async def test_a_value_from_after_the_event_is_as_good_as_missing(scorer: Scorer) -> None:

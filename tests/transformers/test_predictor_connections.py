@@ -10,10 +10,11 @@ import pytest
 from hafnium_scripted_predictor import ScriptedPredictor, scripted_predictor
 
 from hafnium_contract.model_contract import ModelContract
-from hafnium_transformer.errors import DeadlineError
+from hafnium_transformer.errors import DeadlineError, UnavailableError
 from hafnium_transformer.predictor_client import Deadline, HopLimits, Prediction, PredictorClient
 
 COLUMNS = 2
+HURRY_MS = 50.0
 FAIR_MS = 300.0
 PATIENT_MS = 10_000.0
 
@@ -71,3 +72,54 @@ async def test_a_predictor_that_was_slow_once_loses_no_request_and_no_connection
     assert (await in_use).model_version == "1"
     await asyncio.gather(ask(client, behind, PATIENT_MS), ask(client, behind, PATIENT_MS))
     assert behind.connections == 3
+
+
+async def test_a_caller_in_a_hurry_who_may_try_a_failed_predictor_keeps_nobody_else_from_it(behind: ScriptedPredictor) -> None:
+    limits = HopLimits(failures_max=1, pause_first_s=0.01, pause_max_s=3600.0)
+    client = PredictorClient(f"127.0.0.1:{behind.port}", "m", tls=False, limits=limits)
+    try:
+        behind.answers.clear()
+        with pytest.raises(DeadlineError):
+            await ask(client, behind, FAIR_MS)
+        assert client.breaker.is_open
+        await asyncio.sleep(2.0 * limits.pause_first_s)
+        with pytest.raises(DeadlineError):
+            await ask(client, behind, HURRY_MS)
+        behind.answers.set()
+        assert (await ask(client, behind, PATIENT_MS)).model_version == "1"
+    finally:
+        client.close()
+
+
+async def test_a_connection_that_was_closed_meanwhile_does_not_use_up_the_only_try() -> None:
+    """A predictor that fails and then closes its connections, as one that restarts does: the next connection answers."""
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        mine = connections
+        for status in (b"500", b"") if mine == 1 else (b"404",):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.partition(b":")[2]))
+            if status:
+                writer.write(b"HTTP/1.1 %s X\r\ncontent-length: 2\r\n\r\n{}" % status)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    limits = HopLimits(failures_max=1, pause_first_s=0.01, pause_max_s=3600.0)
+    client = PredictorClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", "m", tls=False, limits=limits)
+    rows = np.zeros((1, COLUMNS), np.float32)
+    try:
+        with pytest.raises(UnavailableError, match="answered 500"):
+            await client.predict(rows, "d", Deadline.after_ms(PATIENT_MS), b"")
+        assert client.breaker.is_open
+        await asyncio.sleep(2.0 * limits.pause_first_s)
+        with pytest.raises(UnavailableError, match="answered 404"):
+            await client.predict(rows, "d", Deadline.after_ms(PATIENT_MS), b"")
+        assert connections == 2
+        assert not client.breaker.is_open
+    finally:
+        client.close()
+        server.close()

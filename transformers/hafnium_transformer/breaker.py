@@ -30,7 +30,7 @@ class Breaker:
             return True
         if now < self._open_until or now < self._trying_until:
             return False
-        self._trying_until = now + self.pause_max_s  # should it never say how it went, the next may try after this
+        self._trying_until = now + self.pause_max_s  # should it never say that it is done, the next may try after this
         return True
 
     def succeeded(self) -> None:
@@ -44,6 +44,10 @@ class Breaker:
         if self._failures >= self.failures_max:
             self._pause_s = min(max(2.0 * self._pause_s, self.pause_first_s), self.pause_max_s)
             self._open_until = now + self._pause_s
+
+    def tried(self) -> None:
+        """Who might try is done, whatever it found out. Who had too little time to find out anything keeps nobody else from trying."""
+        self._trying_until = 0.0
 
     @property
     def is_open(self) -> bool:

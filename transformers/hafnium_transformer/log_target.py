@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 from hafnium_contract.errors import InputError
 
+CLOSE_S = 8.0
+"""Time for the last rows when the server stops. A target that takes longer loses what it was not done with."""
+
 
 class LogTarget(Protocol):
     """Used by the log's thread only."""

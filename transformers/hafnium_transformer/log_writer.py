@@ -20,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from hafnium_transformer.log_target import LogTarget, file_name
+from hafnium_transformer.log_target import CLOSE_S, LogTarget, file_name
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.records import EntityValue
 from hafnium_transformer.plan import Plan
 
 log = logging.getLogger("hafnium.transformer")
 _HASH_BYTES = 16
-_CLOSE_TIMEOUT_S = 8.0
 _PART_ROWS = 500
 _COMPLAINT_PAUSE_S = 30.0
 """A disk that stays full is reported this often, not at every flush."""
@@ -88,20 +87,29 @@ class InferenceLog:
 
     def __init__(
         self, target: LogTarget, metrics: TransformerMetrics, *, flush_seconds: float, flush_rows: int, queue_rows_max: int,
-        entity_hash: EntityHash, clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        entity_hash: EntityHash, clock: Callable[[], datetime] = lambda: datetime.now(UTC), close_s: float = CLOSE_S,
     ) -> None:
         self._target = target
         self._metrics = metrics
         self._flush_seconds = flush_seconds
         self._flush_rows = flush_rows
         self._queue_rows_max = queue_rows_max
+        self._wake_rows = min(flush_rows, max(queue_rows_max // 2, 1))
+        """A queue that never holds a file's rows is written from when it is half full: the other half is for what comes meanwhile."""
         self._entity_hash = entity_hash
         self._clock = clock
+        self._close_s = close_s
         self._queue: deque[LogBatch] = deque()
         self._rows_in = 0
         """Rows that were queued, ever; only the event loop writes it."""
         self._rows_out = 0
         """Rows that were taken out, ever; only the thread writes it."""
+        self._rows_done = 0
+        """Rows whose fate is known: written, or dropped and counted. Only the thread writes it."""
+        self._given_up = False
+        """Whoever closed it counts what is left as lost; the thread counts nothing any more."""
+        self._counting = threading.Lock()
+        """Holds these two together."""
         self._wake = threading.Event()
         self._closing = False
         self._complained = -_COMPLAINT_PAUSE_S
@@ -119,18 +127,20 @@ class InferenceLog:
             batch, count = batch.first(room), room
         self._rows_in += count
         self._queue.append(batch)
-        if self._rows_in - self._rows_out >= self._flush_rows and not self._wake.is_set():
+        if self._rows_in - self._rows_out >= self._wake_rows and not self._wake.is_set():
             self._wake.set()
 
     def close(self) -> None:
         """Writes what is queued and ends the thread; gives up (and counts) after a few seconds on a disk that hangs."""
         self._closing = True
         self._wake.set()
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._thread.join(self._close_s)
         if self._thread.is_alive():
-            left = self._rows_in - self._rows_out
+            with self._counting:
+                self._given_up = True
+                left = self._rows_in - self._rows_done  # also those of the write that hangs
             self._metrics.log_dropped("shutdown", left)
-            log.error("inference log: not written in %.0f s, %d rows lost", _CLOSE_TIMEOUT_S, left)
+            log.error("inference log: not written in %g s, %d rows lost", self._close_s, left)
 
     def _run(self) -> None:
         while True:
@@ -162,12 +172,26 @@ class InferenceLog:
             try:
                 self._write_file(group)
             except Exception as e:  # noqa: BLE001 - pyarrow raises many kinds, and a thread that dies would lose all rows
-                self._metrics.log_dropped("write_failed", count)
+                if not self._settled(count, written=False):
+                    return
                 if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
                     self._complained = time.monotonic()
                     log.error("inference log: %d rows dropped: %s: %s", count, type(e).__name__, e)
             else:
+                if not self._settled(count, written=True):
+                    return
+
+    def _settled(self, count: int, *, written: bool) -> bool:
+        """Counts rows of a write that has ended. False: too late, whoever closed the log has counted them as lost."""
+        with self._counting:
+            if self._given_up:
+                return False
+            self._rows_done += count
+            if written:
                 self._metrics.log_written.inc(count)
+            else:
+                self._metrics.log_dropped("write_failed", count)
+            return True
 
     def _write_file(self, group: list[LogBatch]) -> None:
         """Batches of one date and one model → one file, complete or not there."""

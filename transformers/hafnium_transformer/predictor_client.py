@@ -170,7 +170,7 @@ class PredictorClient:
                 raise UnavailableError(f"the predictor failed repeatedly and is asked again in {self.breaker.wait_s(now):.1f} s")
             headers = b"%s%s: %d\r\n" % (lines, _DEADLINE, max(int(left * 1000.0), 1))
             try:
-                answer = await self._client.request("POST", self._infer_path, headers, body, timeout_s=left)
+                answer = await self._asked(headers, body, left)
             except TimeoutError as e:
                 if left >= _FAIR_S:  # callers in a hurry must not close it for the others
                     self.breaker.failed(time.monotonic())
@@ -194,6 +194,12 @@ class PredictorClient:
             else:
                 self.breaker.succeeded()
             return _prediction(answer, rows)
+
+    async def _asked(self, headers: bytes, body: bytes, timeout_s: float) -> HttpAnswer:
+        try:
+            return await self._client.request("POST", self._infer_path, headers, body, timeout_s=timeout_s)
+        finally:
+            self.breaker.tried()
 
 
 def _prediction(answer: HttpAnswer, rows: int) -> Prediction:

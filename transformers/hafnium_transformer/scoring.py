@@ -28,6 +28,7 @@ from hafnium_transformer.breaker import Breaker
 from hafnium_transformer.errors import (
     ContractChangedError,
     DeadlineError,
+    LookedUpError,
     OverloadedError,
     RowInvalidError,
     ScoringError,
@@ -303,7 +304,7 @@ class Scorer:
             self._metrics.rows(plan.contract.name, len(encoded.errors))
         for i, error in encoded.errors.items():
             results[i] = error
-            for feature in error.features:
+            for feature in (*error.features, *batch.lacking.get(i, NOTHING).missing):
                 self._metrics.missing(plan.contract.name, feature)
         if encoded.places:
             await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results)
@@ -329,7 +330,9 @@ class Scorer:
             hurried = isinstance(e, DeadlineError) and timeout_s < self._fair_s
             if hurried:
                 self._ask_store_with_time(self._store, plan)
-            elif not isinstance(e, OverloadedError):
+            elif isinstance(e, OverloadedError):  # nothing was asked
+                self._store_breaker.tried()
+            else:
                 self._store_breaker.failed(time.monotonic())
             self._metrics.lookup_failed(name, "hurry" if hurried else e.kind)
             if time.monotonic() - self._complained >= _COMPLAINT_PAUSE_S:
@@ -352,7 +355,7 @@ class Scorer:
         try:
             await store.read(plan, [_nobody(plan)], self._fair_s)
         except OverloadedError:  # nothing was asked
-            return
+            self._store_breaker.tried()
         except (DeadlineError, UnavailableError):
             self._store_breaker.failed(time.monotonic())
         else:
@@ -387,6 +390,10 @@ class Scorer:
         if refused:
             for i, error in refused.items():
                 results[i] = error
+                # Who is told 503 for a derived input lacks what it is made of: an outage must show there, as in rows that are answered
+                derived = error.features if isinstance(error, LookedUpError) else ()
+                for feature in (*derived, *encoded.lacking.get(i, NOTHING).missing):
+                    self._metrics.missing(feature)
             kept = [k for k, i in enumerate(places) if i not in refused]
             if not kept:
                 return

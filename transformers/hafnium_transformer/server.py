@@ -95,7 +95,6 @@ class TransformerServer(ModelServer):
         )
         self._settings = settings
         self._tracing = tracing
-        self._grpc: InferenceServer | None = None
         self._opening = threading.Event()
         """A thread is importing Feast or opening its store: seconds in which nothing can end it."""
         self.exit_status = 0
@@ -127,6 +126,7 @@ class TransformerServer(ModelServer):
             grace_period=self.grace_period, timeout_keep_alive=self.timeout_keep_alive,
         )
         rest.config.host = s.host
+        rest.config.proxy_headers = False  # x-forwarded-for is anybody's to send: a client is its connection's address on all paths
         admission = Admission(s, metrics)
         coalescer = Coalescer(
             scorer, admission.limit, batches_max=s.batches_in_flight_max, rows_max=s.coalesced_rows_max, traced=self._tracing is not None)
@@ -137,18 +137,19 @@ class TransformerServer(ModelServer):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: rest.request_exit())
         background = [asyncio.create_task(self._become_ready(scorer))]
+        serving_grpc: asyncio.Task[None] | None = None
         if self.enable_grpc:
             grpc_gate = GrpcGate(scorer, admission, metrics, s, self._tracing)
-            serving_grpc = asyncio.create_task(self._serve_grpc(grpc_gate))
+            serving_grpc = asyncio.create_task(self._serve_grpc(grpc_gate, rest))
             when_failed(serving_grpc, lambda: self._without_grpc(rest))
-            background.append(serving_grpc)
         try:
             while is_worker() and others_missing() == 0 and not scorer.active and not rest.told_to_stop:
                 await asyncio.sleep(_WAIT_S)  # started again beside others that answer: it must not take what it can't answer yet
             await rest.start()
         finally:
-            if self._grpc is not None:
-                await self._grpc.stop()
+            if serving_grpc is not None:
+                rest.request_exit()  # however HTTP ended
+                await asyncio.gather(serving_grpc, return_exceptions=True)
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
@@ -217,13 +218,13 @@ class TransformerServer(ModelServer):
             log.info("not ready yet: %s", reason)
         scorer.reason = reason
 
-    async def _serve_grpc(self, gate: GrpcGate) -> None:
+    async def _serve_grpc(self, gate: GrpcGate, rest: _GatedRestServer) -> None:
         s = self._settings
-        self._grpc = InferenceServer(
+        server = InferenceServer(
             listening_address(s.host, s.grpc_port), gate, body_bytes_max=s.body_bytes_max, grace_period_s=s.grace_period_s)
         servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
-        add_GRPCInferenceServiceServicer_to_server(servicer, self._grpc.server)
-        await self._grpc.serve()
+        add_GRPCInferenceServiceServicer_to_server(servicer, server.server)
+        await server.serve(lambda: rest.told_to_stop)
 
     def _without_grpc(self, rest: _GatedRestServer) -> None:
         """A server that was asked for gRPC and can't give it is not to be ready."""

@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from hafnium_contract.errors import InputError
 from hafnium_contract.serving.connection_limits import ConnectionLimits
 from hafnium_contract.serving.json_log import LogFormat
+from hafnium_contract.serving.tracing import FLUSH_S
+from hafnium_contract.serving.workers import STOP_SPARE_S
 from hafnium_contract.wire import BATCH_ROWS_MAX, BODY_BYTES_MAX
 from hafnium_transformer.explanation import Method
-from hafnium_transformer.log_target import log_target
+from hafnium_transformer.log_target import CLOSE_S, log_target
 
 ENVIRONMENT_PREFIX = "HAFNIUM_"
 _NOT_FLAGS = ("sdk_arguments", "entity_hash_key")
@@ -57,7 +59,7 @@ class Settings(BaseModel):
     """Rows that make a file at once: 420 kB with 15 inputs. Files of 20,000 rows took no fewer bytes per row (measured)."""
     log_queue_rows_max: int = Field(default=20_000, ge=1)
     """Rows in memory before further ones are dropped and counted: ten seconds of a stalled disk at 2,000
-    rows/s, and 18 MB with 15 inputs."""
+    rows/s, and 18 MB with 15 inputs. When half of them wait, they are written, be they fewer than a file's or not."""
     deadline_ms: float = Field(default=1_000.0, gt=0)
     """Time for a whole answer when the caller gives no x-hafnium-deadline-ms: ten times the p99 that owners ask for."""
     lookup_timeout_ms: float = Field(default=250.0, gt=0)
@@ -123,7 +125,8 @@ class Settings(BaseModel):
     explain_rows_max: int = Field(default=20, ge=1)
     """Explained rows in one batch: each costs as many predictions as the model has inputs, with `shapley` times the orders."""
     grace_period_s: int = Field(default=20, ge=0)
-    """Seconds that requests in flight get on SIGTERM: below Kubernetes' 30, with room to write the log."""
+    """Seconds that requests in flight get on SIGTERM. Log and spans take up to 13 s more: the pod's terminationGracePeriodSeconds has
+    to hold its preStop and both."""
     keep_alive_s: int = Field(default=65, ge=1)
     """KServe's default. It has to be longer than the proxy before it keeps an idle connection: the proxy must be who closes. A new
     connection on which nothing comes ends after it too."""
@@ -151,6 +154,11 @@ class Settings(BaseModel):
         """What one client may cost."""
         return ConnectionLimits(
             self.read_timeout_s, self.write_timeout_s, self.write_total_timeout_s, self.head_bytes_max, self.connections_max)
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds from SIGTERM until it has ended, whatever hangs: requests in hand, then the log's last rows, then the last spans."""
+        return self.grace_period_s + CLOSE_S + FLUSH_S + STOP_SPARE_S
 
 
 def parse_settings(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:

@@ -32,6 +32,8 @@ _CODES = {
     413: StatusCode.RESOURCE_EXHAUSTED, 422: StatusCode.INVALID_ARGUMENT, 429: StatusCode.RESOURCE_EXHAUSTED,
     501: StatusCode.UNIMPLEMENTED, 503: StatusCode.UNAVAILABLE, 504: StatusCode.DEADLINE_EXCEEDED,
 }
+_LOOK_S = 0.1
+"""As often as uvicorn looks whether it is told to stop."""
 _READ_S = 1.0
 """For the message of a call that has nothing to say: health, metadata."""
 SEND_BYTES_MAX = 8 * 1024 * 1024
@@ -192,18 +194,19 @@ class InferenceServer:
             options.append(("grpc.max_concurrent_streams", streams_max))
         self.server = aio.server(interceptors=(_Limits(gate),), options=options)
 
-    async def serve(self) -> None:
-        """Until `stop`. Raises BindError."""
+    async def serve(self, told_to_stop: Callable[[], bool]) -> None:
+        """Until it is told to stop; then takes no more calls and waits for those in progress. Raises BindError.
+
+        HTTP and gRPC hear of it at the same time: one grace period after the other would be longer than the pod has.
+        """
         try:
             self.server.add_insecure_port(self._address)
         except RuntimeError as e:
             raise BindError(f"gRPC can't listen at {self._address}; is the port taken? Give another --grpc_port") from e
         log.info("gRPC at %s", self._address)
         await self.server.start()
-        await self.server.wait_for_termination()
-
-    async def stop(self) -> None:
-        """Takes no more calls and waits for those in progress."""
+        while not told_to_stop():
+            await asyncio.sleep(_LOOK_S)
         await self.server.stop(self._grace_period_s)
 
 

@@ -27,8 +27,8 @@ log = logging.getLogger("hafnium.workers")
 _SOCKET, _FOLDER, _NUMBER, _COUNT = "HAFNIUM_WORKER_SOCKET", "PROMETHEUS_MULTIPROC_DIR", "HAFNIUM_WORKER", "HAFNIUM_WORKERS_ALL"
 _HASH_KEY = "HAFNIUM_ENTITY_HASH_KEY"
 BACKLOG = 2048
-STOP_S = 28.0
-"""Workers have their own grace period before this; Kubernetes kills after 30 s."""
+STOP_SPARE_S = 2.0
+"""What a worker needs beside its own limits: to notice SIGTERM, to close, to end Python."""
 _LOOK_S = 0.1
 _BAD_ARGUMENTS = 2
 """Exit status of a part that can't start as it is configured."""
@@ -80,13 +80,13 @@ class _Worker:
             self._pause_s = _PAUSE_FIRST_S if lived > _HEALTHY_S else min(self._pause_s * 2.0, _PAUSE_MAX_S)
             self._again_at = now + self._pause_s
             log.error("worker %d ended with %d after %.0f s; started again in %.1f s", self.number, status, lived, self._pause_s)
-            _forget(self.process.pid)
+            forget(self.process.pid)
         elif now >= self._again_at:
             self._again_at, self._began = 0.0, now
             self.process = self._start(self.number)
 
 
-def _forget(pid: int) -> None:
+def forget(pid: int) -> None:
     """Drops gauges of a process that is gone; its counters stay."""
     from prometheus_client import multiprocess
 
@@ -94,8 +94,11 @@ def _forget(pid: int) -> None:
         multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
-def supervise(module: str, argv: Sequence[str], *, host: str, port: int, workers: int) -> int:
-    """Runs `python -m module argv` `workers` times on one socket until SIGTERM. Returns the exit status: that of the worst worker."""
+def supervise(module: str, argv: Sequence[str], *, host: str, port: int, workers: int, stop_s: float) -> int:
+    """Runs `python -m module argv` `workers` times on one socket until SIGTERM. Returns the exit status: that of the worst worker.
+
+    `stop_s`: seconds that they get after it before they are killed. It has to hold all that their settings let them wait for.
+    """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((host, port))
@@ -134,12 +137,12 @@ def supervise(module: str, argv: Sequence[str], *, host: str, port: int, workers
         for worker in running:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + STOP_S
+        until = time.monotonic() + stop_s
         for worker in running:
             try:
                 worker.process.wait(max(until - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                log.error("worker %d did not stop within %.0f s and is killed", worker.number, STOP_S)
+                log.error("worker %d did not stop within %g s and is killed", worker.number, stop_s)
                 worker.process.kill()
         ended = [worker.process.wait() for worker in running]
         return max(0 if status == -signal.SIGTERM else abs(status) for status in ended)  # one that was still starting dies of it

@@ -172,6 +172,8 @@ class _Group:
     """(column, place of its view's event time among the answer's values)."""
     places: tuple[int, ...]
     """Of these columns in Plan.looked_up."""
+    width: int
+    """Values in an answer."""
 
 
 class RedisStore:
@@ -217,7 +219,7 @@ class RedisStore:
             replies = await self._ask(commands, len(groups) * len(entities), until)
         finally:
             self._rows -= len(entities)
-        return groups, replies
+        return groups, replies if set(map(type, replies)) == {list} else _only_values(groups, len(entities), replies)
 
     async def _ask(self, commands: bytes, count: int, until: float) -> list[Any]:
         connection: _Connection | None = None
@@ -295,8 +297,6 @@ class RedisStore:
             for target in found:
                 reply = replies[k]
                 k += 1
-                if type(reply) is not list:
-                    raise _no_values(reply)
                 values = cast(list[bytes | None], reply)
                 times: dict[int, float] = {}
                 for (column, at), data in zip(group.columns, values, strict=False):
@@ -313,14 +313,12 @@ class RedisStore:
         return found
 
     def _columns(self, plan: Plan, groups: Sequence[_Group], rows: int, replies: list[Any]) -> FoundColumns:
-        if set(map(type, replies)) != {list}:
-            raise _no_values(next(r for r in replies if type(r) is not list))
         cells: list[list[bytes | None]] = [[]] * len(plan.looked_up)
         times = np.empty((len(plan.looked_up), rows))
         for n, group in enumerate(groups):
             # Values of all rows in a line, so that each column is every so-many-th of them
             flat: list[bytes | None] = list(chain.from_iterable(replies[n * rows : (n + 1) * rows]))
-            width = len(flat) // rows
+            width = group.width
             seen = {at: event_times(flat[at::width], _event_time_s) for at in {at for _, at in group.columns}}
             for k, (place, (_, at)) in enumerate(zip(group.places, group.columns, strict=True)):
                 cells[place], times[place] = flat[k::width], seen[at]
@@ -352,7 +350,7 @@ class RedisStore:
             join_key, key_coder(join_key, plan.entity_types.get(join_key)), b"*%d\r\n$5\r\nHMGET\r\n$" % (2 + len(arguments)),
             b"\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(a), a) for a in arguments),
             tuple((column, places[view]) for view, column in fields),
-            tuple(k for k, f in enumerate(plan.looked_up) if plan.views[f.view].join_key == join_key),
+            tuple(k for k, f in enumerate(plan.looked_up) if plan.views[f.view].join_key == join_key), len(arguments),
         )
 
     def close(self) -> None:
@@ -368,9 +366,20 @@ def _seen(task: asyncio.Task[_Connection]) -> None:
         task.exception()  # who waited has it; without anybody waiting asyncio would complain
 
 
-def _no_values(reply: Any) -> UnavailableError:
-    """What Redis said in the place of a row's values."""
-    return UnavailableError(f"the feature store failed: {str(reply)[:200]}")
+def _only_values(groups: Sequence[_Group], rows: int, replies: Sequence[Any]) -> list[Any]:
+    """Answers, with nothing for a key that holds something else than Feast's hash: one such entity is not a store that failed for all.
+
+    Raises UnavailableError for whatever else Redis said in the place of values.
+    """
+    found: list[Any] = []
+    for k, reply in enumerate(replies):
+        if type(reply) is list:
+            found.append(reply)
+        elif str(reply).startswith("WRONGTYPE"):
+            found.append([None] * groups[k // rows].width)
+        else:
+            raise UnavailableError(f"the feature store failed: {str(reply)[:200]}")
+    return found
 
 
 def _field(name: str) -> bytes:
