@@ -79,7 +79,8 @@ class Exchange:
     def __init__(self, context: Context, charge: Callable[[int], None] | None = None) -> None:
         self.context = context
         self.charge = charge
-        """Counts further rows for the client. Raises RateLimitedError."""
+        """Counts all rows for the client, in place of the one that was counted when nobody knew how many there are. Raises
+        RateLimitedError."""
         self.error: ScoringError | None = None
 
 
@@ -228,7 +229,7 @@ class Gate:
                 if isinstance(result, ScoringError):
                     raise result
             return Answer(200, (JSON_TYPE, echo), orjson.dumps({"predictions": results}))
-        self._ask(scope, headers, 1)  # how many more rows it has, only the SDK finds out
+        self._ask(scope, headers, 1)  # how many rows it has, only the SDK finds out
         return await self._through_sdk(scope, body, context, echo)
 
     def _plain_v1(self, body: bytes) -> list[Any] | None:
@@ -243,13 +244,13 @@ class Gate:
             return None
         return cast(list[Any], instances)
 
-    def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int) -> None:
+    def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int, already: int = 0) -> None:
         peer = scope.get("client")
-        self._admission.ask(self._admission.client(headers, peer[0] if peer else ""), rows, time.monotonic())
+        self._admission.ask(self._admission.client(headers, peer[0] if peer else ""), rows, time.monotonic(), already)
 
     async def _through_sdk(self, scope: Scope, body: bytes, context: Context, echo: Header) -> Answer:
         """KServe's own app. Without a length header V2's body is JSON, and V1's always is, whatever its label says."""
-        exchange = Exchange(context, lambda rows: self._ask(scope, headers_of(scope), rows))
+        exchange = Exchange(context, lambda rows: self._ask(scope, headers_of(scope), rows, already=1))
         token = EXCHANGE.set(exchange)
         try:
             length = headers_of(scope).get(_LENGTH)

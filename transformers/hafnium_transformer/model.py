@@ -79,7 +79,7 @@ class RiskTransformer(Model):
     async def _all(self, items: list[Any], name: str, exchange: Exchange) -> list[dict[str, Any]]:
         context = exchange.context
         if exchange.charge is not None and len(items) > 1:
-            exchange.charge(len(items) - 1)  # the first was counted when nobody knew how many there are
+            exchange.charge(len(items))
         results = await self._scorer.score(items, context, [f"{name}[{i}]" for i in range(len(items))])
         if context.span is not None:
             context.span.add(batch_facts(results))
