@@ -187,6 +187,26 @@ def test_v1_keeps_the_status_and_paths_of_a_bad_row(chain: Chain) -> None:
     assert reply.json["errors"][0]["path"] == "instances[1].features.transaction_amount"
 
 
+def test_a_bad_row_of_v1_or_v2_leaves_no_other_of_its_request_logged_or_counted(chain: Chain) -> None:
+    def scored() -> list[str]:
+        lines = chain.transformer.get("/metrics").body.decode().splitlines()
+        return [x for x in lines if x.startswith(("model_predictions_total{", "model_score_count{"))]
+
+    rows = synthetic_rows(chain.contract, 3, seed=9)
+    rows[1]["features"]["transaction_amount"] = -5.0
+    assert chain.transformer.post(V1, {"instances": [rows[0]]}).status == 200
+    before = scored()
+    assert before
+    kinds = {"category": "BYTES", "bool": "BOOL", "int": "INT64", "float": "FP64"}
+    inputs = [{"name": n, "datatype": kinds[f.dtype], "shape": [3], "data": [r["features"][n] for r in rows]}
+              for n, f in chain.contract.request_fields.items()]
+    inputs += [{"name": n, "datatype": "BYTES", "shape": [3], "data": [r["entity"][n] for r in rows]} for n in rows[0]["entity"]]
+    for path, body in ((V1, {"instances": rows}), (V1, {"instances": rows, "also": 1}), (V2, {"inputs": inputs})):
+        refused = chain.transformer.post(path, body)
+        assert (refused.status, refused.json["errors"][0]["path"].partition("[")[2]) == (422, "1].features.transaction_amount")
+    assert scored() == before
+
+
 def changed(row: dict[str, Any], **features: Any) -> dict[str, Any]:
     return {**row, "features": {**row["features"], **features}}
 

@@ -216,6 +216,30 @@ async def test_a_batch_without_a_score_counts_as_an_error_and_each_failed_row_by
     assert lines == ([f"answered 200, but 5xx for {ours} of {len(rows)} rows"] if ours else [])
 
 
+DERIVED = asked("zero")
+
+
+@pytest.mark.parametrize("bad", [BAD, NOT_THERE, DERIVED], ids=["of the caller", "of the store", "of what is derived"])
+@pytest.mark.parametrize("rows", [3, 30], ids=["one by one", "columns"])
+async def test_a_request_that_one_row_spoils_is_refused_before_any_of_its_rows_is_scored(
+    scorer: Scorer, metrics: TransformerMetrics, registry: CollectorRegistry, bad: dict[str, Any], rows: int,
+) -> None:
+    """V1 and V2 have no errors of rows. A score that nobody got is in no log and in no count that gates look at."""
+    asked_rows = [GOOD] * (rows - 2) + [bad, GOOD]
+    with pytest.raises(ScoringError) as spoiled:
+        await scorer.score_all(asked_rows, context(), [f"rows[{i}]" for i in range(rows)])
+    assert type(spoiled.value) is (RowInvalidError if bad is BAD else LookedUpError)
+    status, _ = await answered(scorer, metrics, "/v1/models/m:predict", {"instances": asked_rows})
+    assert status == spoiled.value.status
+    assert predicted(registry) == 0
+    assert len(await scorer.score_all([GOOD] * rows, context(), [""] * rows)) == rows
+    assert predicted(registry) == rows
+
+
+def predicted(registry: CollectorRegistry) -> float:
+    return sum(s.value for f in registry.collect() for s in f.samples if s.name == "model_predictions_total")
+
+
 async def test_each_feature_keeps_its_own_age_limit(scorer: Scorer, server: Server) -> None:
     reader = FeastReader(server.log_path.parent / "repo")
     plan = scorer.plan

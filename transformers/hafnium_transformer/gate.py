@@ -226,13 +226,10 @@ class Gate:
             return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown})), self._count_rows(results, context)
         if scope["path"] == self._v1_path and _LENGTH not in headers and (instances := self._plain_v1(body)) is not None:
             self._ask(scope, headers, len(instances))
-            results = await self._scorer.score(instances, context, [f"instances[{i}]" for i in range(len(instances))])
+            answers = await self._scorer.score_all(instances, context, [f"instances[{i}]" for i in range(len(instances))])
             if context.span is not None:
-                context.span.add(batch_facts(results))
-            for result in results:  # V1 has no errors of rows
-                if isinstance(result, ScoringError):
-                    raise result
-            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"predictions": results})), None
+                context.span.add(batch_facts(answers))
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"predictions": answers})), None
         self._ask(scope, headers, 1)  # how many rows it has, only the SDK finds out
         return await self._through_sdk(scope, body, context, echo), None
 

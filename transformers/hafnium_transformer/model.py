@@ -80,13 +80,10 @@ class RiskTransformer(Model):
         context = exchange.context
         if exchange.charge is not None and len(items) > 1:
             exchange.charge(len(items))
-        results = await self._scorer.score(items, context, [f"{name}[{i}]" for i in range(len(items))])
+        answers = await self._scorer.score_all(items, context, [f"{name}[{i}]" for i in range(len(items))])
         if context.span is not None:
-            context.span.add(batch_facts(results))
-        for result in results:
-            if isinstance(result, ScoringError):
-                raise result
-        return [r for r in results if not isinstance(r, ScoringError)]
+            context.span.add(batch_facts(answers))
+        return answers
 
 
 def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[str, Any]]:
