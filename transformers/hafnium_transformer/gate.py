@@ -54,6 +54,7 @@ from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.request_spans import batch_facts, model_facts, request_facts, span_name
 from hafnium_transformer.rows import KEYS
 from hafnium_transformer.scoring import Context, Result, Scorer
+from hafnium_transformer.sdk_errors import sdk_detail
 from hafnium_transformer.settings import Settings
 
 if TYPE_CHECKING:
@@ -396,20 +397,3 @@ def _error_answer(e: ScoringError, echo: Header) -> Answer:
 def retry_after(e: ScoringError) -> tuple[Header, ...]:
     """When to come again, in whole seconds."""
     return ((b"retry-after", b"%d" % math.ceil(e.retry_after_s)),) if e.status in (429, 503) else ()
-
-
-def sdk_detail(body: bytes) -> str:
-    """What the SDK says in its error body."""
-    try:
-        parsed: Any = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return body[:200].decode("utf-8", "replace")
-    if isinstance(parsed, dict):
-        found: Callable[[str], Any] = cast(dict[str, Any], parsed).get
-        detail: Any = found("error") or found("detail") or parsed
-        if isinstance(detail, list):
-            # FastAPI's list of what its models missed, which repeats the input: keep place and message only
-            entries = [cast(dict[str, Any], d) for d in cast(list[Any], detail) if isinstance(d, dict)]
-            return "; ".join(f"{'.'.join(str(x) for x in d.get('loc', ()))}: {d.get('msg', '')}" for d in entries[:5])
-        return str(detail)[:500]
-    return str(parsed)[:200]
