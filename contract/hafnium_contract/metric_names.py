@@ -26,7 +26,9 @@ class Metric:
 _MODEL = ("component", "model_name", "model_version")
 
 REQUESTS = Metric("inference_requests_total", "counter", "Requests answered, whatever the answer", _MODEL)
-ERRORS = Metric("inference_errors_total", "counter", "Requests answered with an error, by type", (*_MODEL, "type"))
+ERRORS = Metric(
+    "inference_errors_total", "counter", "Requests answered with an error, or by a batch without any score, by type", (*_MODEL, "type"))
+ROW_ERRORS = Metric("inference_row_errors_total", "counter", "Rows of batches that failed, by type of their error", (*_MODEL, "type"))
 DURATION = Metric("inference_duration_seconds", "histogram", "Time from request to answer", _MODEL, LATENCY_BUCKETS_S)
 PREDICTIONS = Metric("model_predictions_total", "counter", "Scores by outcome", ("model_name", "model_version", "outcome"))
 PREDICTION_LATENCY = Metric(
@@ -98,7 +100,7 @@ EVIDENCE_REMOVAL_ERRORS = Metric(
 ROLLOUT_LEADER = Metric("modelrollout_leader", "gauge", "1 while this process leads and writes")
 
 ALL = (
-    REQUESTS, ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
+    REQUESTS, ERRORS, ROW_ERRORS, DURATION, PREDICTIONS, PREDICTION_LATENCY, SCORE, FEATURE_LOOKUP, FEATURE_LOOKUP_FAILURES,
     FEATURE_STALENESS, FEATURE_MISSING, FEATURE_ROWS, ACTIVE, CLIENTS, CLIENT_ROWS_MAX, LOG_DROPPED, LOG_WRITTEN, SPANS_DROPPED, MODEL_INFO,
     ROLLOUT_INFO, ROLLOUT_PHASE, ROLLOUT_WEIGHT, ROLLOUT_GATE_VERDICT, ROLLOUT_GATE_SAMPLES, ROLLOUT_GATE_STATISTIC, ROLLOUT_GATE_BOUND,
     ROLLOUT_BLIND, ROLLBACK_LATENCY, ROLLBACK_UNCONFIRMED, EXTERNAL_CHANGES, RECONCILE_ERRORS, FAILING, RECORD_LOST,

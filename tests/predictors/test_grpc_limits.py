@@ -111,6 +111,20 @@ def test_rows_bytes_and_deadlines(narrow: Narrow, contract: ModelContract) -> No
     assert narrow.stub.ModelInfer(one, timeout=WAIT_S).model_version == "7"
 
 
+def test_the_log_holds_no_value_of_a_call_that_is_refused(narrow: Narrow, contract: ModelContract) -> None:
+    before = len(narrow.server.log)
+    named, datatype, infinite = (message(np.full((1, len(contract.inputs)), value, np.float32)) for value in (0.0, 0.0, np.inf))
+    named.inputs[0].name = "MARKER-4711"
+    datatype.inputs[0].datatype = "MARKER-4711"
+    texts = InferInput("features", [1, 1], "BYTES")
+    texts.set_data_from_numpy(np.array([[b"MARKER-4711"]], np.object_))
+    for asked in (named, datatype, infinite, InferRequest("m", [texts]).to_grpc()) * 5:
+        with pytest.raises(grpc.RpcError) as caught:
+            narrow.stub.ModelInfer(asked, timeout=WAIT_S)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, asked
+    assert narrow.server.log[before:] == ""
+
+
 def test_nobody_unloads_the_model_by_grpc(narrow: Narrow, contract: ModelContract) -> None:
     for name in ("RepositoryModelUnload", "RepositoryModelLoad"):
         with pytest.raises(grpc.RpcError) as caught:

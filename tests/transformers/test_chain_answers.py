@@ -178,6 +178,32 @@ def test_grpc_gives_the_same_score_and_names_what_is_wrong(chain: Chain) -> None
     assert "rows[0].features.transaction_amount" in refused.value.details()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["nothing degraded", "features of nobody"])
+def test_every_protocol_names_the_features_that_a_row_did_without(chain: Chain, known: bool) -> None:
+    row = synthetic_rows(chain.contract, 1, seed=9)[0]
+    if not known:
+        row["entity"] = {"customer_id": "nobody", "terminal_id": "nobody"}
+    expected = chain.transformer.post(SCORE, row).json["degraded"]
+    assert bool(expected) is not known
+    kinds = {str: "BYTES", bool: "BOOL", int: "INT64", float: "FP64"}
+    fields = {**row["entity"], **row["features"], "event_time": row["event_time"]}
+    inputs = [{"name": n, "shape": [1], "datatype": kinds[type(v)], "data": [v]} for n, v in fields.items() if v is not None]
+    outputs = chain.transformer.post(V2, {"inputs": inputs}).json["outputs"]
+    v2 = next(o for o in outputs if o["name"] == "degraded")["data"]
+    with grpc.insecure_channel(f"127.0.0.1:{chain.grpc_port}") as channel:
+        message = InferRequest("m", [InferInput(**one) for one in inputs]).to_grpc()
+        answer = GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=20)
+    by_grpc = next(o for o in answer.outputs if o.name == "degraded").contents.bytes_contents
+    told = [
+        chain.transformer.post(BATCH, {"requests": [row]}).json["results"][0]["degraded"],
+        chain.transformer.post(V1, {"instances": [row]}).json["predictions"][0]["degraded"],
+        *[[name for name in text.split(",") if name] for text in (*v2, *(b.decode() for b in by_grpc))],
+    ]
+    assert told == [expected] * 4
+    metadata = chain.transformer.get("/v2/models/m").json["outputs"]
+    assert [o["name"] for o in metadata] == [o["name"] for o in outputs]
+
+
 def test_v1_keeps_the_status_and_paths_of_a_bad_row(chain: Chain) -> None:
     rows = synthetic_rows(chain.contract, 2, seed=9)
     del rows[1]["features"]["transaction_amount"]
@@ -185,6 +211,26 @@ def test_v1_keeps_the_status_and_paths_of_a_bad_row(chain: Chain) -> None:
     assert reply.status == 422
     assert reply.headers["content-type"] == "application/problem+json"
     assert reply.json["errors"][0]["path"] == "instances[1].features.transaction_amount"
+
+
+def test_a_bad_row_of_v1_or_v2_leaves_no_other_of_its_request_logged_or_counted(chain: Chain) -> None:
+    def scored() -> list[str]:
+        lines = chain.transformer.get("/metrics").body.decode().splitlines()
+        return [x for x in lines if x.startswith(("model_predictions_total{", "model_score_count{"))]
+
+    rows = synthetic_rows(chain.contract, 3, seed=9)
+    rows[1]["features"]["transaction_amount"] = -5.0
+    assert chain.transformer.post(V1, {"instances": [rows[0]]}).status == 200
+    before = scored()
+    assert before
+    kinds = {"category": "BYTES", "bool": "BOOL", "int": "INT64", "float": "FP64"}
+    inputs = [{"name": n, "datatype": kinds[f.dtype], "shape": [3], "data": [r["features"][n] for r in rows]}
+              for n, f in chain.contract.request_fields.items()]
+    inputs += [{"name": n, "datatype": "BYTES", "shape": [3], "data": [r["entity"][n] for r in rows]} for n in rows[0]["entity"]]
+    for path, body in ((V1, {"instances": rows}), (V1, {"instances": rows, "also": 1}), (V2, {"inputs": inputs})):
+        refused = chain.transformer.post(path, body)
+        assert (refused.status, refused.json["errors"][0]["path"].partition("[")[2]) == (422, "1].features.transaction_amount")
+    assert scored() == before
 
 
 def changed(row: dict[str, Any], **features: Any) -> dict[str, Any]:

@@ -171,6 +171,9 @@ def test_clients_rows_bytes_deadlines_and_failures_have_the_meaning_that_http_gi
         assert 0 < int(trailing["grpc-retry-pushback-ms"]) <= 2000
         stub.ModelInfer(message(row, 3), timeout=WAIT_S, metadata=[("x-api-key", "yours")])
         assert refused(stub, message(row, 2), ("x-api-key", "yours")).code() == grpc.StatusCode.RESOURCE_EXHAUSTED, "rows count, not calls"
+        large = [("x-api-key", "more than the burst")]
+        assert len(stub.ModelInfer(message(row, 4), timeout=WAIT_S, metadata=large).outputs) > 0, "a full bucket lets any batch through"
+        assert refused(stub, message(row), *large).code() == grpc.StatusCode.RESOURCE_EXHAUSTED, "and has a debt"
 
         many = refused(stub, message(row, 11), ("x-api-key", "rows"))
         assert (many.code(), "1 to 10 rows" in many.details()) == (grpc.StatusCode.INVALID_ARGUMENT, True)
@@ -193,7 +196,7 @@ def test_clients_rows_bytes_deadlines_and_failures_have_the_meaning_that_http_gi
         gone = refused(stub, message(row), ("x-api-key", "gone"))
         assert (gone.code(), dict(gone.trailing_metadata())["retry-after"]) == (grpc.StatusCode.UNAVAILABLE, "1")
         counts = {kind: counted(front, "inference_errors_total", f'type="{kind}"') for kind in ("rate_limited", "deadline", "invalid_row")}
-        assert counts == {"rate_limited": 2, "deadline": 1, "invalid_row": 1}
+        assert counts == {"rate_limited": 3, "deadline": 1, "invalid_row": 1}
 
 
 def test_sigterm_ends_new_calls_at_once_and_waits_for_those_in_hand(

@@ -221,7 +221,14 @@ def test_one_client_s_limit_is_not_another_s_and_says_when_to_come_again(
         assert front.post("/v1/score/batch", {"requests": [row] * 30}, {"x-forwarded-for": "10.0.0.1"}).status == 200
         assert front.post("/v1/score", row, {"x-forwarded-for": "10.0.0.2"}).status == 429
         assert ask(front.port, body, [b"x-forwarded-for: 10.0.0.3"])[0] == b"429"
-        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 5.0' \
+        fields = {**row["entity"], **row["features"]}
+        kinds = {str: "BYTES", bool: "BOOL", int: "INT64", float: "FP64"}
+        inputs = [{"name": n, "shape": [4], "datatype": kinds[type(v)], "data": [v] * 4} for n, v in fields.items() if v is not None]
+        for path, more in (("/v2/models/m/infer", {"inputs": inputs}), (V1.decode(), {"instances": [row] * 4}),
+                           (V1.decode(), {"instances": [row] * 4, "also": 1}), ("/v1/score/batch", {"requests": [row] * 4})):
+            key = {"x-api-key": f"more than the burst {path} {len(more)}"}
+            assert [front.post(path, more, key).status for _ in range(2)] == [200, 429], path
+        assert 'inference_errors_total{component="transformer",model_name="unified-risk",model_version="7",type="rate_limited"} 9.0' \
             in front.get("/metrics").body.decode()
 
 

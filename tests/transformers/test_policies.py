@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,8 +15,11 @@ from prometheus_client import CollectorRegistry
 
 from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.model_contract import ModelContract
+from hafnium_contract.serving.json_log import Sampled
 from hafnium_testing import make_bundle
+from hafnium_transformer.admission import Admission
 from hafnium_transformer.errors import LookedUpError, OverloadedError, RowInvalidError, ScoringError, UnavailableError
+from hafnium_transformer.gate import Gate
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.feast import FeastReader, SdkStore
 from hafnium_transformer.plan import ENTITY_TEXT, make_plan
@@ -74,11 +79,16 @@ def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
+@pytest.fixture
+def metrics(registry: CollectorRegistry) -> TransformerMetrics:
+    return TransformerMetrics(registry)
+
+
 @pytest.fixture(params=["direct", "sdk"])
-async def scorer(server: Server, registry: CollectorRegistry, request: pytest.FixtureRequest) -> AsyncIterator[Scorer]:
+async def scorer(server: Server, metrics: TransformerMetrics, request: pytest.FixtureRequest) -> AsyncIterator[Scorer]:
     settings = Settings(model_name="m", predictor_host=f"127.0.0.1:{server.port}", lookup_timeout_ms=10_000)
     client = PredictorClient(settings.predictor_host, "m", tls=False, limits=HopLimits())
-    made = Scorer(settings, client, TransformerMetrics(registry), None, clock=lambda: NOW)
+    made = Scorer(settings, client, metrics, None, clock=lambda: NOW)
     with pytest.raises(UnavailableError, match="--feature_repo"):
         await made.refresh(None)
     reader = FeastReader(server.log_path.parent / "repo")
@@ -181,6 +191,78 @@ async def test_bad_rows_of_a_batch_leave_the_others_their_own_values(scorer: Sco
     assert isinstance(alone[1], dict)
     assert [{**r, "request_id": ""} for r in results if isinstance(r, dict)] == \
         [{**r, "request_id": ""} for r in alone if isinstance(r, dict)]
+
+
+async def answered(scorer: Scorer, metrics: TransformerMetrics, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and body of the gate's answer."""
+
+    async def inner(*_: Any) -> None:
+        raise AssertionError("not the SDK's")
+
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    settings = Settings(model_name="m", predictor_host="127.0.0.1:1", deadline_ms=20_000)
+    gate = Gate(inner, scorer, Admission(settings, metrics), metrics, settings)
+    await gate({"type": "http", "path": path, "method": "POST", "headers": [], "client": ("a", 1)}, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+GOOD, NOT_THERE, BAD = asked(), asked("nobody"), asked(amount=None)
+
+
+@pytest.mark.parametrize(("rows", "of_rows", "of_requests"), [
+    ([NOT_THERE] * 20, {"feature_unavailable": 20}, {"feature_unavailable": 1}),
+    ([BAD] * 3, {"invalid_row": 3}, {"invalid_row": 1}),
+    ([BAD, BAD, NOT_THERE], {"invalid_row": 2, "feature_unavailable": 1}, {"feature_unavailable": 1}),
+    ([NOT_THERE, GOOD, BAD], {"invalid_row": 1, "feature_unavailable": 1}, {}),
+    ([GOOD, GOOD], {}, {}),
+], ids=["all 503", "all 422", "no score, and one 503", "one has a score", "all have one"])
+async def test_a_batch_without_a_score_counts_as_an_error_and_each_failed_row_by_itself(
+    scorer: Scorer, metrics: TransformerMetrics, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], of_rows: dict[str, int], of_requests: dict[str, int],
+) -> None:
+    monkeypatch.setattr("hafnium_transformer.gate.FAILURES", Sampled(logging.getLogger("hafnium.transformer"), 1000.0))
+    status, body = await answered(scorer, metrics, "/v1/score/batch", {"requests": rows})
+    assert (status, len(body["results"])) == (200, len(rows))
+
+    def by_type(name: str) -> dict[str, float]:
+        return {s.labels["type"]: s.value for family in registry.collect() for s in family.samples if s.name == name}
+
+    assert by_type("inference_row_errors_total") == of_rows
+    assert by_type("inference_errors_total") == of_requests
+    ours = of_rows.get("feature_unavailable", 0)
+    lines = [r.message for r in caplog.records if "5xx" in r.message]
+    assert lines == ([f"answered 200, but 5xx for {ours} of {len(rows)} rows"] if ours else [])
+
+
+DERIVED = asked("zero")
+
+
+@pytest.mark.parametrize("bad", [BAD, NOT_THERE, DERIVED], ids=["of the caller", "of the store", "of what is derived"])
+@pytest.mark.parametrize("rows", [3, 30], ids=["one by one", "columns"])
+async def test_a_request_that_one_row_spoils_is_refused_before_any_of_its_rows_is_scored(
+    scorer: Scorer, metrics: TransformerMetrics, registry: CollectorRegistry, bad: dict[str, Any], rows: int,
+) -> None:
+    """V1 and V2 have no errors of rows. A score that nobody got is in no log and in no count that gates look at."""
+    asked_rows = [GOOD] * (rows - 2) + [bad, GOOD]
+    with pytest.raises(ScoringError) as spoiled:
+        await scorer.score_all(asked_rows, context(), [f"rows[{i}]" for i in range(rows)])
+    assert type(spoiled.value) is (RowInvalidError if bad is BAD else LookedUpError)
+    status, _ = await answered(scorer, metrics, "/v1/models/m:predict", {"instances": asked_rows})
+    assert status == spoiled.value.status
+    assert predicted(registry) == 0
+    assert len(await scorer.score_all([GOOD] * rows, context(), [""] * rows)) == rows
+    assert predicted(registry) == rows
+
+
+def predicted(registry: CollectorRegistry) -> float:
+    return sum(s.value for f in registry.collect() for s in f.samples if s.name == "model_predictions_total")
 
 
 async def test_each_feature_keeps_its_own_age_limit(scorer: Scorer, server: Server) -> None:

@@ -45,10 +45,11 @@ class RateLimiter:
         self._clients_max = clients_max
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
 
-    def wait_s(self, client: str, rows: int, now: float) -> float:
+    def wait_s(self, client: str, rows: int, now: float, already: int = 0) -> float:
         """0 when `rows` rows may be asked now, and takes them; else the seconds until they may be.
 
-        More rows than `burst` are let through when the bucket is full, and leave a debt: a batch must be possible at all.
+        More rows than `burst` are let through when the bucket is full, and leave a debt: a batch must be possible at all. `already`: of
+        these rows, how many this request took before; they are put back first, or no bucket were full for whom that was asked in two steps.
         """
         bucket = self._buckets.get(client)
         if bucket is None:
@@ -59,6 +60,7 @@ class RateLimiter:
             self._buckets.move_to_end(client)
             bucket.tokens = min(bucket.tokens + (now - bucket.at) * self._rate, self._burst)
             bucket.at = now
+            bucket.tokens = min(bucket.tokens + already, self._burst)
         needed = min(float(rows), self._burst)
         if bucket.tokens + 1e-9 < needed:
             return (needed - bucket.tokens) / self._rate
@@ -175,11 +177,11 @@ class Admission:
         """A request is answered."""
         self.in_flight -= 1
 
-    def ask(self, client: str, rows: int, now: float) -> None:
-        """The request turned out to have so many rows. Raises RateLimitedError."""
-        if self._volume.asked(client, rows, now):
+    def ask(self, client: str, rows: int, now: float, already: int = 0) -> None:
+        """The request turned out to have so many rows, of which `already` were asked for. Raises RateLimitedError."""
+        if self._volume.asked(client, rows - already, now):
             self._metrics.query_volume(self._volume.clients, self._volume.busiest_rows)
         if self._limiter is not None:
-            wait_s = self._limiter.wait_s(client, rows, now)
+            wait_s = self._limiter.wait_s(client, rows, now, already)
             if wait_s > 0.0:
                 raise RateLimitedError(f"too many rows asked for; try again in {wait_s:.1f} s", wait_s)

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,12 +47,14 @@ from hafnium_contract.v2_binary import LENGTH_HEADER, TensorError, check_layout
 from hafnium_contract.wire import ARM_HEADER, DEADLINE_HEADER
 from hafnium_transformer.admission import Admission, overloaded
 from hafnium_transformer.errors import DeadlineError, MalformedError, NotSupportedError, OverloadedError, ScoringError, SlowBodyError
-from hafnium_transformer.metrics import TransformerMetrics
+from hafnium_transformer.failed_rows import FailedRows
+from hafnium_transformer.metrics import ModelSeries, TransformerMetrics
 from hafnium_transformer.openapi import document
 from hafnium_transformer.predictor_client import Deadline
 from hafnium_transformer.request_spans import batch_facts, model_facts, request_facts, span_name
 from hafnium_transformer.rows import KEYS
-from hafnium_transformer.scoring import Context, Scorer
+from hafnium_transformer.scoring import Context, Result, Scorer
+from hafnium_transformer.sdk_errors import sdk_detail
 from hafnium_transformer.settings import Settings
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class Exchange:
     def __init__(self, context: Context, charge: Callable[[int], None] | None = None) -> None:
         self.context = context
         self.charge = charge
-        """Counts further rows for the client. Raises RateLimitedError."""
+        """Counts all rows for the client, in place of the one that was counted when nobody knew how many there are. Raises
+        RateLimitedError."""
         self.error: ScoringError | None = None
 
 
@@ -168,7 +171,7 @@ class Gate:
                 raise SlowBodyError("the body did not come within the time given for the answer") from e
             self._admission.enter()  # who only sends slowly takes nobody's place
             entered = True
-            answer = await self._score(scope, headers, body, context, echo)
+            answer, kind = await self._score(scope, headers, body, context, echo)
         except ClientGoneError:
             self._count(started, "client_gone")
             if span is not None:
@@ -201,7 +204,10 @@ class Gate:
     def _count(self, started: float, kind: str | None) -> None:
         counted(self._scorer, self._metrics, self._settings, started, kind)
 
-    async def _score(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, context: Context, echo: Header) -> Answer:
+    async def _score(
+        self, scope: Scope, headers: dict[bytes, bytes], body: bytes, context: Context, echo: Header,
+    ) -> tuple[Answer, str | None]:
+        """The answer, and the type of error that it counts as although it is one of 200."""
         if scope["path"] == "/v1/score":
             item = _json(body)
             self._ask(scope, headers, 1)
@@ -210,7 +216,7 @@ class Gate:
                 raise result
             if context.span is not None:
                 context.span.add(batch_facts([result]))
-            return Answer(200, (JSON_TYPE, echo), orjson.dumps(result))
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps(result)), None
         if scope["path"] == "/v1/score/batch":
             items = batch_items(_json(body), "requests", self._settings.batch_rows_max)
             self._ask(scope, headers, len(items))
@@ -218,18 +224,27 @@ class Gate:
             if context.span is not None:
                 context.span.add(batch_facts(results))
             shown = [r.document() if isinstance(r, ScoringError) else r for r in results]
-            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown}))
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"results": shown})), self._count_rows(results, context)
         if scope["path"] == self._v1_path and _LENGTH not in headers and (instances := self._plain_v1(body)) is not None:
             self._ask(scope, headers, len(instances))
-            results = await self._scorer.score(instances, context, [f"instances[{i}]" for i in range(len(instances))])
+            answers = await self._scorer.score_all(instances, context, [f"instances[{i}]" for i in range(len(instances))])
             if context.span is not None:
-                context.span.add(batch_facts(results))
-            for result in results:  # V1 has no errors of rows
-                if isinstance(result, ScoringError):
-                    raise result
-            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"predictions": results}))
-        self._ask(scope, headers, 1)  # how many more rows it has, only the SDK finds out
-        return await self._through_sdk(scope, body, context, echo)
+                context.span.add(batch_facts(answers))
+            return Answer(200, (JSON_TYPE, echo), orjson.dumps({"predictions": answers})), None
+        self._ask(scope, headers, 1)  # how many rows it has, only the SDK finds out
+        return await self._through_sdk(scope, body, context, echo), None
+
+    def _count_rows(self, results: Sequence[Result], context: Context) -> str | None:
+        """Counts and logs the rows of a batch that failed. Returns the type of error that the whole counts as."""
+        failed = FailedRows.of(results)
+        for kind, count in failed.kinds.items():
+            series_of(self._scorer, self._metrics, self._settings).row_errors(kind, count)
+        if failed.ours:
+            FAILURES.warning(
+                time.monotonic(), f"answered 200, but 5xx for {failed.ours} of {len(results)} rows", request_id=context.request_id,
+                kind=failed.ours_kind, status=200, trace_id=context.span and context.span.trace_id,
+            )
+        return failed.kind
 
     def _plain_v1(self, body: bytes) -> list[Any] | None:
         """The rows of `{"instances": [row, …]}`; None: another form, or the SDK is to answer all."""
@@ -243,13 +258,13 @@ class Gate:
             return None
         return cast(list[Any], instances)
 
-    def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int) -> None:
+    def _ask(self, scope: Scope, headers: dict[bytes, bytes], rows: int, already: int = 0) -> None:
         peer = scope.get("client")
-        self._admission.ask(self._admission.client(headers, peer[0] if peer else ""), rows, time.monotonic())
+        self._admission.ask(self._admission.client(headers, peer[0] if peer else ""), rows, time.monotonic(), already)
 
     async def _through_sdk(self, scope: Scope, body: bytes, context: Context, echo: Header) -> Answer:
         """KServe's own app. Without a length header V2's body is JSON, and V1's always is, whatever its label says."""
-        exchange = Exchange(context, lambda rows: self._ask(scope, headers_of(scope), rows))
+        exchange = Exchange(context, lambda rows: self._ask(scope, headers_of(scope), rows, already=1))
         token = EXCHANGE.set(exchange)
         try:
             length = headers_of(scope).get(_LENGTH)
@@ -320,11 +335,15 @@ class Gate:
         return Answer(200, (JSON_TYPE,), orjson.dumps(made))
 
 
+def series_of(scorer: Scorer, metrics: TransformerMetrics, settings: Settings) -> ModelSeries:
+    """Series of the model that is in force."""
+    served = scorer.served
+    return metrics.model(served.contract.name if served else settings.model_name, served.model_version if served else "none")
+
+
 def counted(scorer: Scorer, metrics: TransformerMetrics, settings: Settings, started: float, kind: str | None) -> None:
     """One request was answered. `kind`: of its error, None for success."""
-    served = scorer.served
-    name = served.contract.name if served else settings.model_name
-    series = metrics.model(name, served.model_version if served else "none")
+    series = series_of(scorer, metrics, settings)
     series.requests.inc()
     if kind != OverloadedError.kind:  # refused unread: thousands of them would make an overload look fast
         series.duration.observe(time.perf_counter() - started)
@@ -378,20 +397,3 @@ def _error_answer(e: ScoringError, echo: Header) -> Answer:
 def retry_after(e: ScoringError) -> tuple[Header, ...]:
     """When to come again, in whole seconds."""
     return ((b"retry-after", b"%d" % math.ceil(e.retry_after_s)),) if e.status in (429, 503) else ()
-
-
-def sdk_detail(body: bytes) -> str:
-    """What the SDK says in its error body."""
-    try:
-        parsed: Any = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return body[:200].decode("utf-8", "replace")
-    if isinstance(parsed, dict):
-        found: Callable[[str], Any] = cast(dict[str, Any], parsed).get
-        detail: Any = found("error") or found("detail") or parsed
-        if isinstance(detail, list):
-            # FastAPI's list of what its models missed, which repeats the input: keep place and message only
-            entries = [cast(dict[str, Any], d) for d in cast(list[Any], detail) if isinstance(d, dict)]
-            return "; ".join(f"{'.'.join(str(x) for x in d.get('loc', ()))}: {d.get('msg', '')}" for d in entries[:5])
-        return str(detail)[:500]
-    return str(parsed)[:200]

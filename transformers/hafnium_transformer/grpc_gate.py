@@ -54,8 +54,8 @@ class GrpcGate:
             message = await read(deadline.left_s())
             self._admission.enter()  # who only sends slowly takes nobody's place
             entered = True
-            exchange = Exchange(context, lambda rows: self._ask(call, rows))
-            self._ask(call, 1)  # how many more rows it has, only the SDK finds out
+            exchange = Exchange(context, lambda rows: self._ask(call, rows, already=1))
+            self._ask(call, 1)  # how many rows it has, only the SDK finds out
             token = EXCHANGE.set(exchange)
             try:
                 answer = await score(message)
@@ -83,8 +83,8 @@ class GrpcGate:
                 else:
                     span.end(kind)
 
-    def _ask(self, call: Call, rows: int) -> None:
-        self._admission.ask(self._admission.client(call.metadata, call.peer), rows, time.monotonic())
+    def _ask(self, call: Call, rows: int, already: int = 0) -> None:
+        self._admission.ask(self._admission.client(call.metadata, call.peer), rows, time.monotonic(), already)
 
     def _trace(self, call: Call, request_id: str) -> tuple[bytes, LiveSpan | None]:
         if self._tracing is None:

@@ -51,6 +51,10 @@ class ModelSeries:
             child = self._errors[kind] = self._metrics.errors.labels(COMPONENT, *self._model, kind)
         child.inc(count)
 
+    def row_errors(self, kind: str, count: int) -> None:
+        """Rows of a batch ended with an error of this kind."""
+        self._metrics.row_errors.labels(COMPONENT, *self._model, kind).inc(count)
+
     def predicted(self, scores: Sequence[float], decided: Mapping[str, int]) -> None:
         """Rows were scored: their scores, and how many got which decision."""
         for decision, count in decided.items():
@@ -68,6 +72,7 @@ class TransformerMetrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.requests = _counter(metric_names.REQUESTS, registry)
         self.errors = _counter(metric_names.ERRORS, registry)
+        self.row_errors = _counter(metric_names.ROW_ERRORS, registry)
         self.duration = _histogram(metric_names.DURATION, registry)
         self.predictions = _counter(metric_names.PREDICTIONS, registry)
         self.score = _histogram(metric_names.SCORE, registry)

@@ -57,7 +57,8 @@ class RiskTransformer(Model):
         """V2's metadata."""
         return [{"name": SCORE_OUTPUT, "datatype": "FP32", "shape": [-1]},
                 {"name": INTERVAL_OUTPUT, "datatype": "FP32", "shape": [-1, 2]},
-                {"name": "decision", "datatype": "BYTES", "shape": [-1]}]
+                {"name": "decision", "datatype": "BYTES", "shape": [-1]},
+                {"name": "degraded", "datatype": "BYTES", "shape": [-1]}]
 
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None,
@@ -79,14 +80,11 @@ class RiskTransformer(Model):
     async def _all(self, items: list[Any], name: str, exchange: Exchange) -> list[dict[str, Any]]:
         context = exchange.context
         if exchange.charge is not None and len(items) > 1:
-            exchange.charge(len(items) - 1)  # the first was counted when nobody knew how many there are
-        results = await self._scorer.score(items, context, [f"{name}[{i}]" for i in range(len(items))])
+            exchange.charge(len(items))
+        answers = await self._scorer.score_all(items, context, [f"{name}[{i}]" for i in range(len(items))])
         if context.span is not None:
-            context.span.add(batch_facts(results))
-        for result in results:
-            if isinstance(result, ScoringError):
-                raise result
-        return [r for r in results if not isinstance(r, ScoringError)]
+            context.span.add(batch_facts(answers))
+        return answers
 
 
 def rows_of_v2(request: InferRequest, plan: Plan, rows_max: int) -> list[dict[str, Any]]:
@@ -150,6 +148,8 @@ def _to_v2(request: InferRequest, answers: list[dict[str, Any]]) -> InferRespons
         (SCORE_OUTPUT, "FP32", np.array([a["score"] for a in answers], np.float32)),
         (INTERVAL_OUTPUT, "FP32", np.array([[a["confidence_lower"], a["confidence_upper"]] for a in answers], np.float32)),
         ("decision", "BYTES", np.array([a["decision"].encode() for a in answers], np.object_)),
+        # A tensor has no lists of its own length: names with commas between them, which no name holds; empty when none
+        ("degraded", "BYTES", np.array([",".join(a["degraded"]).encode() for a in answers], np.object_)),
     ]
     outputs: list[InferOutput] = []
     for name, datatype, tensor in tensors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from operator import attrgetter
@@ -218,24 +218,38 @@ class Scorer:
 
     # --- scoring ---------------------------------------------------------------------------------------------------------------
 
-    async def score(self, items: Sequence[Any], context: Context, paths: Sequence[str] = ("",)) -> list[Result]:
+    async def score_all(self, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """`score` for protocols without errors of rows: raises the first row's error that there is.
+
+        Known before the predictor is asked: rows whose scores nobody gets are neither logged nor counted.
+        """
+        results: list[dict[str, Any]] = []
+        for result in await self.score(items, context, paths, whole=True):
+            if isinstance(result, ScoringError):
+                raise result
+            results.append(result)
+        return results
+
+    async def score(
+        self, items: Sequence[Any], context: Context, paths: Sequence[str] = ("",), *, whole: bool = False,
+    ) -> list[Result]:
         """JSON rows of one request → for each its answer or its error. `paths[i]` goes before the paths of row i's problems.
 
         Raises ScoringError when no row can be answered. A contract that changed behind the predictor's address is
-        fetched and the rows are read again under it, once; then it is UnavailableError.
+        fetched and the rows are read again under it, once; then it is UnavailableError. `whole`: no row is scored when one is bad.
         """
         plan = self.plan
         try:
-            return await self._score(plan, items, context, paths)
+            return await self._score(plan, items, context, paths, whole)
         except ContractChangedError as e:
             log.info("predictor refused contract %s: %s", plan.digest, e)
             await self.refreshed(plan, context.deadline)
             try:
-                return await self._score(self.plan, items, context, paths)
+                return await self._score(self.plan, items, context, paths, whole)
             except ContractChangedError as again:
                 raise two_contracts(again) from again
 
-    async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str]) -> list[Result]:
+    async def _score(self, plan: Plan, items: Sequence[Any], context: Context, paths: Sequence[str], whole: bool) -> list[Result]:
         now_s = self.clock().timestamp()
         if len(items) == 1:
             parsed = parse_each(plan, items, request_ids=[context.request_id], now_s=now_s, path_of=paths.__getitem__)
@@ -249,11 +263,13 @@ class Scorer:
                 errors[places[k]] = RowInvalidError([Problem(f"{paths[places[k]]}.explain".lstrip("."), message)])
             kept = sorted(set(range(len(batch))) - set(explained))
             batch, places = batch.only(kept), [places[k] for k in kept]
+        if whole:
+            _raise_first(errors)
         results: list[Result | None] = [errors.get(i) for i in range(len(items))] if errors else [None] * len(items)
         if places:
             spans = None if context.span is None else HopSpans([context.span])
             lines = id_line([context.request_id], 1) + context.trace_lines
-            scored = await self._score_batch(plan, batch, [context] * len(batch), context.deadline, lines, spans)
+            scored = await self._score_batch(plan, batch, [context] * len(batch), context.deadline, lines, spans, whole=whole)
             for i, result in zip(places, scored, strict=True):
                 results[i] = result
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
@@ -290,7 +306,7 @@ class Scorer:
 
     async def _score_batch(
         self, plan: Plan, batch: Batch, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes, spans: HopSpans | None,
-        asked: Sequence[Asked] = (),
+        asked: Sequence[Asked] = (), whole: bool = False,
     ) -> list[Result]:
         results: list[Result | None] = [None] * len(batch)
         if spans is None or not plan.views:
@@ -306,8 +322,10 @@ class Scorer:
             results[i] = error
             for feature in (*error.features, *batch.lacking.get(i, NOTHING).missing):
                 self._metrics.missing(plan.contract.name, feature)
+        if whole:
+            _raise_first(encoded.errors)
         if encoded.places:
-            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results)
+            await self._predict(plan, batch, encoded, contexts, deadline, passed_on, spans, asked, results, whole)
         return [r if r is not None else UnavailableError("the row was not scored") for r in results]
 
     async def _look_up(self, plan: Plan, batch: Batch, deadline: Deadline) -> Sequence[Found] | FoundColumns | None:
@@ -382,18 +400,22 @@ class Scorer:
 
     async def _predict(
         self, plan: Plan, batch: Batch, encoded: Encoded, contexts: Sequence[Context], deadline: Deadline, passed_on: bytes,
-        spans: HopSpans | None, asked: Sequence[Asked], results: list[Result | None],
+        spans: HopSpans | None, asked: Sequence[Asked], results: list[Result | None], whole: bool,
     ) -> None:
         places, matrix = encoded.places, encoded.matrix
         explainer = self._explainer(matrix.shape[1]) if any(batch.explained) else None
         refused = self._check(plan, batch, encoded, explainer)
         if refused:
+            name = plan.contract.name
+            self._metrics.rows(name, len(refused))
             for i, error in refused.items():
                 results[i] = error
                 # Who is told 503 for a derived input lacks what it is made of: an outage must show there, as in rows that are answered
                 derived = error.features if isinstance(error, LookedUpError) else ()
                 for feature in (*derived, *encoded.lacking.get(i, NOTHING).missing):
-                    self._metrics.missing(feature)
+                    self._metrics.missing(name, feature)
+            if whole:
+                _raise_first(refused)
             kept = [k for k, i in enumerate(places) if i not in refused]
             if not kept:
                 return
@@ -512,6 +534,11 @@ class Scorer:
             )
             if base is not None:
                 answers[k]["explanation_base"] = round(base, digits) if digits else base
+
+
+def _raise_first(errors: Mapping[int, ScoringError]) -> None:
+    if errors:
+        raise errors[min(errors)]
 
 
 def _unanswered(
