@@ -12,33 +12,26 @@ import csv
 import io
 import itertools
 import json
-import math
 import os
 import random
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
-
-from hafnium_contract.encoding import category_text
 from hafnium_contract.errors import InputError
-from hafnium_contract.model_contract import Feature, ModelContract
+from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.wire import BATCH_ROWS_MAX
 from hafnium_local.replay import read_requests
 from hafnium_local.score_client import post, session
+from hafnium_local.table_rows import table_rows
 
 COLUMNS: tuple[str, ...] = (
     "row", "request_id", "score", "confidence_lower", "confidence_upper", "decision", "model_name", "model_version", "degraded",
     "error",
 )
-_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_FIXED = ("request_id", "event_time")
 
 
 @dataclass(frozen=True)
@@ -58,100 +51,7 @@ def read_rows(file: Path, contract: ModelContract | None = None) -> Iterator[dic
         return
     if kind not in (".csv", ".parquet"):
         raise InputError(f"{file}: expected a .jsonl, .csv or .parquet file")
-    try:
-        if kind == ".csv":
-            with pacsv.open_csv(file) as reader:
-                yield from _table_rows(reader.schema.names, iter(reader), contract, file)
-        else:
-            with pq.ParquetFile(file) as parquet:
-                yield from _table_rows(parquet.schema_arrow.names, parquet.iter_batches(batch_size=8192), contract, file)
-    except (OSError, pa.ArrowException) as e:
-        raise InputError(f"{file}: can't be read: {e}") from e
-
-
-def _table_rows(
-    names: list[str], batches: Iterable[pa.RecordBatch], contract: ModelContract | None, file: Path
-) -> Iterator[dict[str, Any]]:
-    convert = _by_contract(names, contract, file) if contract is not None else _by_prefix(names, file)
-    for batch in batches:
-        for row in cast(list[dict[str, Any]], batch.to_pylist()):
-            # JSON has no infinity, and training reads one as missing too
-            yield convert({k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))})
-
-
-def _by_prefix(names: list[str], file: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    for name in names:
-        if name not in _FIXED and not name.startswith(("entity.", "features.")):
-            raise InputError(
-                f"{file}: column {name!r}: without a contract, columns are request_id, event_time, entity.NAME and features.NAME; "
-                "give --contract to have them told apart by their names"
-            )
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {k: _value(v) for k, v in row.items() if k in _FIXED}
-        for part in ("entity", "features"):
-            out[part] = {k.removeprefix(f"{part}."): _value(v) for k, v in row.items() if k.startswith(f"{part}.")}
-        return out
-
-    return convert
-
-
-def _by_contract(names: list[str], contract: ModelContract, file: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    fields = contract.request_fields
-    keys = {e.join_key for e in contract.entities}
-    if not set(names) & set(fields):
-        raise InputError(f"{file}: none of its columns is a request field of {contract.name}: {', '.join(sorted(fields))}")
-    time, id_column = contract.data.event_time, contract.data.request_id
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            "entity": {k: _key(row[k]) for k in keys if k in row},
-            "features": {k: _typed(row[k], fields[k]) for k in fields if k in row},
-        }
-        if id_column is not None and id_column in row:
-            out["request_id"] = str(row[id_column])
-        if time.column in row:
-            value = row[time.column]
-            if time.unit is not None and isinstance(value, int | float):
-                value = time.origin + timedelta(seconds=value * _UNIT_S[time.unit])
-            out["event_time"] = _value(_moment(value))
-        return out
-
-    return convert
-
-
-def _key(value: Any) -> Any:
-    """A join key as training reads it: a column of whole numbers with gaps comes as floats, and 12.0 is the key 12."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value) if isinstance(value, int) else _value(value)
-
-
-def _moment(value: Any) -> Any:
-    """A date alone is its midnight UTC, as in training."""
-    if isinstance(value, str) and len(value) == len("2026-01-31"):
-        try:
-            value = date.fromisoformat(value)
-        except ValueError:
-            return value  # the service says what is wrong with it
-    if isinstance(value, date) and not isinstance(value, datetime):
-        return datetime(value.year, value.month, value.day, tzinfo=UTC)
-    return value
-
-
-def _typed(value: Any, feature: Feature) -> Any:
-    if feature.dtype == "bool" and value in (0, 1):
-        return bool(value)
-    if feature.dtype == "category":
-        return category_text(feature, value)
-    return _value(value)
-
-
-def _value(value: Any) -> Any:
-    """As JSON: times with their zone (UTC when they have none)."""
-    if isinstance(value, datetime):
-        return (value if value.tzinfo is not None else value.replace(tzinfo=UTC)).isoformat()
-    return value.isoformat() if isinstance(value, date) else value
+    yield from table_rows(file, contract)
 
 
 def between(rows: Iterable[dict[str, Any]], since: datetime | None, until: datetime | None) -> Iterator[dict[str, Any]]:

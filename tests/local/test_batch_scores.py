@@ -20,6 +20,7 @@ from aiohttp.test_utils import TestServer
 from hafnium_contract.contract_file import load_contract, parse_contract
 from hafnium_contract.errors import InputError
 from hafnium_local.batch_scores import read_rows, score_file, score_rows
+from hafnium_training.replay_requests import score_requests
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -204,3 +205,66 @@ def test_rows_of_a_time_only(backend: Any, tmp_path: Path) -> None:
     source.write_text('{"features": {}}\n')
     with pytest.raises(InputError, match="row 0: event_time None"):
         score_file(url, source, tmp_path / "c.jsonl", since=moment)
+
+
+RISK_CSV = "transaction_id,event_time,customer_id,terminal_id,transaction_amount,merchant_category,channel,device_is_new,geo_risk_score\n"
+
+
+def _risk_csv(tmp_path: Path, *rows: str) -> Path:
+    file = tmp_path / "rows.csv"
+    file.write_text(RISK_CSV + "".join(f"{r}\n" for r in rows))
+    return file
+
+
+def _comparable(rows: Any) -> list[dict[str, Any]]:
+    return [{**r, "event_time": datetime.fromisoformat(r["event_time"])} for r in rows]
+
+
+def test_a_csv_goes_out_as_training_and_replay_read_it(tmp_path: Path) -> None:
+    """Leading zeros, blanks, NA, 22 digits and fractions that come late: a reader that guesses types changes all of them."""
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    whole = [f"0{i:06d},2026-01-01 00:00:00,t,t,{i},fuel,chip,1,0" for i in range(1, 30_000)]
+    file = _risk_csv(
+        tmp_path, "0900123,2026-01-01,00042,7.0,5,0763,chip,True,0",
+        "0900124,2026-01-01T00:00:00.5+01:00,4929000000000000001234,8.0,1,,NA,,NA",
+        "0900125,2026-01-01T00:00:00Z,,9.0, 1e3 ,5411.0,nan,0,inf", *(r.replace(",t,t,", ",t,1.0,") for r in whole),
+        "0900126,2026-01-02,t,,12.5,fuel,chip,false,NaN")
+    found = _comparable(read_rows(file, contract))
+    # oldest first there
+    assert sorted(found, key=lambda r: r["event_time"]) == _comparable(score_requests(contract, file))
+    assert found[0]["entity"] == {"customer_id": "00042", "terminal_id": "7"}
+    assert (found[0]["request_id"], found[0]["features"]["merchant_category"]) == ("0900123", "0763")
+    assert found[1]["features"] == {"transaction_amount": 1.0, "channel": "NA"}
+    assert found[-1]["features"]["transaction_amount"] == 12.5
+
+
+def test_a_cell_that_is_no_number_costs_its_row_alone(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    file = _risk_csv(tmp_path, *(f"{i},2026-01-01,c,t,{a},fuel,chip,{b},0" for i, (a, b) in enumerate([(1, 1), ("1_000", "yes"), (2, 0)])))
+    assert [(r["features"]["transaction_amount"], r["features"]["device_is_new"]) for r in read_rows(file, contract)] == [
+        (1.0, True), ("1_000", "yes"), (2.0, False)]
+
+
+def test_a_malformed_line_is_told_before_the_first_row(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    file = _risk_csv(tmp_path, *(f"{i},2026-01-01,c,t,1,fuel,chip,1,0" for i in range(60_000)), "x,2026-01-01")
+    with pytest.raises(InputError, match="Expected 9 columns, got 2"):
+        next(read_rows(file, contract))
+
+
+@pytest.mark.parametrize("text", ["99999999999999", "1e300", "-4e9"])
+def test_a_time_outside_of_all_years_is_told_with_its_unit(tmp_path: Path, text: str) -> None:
+    contract = load_contract(EXAMPLES / "creditcard" / "contract.yaml")
+    (tmp_path / "rows.csv").write_text(f"Time,Amount\n{text},1\n")
+    with pytest.raises(InputError, match=r"rows.csv: column Time: expected a moment from 1970 to 2200, got .* \(unit s, origin 2013-09-01"):
+        list(read_rows(tmp_path / "rows.csv", contract))
+
+
+def test_without_a_contract_a_feature_is_a_number_where_the_whole_column_holds_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("request_id,entity.id,features.code,features.amount,features.new\n007,00042,0763,1,true\n8,9,5411,NaN,\n9,,,12.5,False\n")
+    assert list(read_rows(file)) == [
+        {"request_id": "007", "entity": {"id": "00042"}, "features": {"code": "0763", "amount": 1.0, "new": True}},
+        {"request_id": "8", "entity": {"id": "9"}, "features": {"code": "5411"}},
+        {"request_id": "9", "entity": {}, "features": {"amount": 12.5, "new": False}},
+    ]
