@@ -25,13 +25,15 @@ from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.wire import BATCH_ROWS_MAX
 from hafnium_local.replay import read_requests
-from hafnium_local.score_client import post, session
+from hafnium_local.score_client import BUSY, UNANSWERED, post, session
 from hafnium_local.table_rows import table_rows
 
 COLUMNS: tuple[str, ...] = (
     "row", "request_id", "score", "confidence_lower", "confidence_upper", "decision", "model_name", "model_version", "degraded",
     "error",
 )
+ROWS_AGAIN_S: tuple[float, ...] = (0.5, 2.0)
+"""Pauses before rows that nobody had time for are asked for again; what then still has no score is told as refused."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +90,40 @@ async def score_rows(
 
 
 async def _score_batch(client: Any, target: str, batch: list[dict[str, Any]], jitter: random.Random) -> list[dict[str, Any]]:
-    answer = await post(client, target, {"requests": batch}, {}, deadline_s=60.0, jitter=jitter)
+    results = await _ask(client, target, batch, jitter)
+    for pause_s in ROWS_AGAIN_S:
+        # a predictor that is restarted takes 503 and 504 into a few rows of a batch that is answered
+        again = [i for i, r in enumerate(results) if r.get("status") in {*UNANSWERED, BUSY}]
+        if not again:
+            break
+        await asyncio.sleep(pause_s)
+        for i, result in zip(again, await _ask(client, target, [batch[i] for i in again], jitter), strict=True):
+            results[i] = result
+    return [_result(r, b) for r, b in zip(results, batch, strict=True)]
+
+
+async def _ask(client: Any, target: str, batch: list[dict[str, Any]], jitter: random.Random) -> list[dict[str, Any]]:
+    """What the service says of each row. A row of a batch that was refused as a whole has `refusal`."""
+    answer = await post(client, target, {"requests": batch}, {}, deadline_s=60.0, jitter=jitter, patient=True)
     if answer.status == 0:
         raise InputError(f"{target}: no answer within 60 s ({answer.message}); is the service ready?")
     if answer.status == 413 and len(batch) > 1:
         half = len(batch) // 2
-        return await _score_batch(client, target, batch[:half], jitter) + await _score_batch(client, target, batch[half:], jitter)
+        return await _ask(client, target, batch[:half], jitter) + await _ask(client, target, batch[half:], jitter)
     body = cast(dict[str, Any], answer.body) if isinstance(answer.body, dict) else {}
-    results = body.get("results")
+    results: Any = body.get("results")
     if 200 <= answer.status < 300 and isinstance(results, list) and len(cast(list[Any], results)) == len(batch):
-        return [_result(r, b) for r, b in zip(cast(list[dict[str, Any]], results), batch, strict=True)]
+        return cast(list[dict[str, Any]], results)
     if 200 <= answer.status < 300:
         raise InputError(f"{target}: the answer has no `results` of {len(batch)} rows; is this a Hafnium transformer?")
-    return [{"request_id": b.get("request_id"), "error": f"{answer.status}: {_said(body)}"} for b in batch]
+    return [{"refusal": f"{answer.status}: {_said(body)}"} for _ in batch]
 
 
 def _result(result: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     if "score" in result:
         return {**result, "error": None}
-    return {"request_id": request.get("request_id"), "error": f"{result.get('status', '')}: {_said(result)}".removeprefix(": ")}
+    error = result.get("refusal") or f"{result.get('status', '')}: {_said(result)}".removeprefix(": ")
+    return {"request_id": request.get("request_id"), "error": error}
 
 
 def _said(body: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,49 @@ async def test_answer_of_another_form_is_a_clear_error() -> None:
     with pytest.raises(InputError, match="is this a Hafnium transformer"):
         await _all(str(server.make_url("/")), 2)
     await server.close()
+
+
+async def test_a_limit_for_the_moment_is_waited_for_as_long_as_it_says() -> None:
+    times: list[float] = []
+
+    def answer(requests: list[Any]) -> web.Response:
+        times.append(time.monotonic())
+        if len(times) == 2:
+            return web.json_response({"title": "too many rows"}, status=429, headers={"Retry-After": "1"})
+        return web.json_response({"results": [{"request_id": r["request_id"], "score": 0.1} for r in requests]})
+
+    server = await _serve(answer)
+    requests = [{"request_id": str(i), "features": {}} for i in range(6)]
+    found = [r async for r in score_rows(str(server.make_url("/")), requests, batch_rows=2)]
+    await server.close()
+    assert [(f["request_id"], f["error"]) for f in found] == [(str(i), None) for i in range(6)]
+    assert len(times) == 4
+    assert times[2] - times[1] >= 1.0
+
+
+async def test_a_limit_that_lasts_beyond_the_deadline_is_each_rows_error() -> None:
+    server = await _serve(lambda _: web.json_response({"detail": "20 rows a day"}, status=429, headers={"Retry-After": "86400"}))
+    found = await _all(str(server.make_url("/")), 2)
+    await server.close()
+    assert [f["error"] for f in found] == ["429: 20 rows a day"] * 2
+
+
+async def test_rows_that_nobody_had_time_for_are_asked_for_again() -> None:
+    asked: list[list[str]] = []
+
+    def answer(requests: list[Any]) -> web.Response:
+        asked.append([r["request_id"] for r in requests])
+        refused = {"1": 503, "2": 422, "3": 504} if len(asked) == 1 else {"3": 504}
+        return web.json_response({"results": [
+            {"status": refused[i], "detail": "no"} if (i := r["request_id"]) in refused else {"request_id": i, "score": 0.1}
+            for r in requests
+        ]})
+
+    server = await _serve(answer)
+    found = await _all(str(server.make_url("/")), 4)
+    await server.close()
+    assert asked == [["0", "1", "2", "3"], ["1", "3"], ["3"]]
+    assert [f["error"] for f in found] == [None, None, "422: no", "504: no"]
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
