@@ -56,9 +56,11 @@ def read_rows(file: Path, contract: ModelContract | None = None) -> Iterator[dic
     yield from table_rows(file, contract)
 
 
-def between(rows: Iterable[dict[str, Any]], since: datetime | None, until: datetime | None) -> Iterator[dict[str, Any]]:
-    """Rows with since ≤ event_time < until. Raises InputError for a row whose time can't be read."""
-    for number, row in enumerate(rows):
+def between(
+    rows: Iterable[tuple[int, dict[str, Any]]], since: datetime | None, until: datetime | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows with since ≤ event_time < until. Raises InputError for a row whose time can't be read."""
+    for number, row in rows:
         text = row.get("event_time")
         try:
             when = datetime.fromisoformat(str(text))
@@ -66,13 +68,13 @@ def between(rows: Iterable[dict[str, Any]], since: datetime | None, until: datet
             raise InputError(f"row {number}: event_time {text!r} is not a time, so --since and --until can't be applied") from e
         when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
         if (since is None or when >= since) and (until is None or when < until):
-            yield row
+            yield number, row
 
 
 async def score_rows(
-    url: str, rows: Iterable[dict[str, Any]], *, batch_rows: int = BATCH_ROWS_MAX
+    url: str, rows: Iterable[tuple[int, dict[str, Any]]], *, batch_rows: int = BATCH_ROWS_MAX
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yields one result per row, in order: the transformer's answer, or {"error": …}; each with `row`, counted from 0.
+    """Yields one result per (number, row), in order: the transformer's answer, or {"error": …}; each with the number as `row`.
 
     An async generator. A batch that stays without an answer for a minute raises InputError: the service is not there.
     """
@@ -80,13 +82,12 @@ async def score_rows(
         raise InputError(f"url must begin with http:// or https://, got {url!r}")
     target = url.rstrip("/").removesuffix("/v1/score") + "/v1/score/batch"
     jitter = random.Random(0)  # noqa: S311 - spreads retries
-    number = 0
     source = iter(rows)
     async with session(4) as client:
         while batch := list(itertools.islice(source, max(1, min(batch_rows, BATCH_ROWS_MAX)))):
-            for result in await _score_batch(client, target, batch, jitter):
+            results = await _score_batch(client, target, [row for _, row in batch], jitter)
+            for (number, _), result in zip(batch, results, strict=True):
                 yield {"row": number, **result}
-                number += 1
 
 
 async def _score_batch(client: Any, target: str, batch: list[dict[str, Any]], jitter: random.Random) -> list[dict[str, Any]]:
@@ -142,11 +143,11 @@ def score_file(
 ) -> ScoreSummary:
     """Scores every row of `file` and writes one row each to `out`: JSONL, or CSV when the file's name ends so.
 
-    `since`, `until`: only rows of that time. A file is written beside its place and renamed when complete. `on_rows` hears how many
-    rows are done. Raises InputError when the input, the output or the service is not usable; a row that the service refuses is in
-    the output with its `error`.
+    `since`, `until`: only rows of that time; `row` stays their number in `file`, from 0. A file is written beside its place and renamed
+    when complete. `on_rows` hears how many rows are done. Raises InputError when the input, the output or the service is not usable; a
+    row that the service refuses is in the output with its `error`.
     """
-    rows = read_rows(file, contract)
+    rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(read_rows(file, contract))
     if since is not None or until is not None:
         rows = between(rows, since, until)
     if not isinstance(out, Path):
@@ -169,7 +170,7 @@ def score_file(
 
 
 async def _write(
-    url: str, requests: Iterable[dict[str, Any]], out: TextIO | io.TextIOBase, as_csv: bool, batch_rows: int,
+    url: str, requests: Iterable[tuple[int, dict[str, Any]]], out: TextIO | io.TextIOBase, as_csv: bool, batch_rows: int,
     on_rows: Callable[[int], None],
 ) -> ScoreSummary:
     table = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n") if as_csv else None

@@ -106,7 +106,7 @@ async def _serve(answer: Any) -> TestServer:
 
 
 async def _all(url: str, count: int) -> list[dict[str, Any]]:
-    return [r async for r in score_rows(url, [{"request_id": str(i), "features": {}} for i in range(count)])]
+    return [r async for r in score_rows(url, [(i, {"request_id": str(i), "features": {}}) for i in range(count)])]
 
 
 async def test_batch_that_is_too_large_is_halved_until_it_fits() -> None:
@@ -150,7 +150,7 @@ async def test_a_limit_for_the_moment_is_waited_for_as_long_as_it_says() -> None
         return web.json_response({"results": [{"request_id": r["request_id"], "score": 0.1} for r in requests]})
 
     server = await _serve(answer)
-    requests = [{"request_id": str(i), "features": {}} for i in range(6)]
+    requests = [(i, {"request_id": str(i), "features": {}}) for i in range(6)]
     found = [r async for r in score_rows(str(server.make_url("/")), requests, batch_rows=2)]
     await server.close()
     assert [(f["request_id"], f["error"]) for f in found] == [(str(i), None) for i in range(6)]
@@ -246,6 +246,8 @@ def test_rows_of_a_time_only(backend: Any, tmp_path: Path) -> None:
     url = backend().url
     assert score_file(url, source, tmp_path / "a.jsonl", since=moment).rows == 2
     assert score_file(url, source, tmp_path / "b.jsonl", until=moment).rows == 1
+    rows = [json.loads(line)["row"] for name in ("a.jsonl", "b.jsonl") for line in (tmp_path / name).read_text().splitlines()]
+    assert rows == [1, 2, 0], "rows of the file, so that they can be put back to it"
     source.write_text('{"features": {}}\n')
     with pytest.raises(InputError, match="row 0: event_time None"):
         score_file(url, source, tmp_path / "c.jsonl", since=moment)

@@ -57,7 +57,7 @@ def score(
                                   show_default=False)] = None,
     since: Since = None, until: Until = None, as_json: Json = False,
 ) -> None:
-    """Rows in, scores out: one line each, in order; a row that is refused has its error instead.
+    """Rows in, scores out: one line each, in order; a row that is refused has its error instead. `row` is its number in the file, from 0.
 
     Exit status: 0 all rows were scored, 1 some were refused, 2 wrong input or nobody answers at the address.
 
