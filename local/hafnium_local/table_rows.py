@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
@@ -36,6 +36,8 @@ _NUMBER_OR_MISSING = "|".join((_NUMBER, *map(re.escape, MISSING_NUMBERS[1:])))
 _TRUE_OR_FALSE = "(?i:true|false)"
 
 Row = dict[str, Any]
+
+pc: Any = pyarrow.compute  # its functions are made at import, so type checkers can't see them
 
 
 def table_rows(file: Path, contract: ModelContract | None) -> Iterator[Row]:
@@ -55,19 +57,31 @@ def table_rows(file: Path, contract: ModelContract | None) -> Iterator[Row]:
 def _csv_rows(file: Path, contract: ModelContract | None) -> Iterator[Row]:
     with pacsv.open_csv(file) as reader:
         names = reader.schema.names
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise InputError(f"{file}: the header names a column twice: {', '.join(repeated)}")
+    meant: dict[str, Callable[[str], Any]]
     if contract is not None:
         convert = _by_contract(names, contract, file)
         whole = _whole_columns(file, names, dict.fromkeys(_whole_numbers(contract, names), WHOLE_WITH_FRACTION))
-        meant: Row = dict.fromkeys(whole, lambda text: text.removesuffix(".0"))
+        meant = dict.fromkeys(whole, _without_fraction)
     else:
         convert = _by_prefix(names, file)
         features = [n for n in names if n.startswith("features.")]
         numbers = _whole_columns(file, names, dict.fromkeys(features, _NUMBER_OR_MISSING))
         truths = _whole_columns(file, names, dict.fromkeys((f for f in features if f not in numbers), _TRUE_OR_FALSE))
-        meant = dict.fromkeys(numbers, _number) | dict.fromkeys(truths, lambda text: text.lower() == "true")
+        meant = dict.fromkeys(numbers, _number) | dict.fromkeys(truths, _is_true)
     with _texts(file, names) as reader:
         for row in _rows(reader, dict):
             yield convert({k: meant[k](v) if k in meant else v for k, v in row.items()})
+
+
+def _without_fraction(text: str) -> str:
+    return text.removesuffix(".0")
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() == "true"
 
 
 def _texts(file: Path, names: list[str]) -> pacsv.CSVStreamingReader:

@@ -186,6 +186,7 @@ async def test_rows_that_nobody_had_time_for_are_asked_for_again() -> None:
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("rows.csv", "amount\n1\n", "column 'amount': without a contract"), ("rows.txt", "", "expected a .jsonl, .csv or .parquet"),
     ("rows.parquet", "no parquet", "can't be read"), ("rows.csv", "", "can't be read"),
+    ("rows.csv", "request_id,features.a,features.a\n1,2,3\n", "the header names a column twice: features.a"),
 ])
 def test_input_that_is_wrong_is_told(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
