@@ -122,6 +122,8 @@ class Service:
         """Why the wanted object can't run; what ran before goes on."""
         self._start = start
         self._wanted: ServicePlan | None = None
+        self._moved: tuple[str, int] = ("", 0)
+        """A revision that moved to other ports, and its restarts until then."""
         self._leaving: list[tuple[float, Instance]] = []
 
     @property
@@ -139,6 +141,8 @@ class Service:
     def restart(self, plan: ServicePlan, now: float) -> None:
         """The same revision on other ports."""
         self._wanted = plan
+        if self.active is not None:
+            self._moved = (self.active.plan.revision, self._restarts(self.active))
         for instance in (self.active, self.pending):
             if instance is not None:
                 self._retire(instance, now)
@@ -192,6 +196,10 @@ class Service:
     def _retire(self, instance: Instance, at: float) -> None:
         self._leaving.append((at, instance))
 
+    def _restarts(self, instance: Instance) -> int:
+        revision, before = self._moved
+        return instance.restarts + (before if instance.plan.revision == revision else 0)
+
     @property
     def instances(self) -> list[Instance]:
         return [i for i in (self.active, self.pending, *(i for _, i in self._leaving)) if i is not None]
@@ -214,4 +222,4 @@ class Service:
         base = ServiceState(
             self.name, plan.model_name, plan.model_version, plan.model_digest, port=plan.port, predictor_port=plan.predictor_port
         )
-        return replace(base, ready=instance.ready, restarts=instance.restarts, message="; ".join(parts))
+        return replace(base, ready=instance.ready, restarts=self._restarts(instance), message="; ".join(parts))

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hafnium_contract.lifeline import tied_to_parent
+from hafnium_local.ports import is_free
 from hafnium_local.probes import Probe, ProbeResult, ask
 
 MARK = "HAFNIUM_SUPERVISED_BY"
@@ -122,6 +123,11 @@ class Child:
         self.state.pid = None
 
     def _start(self) -> bool:
+        probe = self.spec.probe
+        if probe is not None and not is_free(probe.port):
+            # whoever listens there would answer the probe while this process starts, and be taken for it
+            self.state.last_exit = f"port {probe.port} is taken by another program"
+            return False
         environment = {**os.environ, **dict(self.spec.env), MARK: str(self._folder.resolve())}
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ CATCH_UP = 1.5
 
 @dataclass(frozen=True)
 class ReplaySummary:
-    """Counts over the whole journal, earlier runs included, but `lost`, `unanswered` and `attempts` of lost ones: of this run."""
+    """Counts over the whole journal, earlier runs included, but `lost`, `unanswered`, `repeated` and lost ones' `attempts`: of this run."""
 
     answered: int
     """Requests with a final answer: ok + refused + failed."""
@@ -58,6 +58,8 @@ class ReplaySummary:
     """No answer until the deadline."""
     unanswered: int
     """In flight when the replay was stopped."""
+    repeated: int
+    """Not sent, because their id came before in this run: the journal knows each id once."""
     attempts: int
     retries: int
     resumed: int
@@ -85,6 +87,7 @@ class _Counts:
     failed: int = 0
     lost: int = 0
     unanswered: int = 0
+    repeated: int = 0
     attempts: int = 0
     resumed: int = 0
     by_version: collections.Counter[str] = field(default_factory=collections.Counter[str])
@@ -112,7 +115,8 @@ class _Counts:
             found = [round(float(x), 3) for x in np.percentile(np.asarray(self.latencies_ms), shares)]
         return ReplaySummary(
             answered=answered, ok=self.ok, refused=self.refused, failed=self.failed, lost=self.lost, unanswered=self.unanswered,
-            attempts=self.attempts, retries=max(0, self.attempts - answered - self.lost - self.unanswered), resumed=self.resumed,
+            repeated=self.repeated, attempts=self.attempts,
+            retries=max(0, self.attempts - answered - self.lost - self.unanswered), resumed=self.resumed,
             by_version=dict(self.by_version), by_arm=dict(self.by_arm), p50_ms=found[0], p95_ms=found[1], p99_ms=found[2],
             max_ms=found[3], seconds=round(seconds, 3), finished=finished, last_error=self.last_error,
         )
@@ -173,10 +177,14 @@ def _plain(text: str) -> str:
 
 
 def identified(requests: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(request id, request) with the id in the request: its own, or one from its place, which stays the same at the next run."""
+    """(request id, request) with the id in the request: its own, or one from its place, which stays the same at the next run.
+
+    What neither a header nor a line of the journal can carry (tabs, NUL, half a character) is a blank in it.
+    """
     for number, request in enumerate(requests):
         own = request.get("request_id")
-        request_id = _plain(str(own)) if own not in (None, "") else f"replay-{number:09d}"
+        text = "" if own is None else "".join(c if c.isprintable() else " " for c in str(own))
+        request_id = _plain(text) or f"replay-{number:09d}"
         yield request_id, request if own == request_id else {**request, "request_id": request_id}
 
 
@@ -220,13 +228,14 @@ class _Player:
         self._started = time.monotonic()
         self._stopped_at: float | None = None
         self._written_at = 0.0
-        self._error: HafniumError | None = None
+        self._error: BaseException | None = None
 
     async def play(
         self, requests: Iterator[tuple[str, dict[str, Any]]], rate: float, workers: int, limit: int | None, duration_s: float | None
     ) -> ReplaySummary:
         flying: set[asyncio.Task[None]] = set()
         sent = 0
+        seen: set[str] = set()
         earliest = self._started
         whole = False
         async with session(workers) as client:
@@ -234,6 +243,10 @@ class _Player:
                 for looked, (request_id, request) in enumerate(requests):
                     if looked % 1000 == 0:
                         await asyncio.sleep(0)  # a long part that was answered already must not deafen the loop
+                    if request_id in seen:
+                        self._counts.repeated += 1
+                        continue
+                    seen.add(request_id)
                     if request_id in self._book.done:
                         continue
                     due = self._started + sent / rate
@@ -244,6 +257,7 @@ class _Player:
                     task = asyncio.create_task(self._one(client, request_id, request, due))
                     flying.add(task)
                     task.add_done_callback(flying.discard)
+                    task.add_done_callback(self._check)
                     sent += 1
                 else:
                     whole = True
@@ -293,8 +307,13 @@ class _Player:
         try:
             self._book.add(request_id, answer.status, version, arm, answer.attempts, latency_ms)
         except HafniumError as e:
-            self._error = e
+            self._error = self._error or e
         self._counts.add(answer.status, version, arm, answer.attempts, latency_ms)
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        """What a task died of ends the replay: a request that is in no count must not pass for one that was answered."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = self._error or error
 
     def _given_up(self) -> bool:
         return self._stopped_at is not None and time.monotonic() - self._stopped_at > STOP_GRACE_S

@@ -286,11 +286,9 @@ class _Supervisor:
         if service.wanted_revision == revision:
             service.error = ""
             lost = service.active.lost_port if service.active is not None else None
-            if lost is not None:
+            if lost is not None and (plan := self._plan(manifest)) is not None:
                 self._on_event(f"{service.name}: port {lost} was taken by another program; moving to other ports")
-                plan = self._plan(manifest)
-                if plan is not None:
-                    service.restart(plan, now)
+                service.restart(plan, now)
             return
         refused, at = self._refused.get(service.name, ("", 0.0))
         if refused == revision and now - at < REFUSED_S:
@@ -310,13 +308,17 @@ class _Supervisor:
         try:
             plan = plan_service(manifest, self._ports, self.state)
             lost = service.active.lost_port if service.active is not None else None
-            if any(p not in mine or p == lost for p in taken_ports(plan)):
+            taken = [p for p in taken_ports(plan) if p not in mine or p == lost]
+            declared = [p for p in taken if p not in {self._ports.get(key) for key in plan.port_keys}]
+            if declared:  # nothing to move to: its process goes on trying
+                raise InputError(
+                    f"port {declared[0]}, which its container declares, is taken by another program or service; "
+                    "end that one or declare another containerPort"
+                )
+            if taken:
                 for key in plan.port_keys:
                     self._ports.renew(key)
                 plan = plan_service(manifest, self._ports, self.state)
-                still = [p for p in taken_ports(plan) if p not in mine]
-                if still:
-                    raise InputError(f"port {still[0]}, which its container declares, is taken by another program or service")
         except HafniumError as e:
             service.error = str(e)
             return None

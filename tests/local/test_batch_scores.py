@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from aiohttp.test_utils import TestServer
 from hafnium_contract.contract_file import load_contract, parse_contract
 from hafnium_contract.errors import InputError
 from hafnium_local.batch_scores import read_rows, score_file, score_rows
+from hafnium_training.replay_requests import score_requests
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -104,7 +106,7 @@ async def _serve(answer: Any) -> TestServer:
 
 
 async def _all(url: str, count: int) -> list[dict[str, Any]]:
-    return [r async for r in score_rows(url, [{"request_id": str(i), "features": {}} for i in range(count)])]
+    return [r async for r in score_rows(url, [(i, {"request_id": str(i), "features": {}}) for i in range(count)])]
 
 
 async def test_batch_that_is_too_large_is_halved_until_it_fits() -> None:
@@ -138,9 +140,53 @@ async def test_answer_of_another_form_is_a_clear_error() -> None:
     await server.close()
 
 
+async def test_a_limit_for_the_moment_is_waited_for_as_long_as_it_says() -> None:
+    times: list[float] = []
+
+    def answer(requests: list[Any]) -> web.Response:
+        times.append(time.monotonic())
+        if len(times) == 2:
+            return web.json_response({"title": "too many rows"}, status=429, headers={"Retry-After": "1"})
+        return web.json_response({"results": [{"request_id": r["request_id"], "score": 0.1} for r in requests]})
+
+    server = await _serve(answer)
+    requests = [(i, {"request_id": str(i), "features": {}}) for i in range(6)]
+    found = [r async for r in score_rows(str(server.make_url("/")), requests, batch_rows=2)]
+    await server.close()
+    assert [(f["request_id"], f["error"]) for f in found] == [(str(i), None) for i in range(6)]
+    assert len(times) == 4
+    assert times[2] - times[1] >= 1.0
+
+
+async def test_a_limit_that_lasts_beyond_the_deadline_is_each_rows_error() -> None:
+    server = await _serve(lambda _: web.json_response({"detail": "20 rows a day"}, status=429, headers={"Retry-After": "86400"}))
+    found = await _all(str(server.make_url("/")), 2)
+    await server.close()
+    assert [f["error"] for f in found] == ["429: 20 rows a day"] * 2
+
+
+async def test_rows_that_nobody_had_time_for_are_asked_for_again() -> None:
+    asked: list[list[str]] = []
+
+    def answer(requests: list[Any]) -> web.Response:
+        asked.append([r["request_id"] for r in requests])
+        refused = {"1": 503, "2": 422, "3": 504} if len(asked) == 1 else {"3": 504}
+        return web.json_response({"results": [
+            {"status": refused[i], "detail": "no"} if (i := r["request_id"]) in refused else {"request_id": i, "score": 0.1}
+            for r in requests
+        ]})
+
+    server = await _serve(answer)
+    found = await _all(str(server.make_url("/")), 4)
+    await server.close()
+    assert asked == [["0", "1", "2", "3"], ["1", "3"], ["3"]]
+    assert [f["error"] for f in found] == [None, None, "422: no", "504: no"]
+
+
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("rows.csv", "amount\n1\n", "column 'amount': without a contract"), ("rows.txt", "", "expected a .jsonl, .csv or .parquet"),
     ("rows.parquet", "no parquet", "can't be read"), ("rows.csv", "", "can't be read"),
+    ("rows.csv", "request_id,features.a,features.a\n1,2,3\n", "the header names a column twice: features.a"),
 ])
 def test_input_that_is_wrong_is_told(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
@@ -201,6 +247,71 @@ def test_rows_of_a_time_only(backend: Any, tmp_path: Path) -> None:
     url = backend().url
     assert score_file(url, source, tmp_path / "a.jsonl", since=moment).rows == 2
     assert score_file(url, source, tmp_path / "b.jsonl", until=moment).rows == 1
+    rows = [json.loads(line)["row"] for name in ("a.jsonl", "b.jsonl") for line in (tmp_path / name).read_text().splitlines()]
+    assert rows == [1, 2, 0], "rows of the file, so that they can be put back to it"
     source.write_text('{"features": {}}\n')
     with pytest.raises(InputError, match="row 0: event_time None"):
         score_file(url, source, tmp_path / "c.jsonl", since=moment)
+
+
+RISK_CSV = "transaction_id,event_time,customer_id,terminal_id,transaction_amount,merchant_category,channel,device_is_new,geo_risk_score\n"
+
+
+def _risk_csv(tmp_path: Path, *rows: str) -> Path:
+    file = tmp_path / "rows.csv"
+    file.write_text(RISK_CSV + "".join(f"{r}\n" for r in rows))
+    return file
+
+
+def _comparable(rows: Any) -> list[dict[str, Any]]:
+    return [{**r, "event_time": datetime.fromisoformat(r["event_time"])} for r in rows]
+
+
+def test_a_csv_goes_out_as_training_and_replay_read_it(tmp_path: Path) -> None:
+    """Leading zeros, blanks, NA, 22 digits and fractions that come late: a reader that guesses types changes all of them."""
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    whole = [f"0{i:06d},2026-01-01 00:00:00,t,t,{i},fuel,chip,1,0" for i in range(1, 30_000)]
+    file = _risk_csv(
+        tmp_path, "0900123,2026-01-01,00042,7.0,5,0763,chip,True,0",
+        "0900124,2026-01-01T00:00:00.5+01:00,4929000000000000001234,8.0,1,,NA,,NA",
+        "0900125,2026-01-01T00:00:00Z,,9.0, 1e3 ,5411.0,nan,0,inf", *(r.replace(",t,t,", ",t,1.0,") for r in whole),
+        "0900126,2026-01-02,t,,12.5,fuel,chip,false,NaN")
+    found = _comparable(read_rows(file, contract))
+    # oldest first there
+    assert sorted(found, key=lambda r: r["event_time"]) == _comparable(score_requests(contract, file))
+    assert found[0]["entity"] == {"customer_id": "00042", "terminal_id": "7"}
+    assert (found[0]["request_id"], found[0]["features"]["merchant_category"]) == ("0900123", "0763")
+    assert found[1]["features"] == {"transaction_amount": 1.0, "channel": "NA"}
+    assert found[-1]["features"]["transaction_amount"] == 12.5
+
+
+def test_a_cell_that_is_no_number_costs_its_row_alone(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    file = _risk_csv(tmp_path, *(f"{i},2026-01-01,c,t,{a},fuel,chip,{b},0" for i, (a, b) in enumerate([(1, 1), ("1_000", "yes"), (2, 0)])))
+    assert [(r["features"]["transaction_amount"], r["features"]["device_is_new"]) for r in read_rows(file, contract)] == [
+        (1.0, True), ("1_000", "yes"), (2.0, False)]
+
+
+def test_a_malformed_line_is_told_before_the_first_row(tmp_path: Path) -> None:
+    contract = load_contract(EXAMPLES / "unified-risk" / "contract.yaml")
+    file = _risk_csv(tmp_path, *(f"{i},2026-01-01,c,t,1,fuel,chip,1,0" for i in range(60_000)), "x,2026-01-01")
+    with pytest.raises(InputError, match="Expected 9 columns, got 2"):
+        next(read_rows(file, contract))
+
+
+@pytest.mark.parametrize("text", ["99999999999999", "1e300", "-4e9"])
+def test_a_time_outside_of_all_years_is_told_with_its_unit(tmp_path: Path, text: str) -> None:
+    contract = load_contract(EXAMPLES / "creditcard" / "contract.yaml")
+    (tmp_path / "rows.csv").write_text(f"Time,Amount\n{text},1\n")
+    with pytest.raises(InputError, match=r"rows.csv: column Time: expected a moment from 1970 to 2200, got .* \(unit s, origin 2013-09-01"):
+        list(read_rows(tmp_path / "rows.csv", contract))
+
+
+def test_without_a_contract_a_feature_is_a_number_where_the_whole_column_holds_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("request_id,entity.id,features.code,features.amount,features.new\n007,00042,0763,1,true\n8,9,5411,NaN,\n9,,,12.5,False\n")
+    assert list(read_rows(file)) == [
+        {"request_id": "007", "entity": {"id": "00042"}, "features": {"code": "0763", "amount": 1.0, "new": True}},
+        {"request_id": "8", "entity": {"id": "9"}, "features": {"code": "5411"}},
+        {"request_id": "9", "entity": {}, "features": {"amount": 12.5, "new": False}},
+    ]

@@ -156,8 +156,8 @@ def test_again_gives_the_same_requests_under_ids_of_their_own(tmp_path: Path) ->
 
 
 def test_ids_are_stable_and_plain() -> None:
-    found = list(identified([{"features": {}}, {"request_id": "a\tb"}, {"request_id": ""}]))
-    assert [i for i, _ in found] == ["replay-000000000", "a b", "replay-000000002"]
+    found = list(identified([{"features": {}}, *({"request_id": i} for i in ("a\tb", "", " ", "\0b\ud800"))]))
+    assert [i for i, _ in found] == ["replay-000000000", "a b", "replay-000000002", "replay-000000003", "b"]
     assert all(r["request_id"] == i for i, r in found)
 
 
@@ -213,3 +213,19 @@ def test_full_disk_ends_the_replay_with_its_reason(backend: Any, tmp_path: Path)
 async def test_journal_that_is_no_file_is_refused(backend: Any) -> None:
     with pytest.raises(InputError, match="not a regular file"):
         await replay(rows(3), backend().url, rate_per_s=500, workers=1, journal=Path("/dev/full"))
+
+
+async def test_each_row_is_in_a_count_whatever_its_id_is(backend: Any, tmp_path: Path) -> None:
+    """Rows whose id no header can carry vanished with their task, and those that repeat one without a word."""
+    server = backend()
+    requests: list[dict[str, Any]] = [{"request_id": i, "features": {}} for i in ("a", "\0b", "é", "c d", "a", "a", " ", "\ud800")]
+    for resumed in (0, 6):  # a second run finds the same repeated ones
+        found = await replay(requests, server.url, rate_per_s=500, workers=4, journal=tmp_path / "j")
+        assert (found.ok, found.answered, found.lost, found.repeated, found.resumed) == (6, 6, 0, 2, resumed)
+    assert len(server.seen()) == 6
+
+
+async def test_a_request_that_cannot_be_sent_at_all_ends_the_replay(backend: Any, tmp_path: Path) -> None:
+    bad = {"request_id": "q", "features": {"amount": object()}}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        await replay([*rows(3), bad, *rows(9)], backend().url, rate_per_s=500, workers=2, journal=tmp_path / "j")

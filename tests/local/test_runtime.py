@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import threading
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -242,13 +245,31 @@ def test_port_that_is_taken_while_its_service_is_down_is_left_for_another(up: An
     runtime = up(fraud)
     runtime.wait_answers("1")
     taken = runtime.service("fraud")["port"]
+    with _taken(runtime, tools, taken):
+        tools.eventually(lambda: f"port {taken} was taken by another program; moving" in runtime.said, "told")
+        runtime.wait_answers("1")
+        assert runtime.service("fraud")["port"] != taken
+        assert runtime.service("fraud")["restarts"] >= 2, "they happened, though it has other processes now"
+
+
+@contextlib.contextmanager
+def _taken(runtime: Any, tools: Any, port: int) -> Generator[None]:
+    """Kills the service's process, and is the stranger that takes its port and answers each request there with 200."""
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any, **__: Any) -> None:
+            pass
+
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
         def bound() -> bool:
             os.kill(runtime.child("backend.py") or runtime.process.pid, signal.SIGKILL)
             try:
-                s.bind(("127.0.0.1", taken))  # before the restarted interpreter comes to that
+                s.bind(("127.0.0.1", port))  # before the restarted interpreter comes to that
             except OSError:
                 tools.eventually(lambda: runtime.child("backend.py"), "up again")
                 return False
@@ -256,9 +277,33 @@ def test_port_that_is_taken_while_its_service_is_down_is_left_for_another(up: An
             return True
 
         tools.eventually(bound, "port taken")
-        tools.eventually(lambda: f"port {taken} was taken by another program" in runtime.said, "told")
-        runtime.wait_answers("1")
-        assert runtime.service("fraud")["port"] != taken
+        server = ThreadingHTTPServer(("127.0.0.1", port), Stranger, bind_and_activate=False)
+        server.socket.close()
+        server.socket = s
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_declared_port_that_another_program_took_is_told_and_that_one_is_never_called_ready(up: Any, tools: Any) -> None:
+    port = tools.free_port()
+    service = tools.inference_service("fraud", "--version", "1")
+    service["spec"]["predictor"]["containers"][0]["ports"] = [{"containerPort": port}]
+    runtime = up(service)
+    runtime.wait_answers("1")
+    with _taken(runtime, tools, port):
+        tools.eventually(lambda: f"port {port}, which its container declares, is taken" in runtime.service("fraud")["message"], "told")
+        before = len(runtime.said)
+        tools.eventually(lambda: runtime.service("fraud")["restarts"] >= 6, "tried again and again")
+        assert "ready" not in runtime.said[before:].replace("not ready", "")
+        assert "moving" not in runtime.said, "there is nothing to move to"
+        assert runtime.said.count("which its container declares") <= 2
+        assert not runtime.service("fraud")["ready"]
+    runtime.wait_answers("1")
 
 
 def test_container_that_insists_on_its_port_is_stopped_before_its_next_revision_starts(up: Any, tools: Any) -> None:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import Feature, FromDerived, FromView, ModelContract
+from hafnium_contract.table_text import MISSING_NUMBERS, TRUTH, WHOLE_WITH_FRACTION, is_literal
 
 CSV_BYTES_MAX = 4 * 1024**3
 """A CSV is held in memory at about twice its size; beyond this, Parquet is the right format."""
@@ -43,8 +44,6 @@ _YEARS = (pd.Timestamp("1970-01-01", tz="UTC"), pd.Timestamp("2200-01-01", tz="U
 """An event outside of these is a wrong unit or origin, and nanoseconds end in 2262."""
 _OFFSET = r"^.{10}.*(?:Z|z|[+-]\d\d(?::?\d\d)?)$"
 """An ISO 8601 time with an offset; the first ten characters may hold the hyphens of a date."""
-_MISSING_NUMBERS = ["", "NaN", "nan", "NA", "N/A", "null", "NULL", "None"]
-_TRUTH = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0}
 
 
 def data_file(path: Path) -> Path:
@@ -174,11 +173,6 @@ def as_keys(column: pd.Series[Any]) -> pd.Series[str]:
     return _as_text(column)
 
 
-def is_literal(feature: Feature) -> bool:
-    """Whether the contract knows a category of it like `1.0`: then no whole number is meant by one."""
-    return any(c.endswith(".0") for c in feature.categories)
-
-
 def _as_text(column: pd.Series[Any]) -> pd.Series[str]:
     missing = column.isna()
     text = column.astype(object).where(~missing, "").astype(str)
@@ -226,7 +220,7 @@ def _read_csv(file: Path, meanings: _Meanings, times: set[str]) -> pd.DataFrame:
     try:
         table = pacsv.read_csv(
             file,
-            convert_options=pacsv.ConvertOptions(column_types=types, null_values=_MISSING_NUMBERS, strings_can_be_null=False),
+            convert_options=pacsv.ConvertOptions(column_types=types, null_values=list(MISSING_NUMBERS), strings_can_be_null=False),
         )
     except (pa.ArrowInvalid, pa.ArrowKeyError) as e:
         raise InputError(f"{file}: {_csv_problem(str(e), header)}") from e
@@ -249,7 +243,7 @@ def _read_csv(file: Path, meanings: _Meanings, times: set[str]) -> pd.DataFrame:
 def _without_fractions(text: pd.Series[Any]) -> pd.Series[Any]:
     """`12.0` → `12` when all values look so: whole numbers with a gap, as a program wrote them that has no gaps in whole numbers."""
     present = text.dropna()
-    if len(present) == 0 or not present.iloc[0].endswith(".0") or not present.str.fullmatch(r"-?\d{1,15}\.0").all():
+    if len(present) == 0 or not present.iloc[0].endswith(".0") or not present.str.fullmatch(WHOLE_WITH_FRACTION).all():
         return text
     return text.str.removesuffix(".0")
 
@@ -349,7 +343,7 @@ def _numbers(column: pd.Series[Any], where: str) -> npt.NDArray[np.float64]:
     """float64, blank → NaN; text is read as in a CSV."""
     if pd.api.types.is_numeric_dtype(column.dtype):
         return column.to_numpy(np.float64, na_value=np.nan)
-    blank = column.isna() | column.isin(_MISSING_NUMBERS)
+    blank = column.isna() | column.isin(MISSING_NUMBERS)
     found = pd.to_numeric(column.mask(blank), errors="coerce").to_numpy(np.float64, na_value=np.nan)
     _refuse(np.isnan(found) & ~blank.to_numpy(bool), column, where, "a number")
     return found
@@ -433,7 +427,7 @@ def truths(column: pd.Series[Any], where: str) -> npt.NDArray[np.float64]:
         return out
     missing = column.isna()
     out: npt.NDArray[np.float64] = np.asarray(
-        column.astype(str).str.strip().str.lower().map(_TRUTH).where(~missing), np.float64
+        column.astype(str).str.strip().str.lower().map(TRUTH).where(~missing), np.float64
     )
     _refuse(np.isnan(out) & ~missing.to_numpy(), column, where, "true, false, 0 or 1")
     return out

@@ -57,7 +57,7 @@ def score(
                                   show_default=False)] = None,
     since: Since = None, until: Until = None, as_json: Json = False,
 ) -> None:
-    """Rows in, scores out: one line each, in order; a row that is refused has its error instead.
+    """Rows in, scores out: one line each, in order; a row that is refused has its error instead. `row` is its number in the file, from 0.
 
     Exit status: 0 all rows were scored, 1 some were refused, 2 wrong input or nobody answers at the address.
 
@@ -101,7 +101,7 @@ def replay(
 ) -> None:
     """Traffic: sends score requests at a steady rate, each until it is answered.
 
-    Exit status: 0 every request was answered with a score; 1 some were lost, refused or failed; 2 wrong input.
+    Exit status: 0 every request was answered with a score; 1 some were lost, refused, failed or repeat an id (not sent); 2 wrong input.
 
     Example: hafnium replay --url http://127.0.0.1:8080 --contract examples/unified-risk/contract.yaml build/simulated --since 2026-02-24
     """
@@ -136,9 +136,10 @@ def replay(
         typer.echo(
             f"{found.answered} answered ({found.ok} scored, {found.refused} refused, {found.failed} failed), "
             f"{found.lost + found.unanswered} without an answer; "
-            f"p50 {found.p50_ms or 0:.1f} ms, p99 {found.p99_ms or 0:.1f} ms; "
+            + (f"{found.repeated} not sent, their request_id came before; " if found.repeated else "")
+            + f"p50 {found.p50_ms or 0:.1f} ms, p99 {found.p99_ms or 0:.1f} ms; "
             + ", ".join(f"{n} by {v}" for v, n in sorted(found.by_version.items()))
         )
         if found.last_error:
             ERR.print(f"last error: {found.last_error}", markup=False)
-    raise typer.Exit(0 if found.ok and found.ok == found.answered and not found.lost + found.unanswered else 1)
+    raise typer.Exit(0 if found.ok and found.ok == found.answered and not found.lost + found.unanswered + found.repeated else 1)

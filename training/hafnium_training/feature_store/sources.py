@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from hafnium_contract.encoding import encode_column
 from hafnium_contract.errors import FeatureError, InputError
 from hafnium_contract.model_contract import Feature, ModelContract
+from hafnium_contract.table_text import is_literal
 from hafnium_contract.whole_files import replacing
 from hafnium_training.feature_store.definitions import AS_OF, EVENT_TIMESTAMP, ViewSpec
-from hafnium_training.tables import as_keys, event_times, is_literal, read_table, require_columns, timestamps, truths
+from hafnium_training.tables import as_keys, event_times, read_table, require_columns, timestamps, truths
 
 
 def view_table(contract: ModelContract, spec: ViewSpec, data: Path) -> pd.DataFrame:
