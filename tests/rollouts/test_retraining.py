@@ -86,6 +86,20 @@ def test_old_evidence_and_an_unknown_stable_model_are_no_reason() -> None:
     assert ask([finding(3), finding(4)], rules=policy(policy="never")) is None
 
 
+def test_weekly_findings_of_labels_that_come_a_month_late_are_a_reason_soon_after_they_are_found() -> None:
+    """As cronjob-performance.yaml writes them: a week that ended 30 days ago. The model decays now as much as when that week was judged."""
+    found_at = (30 * 24, 37 * 24)
+    weeks = [finding(hour - 30 * 24, kind="performance", length=7 * 24).model_copy(update={"created_at": START + hour * HOUR})
+             for hour in found_at]
+    found = ask(weeks, hour=found_at[1] + 6)
+    assert found is not None
+    assert (found.kind, len(found.findings)) == ("performance", 2)
+    assert ask(weeks[:1], hour=found_at[0] + 6) is None
+    assert ask(weeks, hour=found_at[1] + 49) is None, "nobody found that lately"
+    why = decide_retraining(policy(), "risk", STEADY, weeks, (), START + (found_at[1] + 49) * HOUR).reason
+    assert "performance: the newest finding was made 2d1h ago" in why
+
+
 def test_the_same_findings_are_no_second_reason_and_attempts_end() -> None:
     rules = policy(coolDown="1h", attemptsMax=2, maxAge="100d")
     first = ask([finding(3), finding(4)], rules=rules)
