@@ -74,6 +74,10 @@ class Attempt(Strict):
     Unknown: it may have been started, and nothing is left of it to tell."""
     detail: str = ""
     """What was started, or why it wasn't."""
+    started_at: AwareDatetime | None = None
+    """When it was seen to have started; None: it didn't, or the release before wrote this."""
+    ended_at: AwareDatetime | None = None
+    """When it was seen to have succeeded or failed, or to be unknown."""
 
 
 @dataclass(frozen=True, slots=True)
