@@ -20,7 +20,7 @@ from hafnium_monitoring.comparison import Finding, compare, drifted, split_chang
 from hafnium_monitoring.samples import Sample, Season, align, load_reference, match_season, sample_of
 from hafnium_monitoring.settings import DriftRules, ReportSettings
 from hafnium_monitoring.verdict import Comparisons, Judgement, judge
-from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, LogRows, Selection
+from hafnium_monitoring.windows import STABLE_ARMS, InferenceLog, LogRows, Selection, candidate_arms
 
 JOB = "hafnium-monitoring drift"
 VALUES_MAX = 1_000
@@ -98,7 +98,7 @@ def _run(options: DriftOptions, bundle: Bundle, now: datetime, log: InferenceLog
     if options.stable_bundle is not None:
         # Another bundle there has another digest, selects no row, and would look like a stable arm without traffic
         stable_bundle = open_bundle(options.stable_bundle, expect_digest=options.expect_stable_digest)
-    rows = _read(log, bundle, CANDIDATE_ARMS if stable_bundle is not None else ALL_ARMS, options)
+    rows = _read(log, bundle, candidate_arms(digest, None if stable_bundle is None else stable_bundle.manifest.digest), options)
     if rows.total < rules.min_rows:
         who = "the candidate" if stable_bundle is not None else "the model"
         message = f"{who} has {rows.total} rows in the window, {rules.min_rows} are needed{_absent(log)}"
@@ -107,7 +107,7 @@ def _run(options: DriftOptions, bundle: Bundle, now: datetime, log: InferenceLog
     stable: Arm | None = None
     stable_total = 0
     if stable_bundle is not None:
-        stable_rows = _read(log, stable_bundle, STABLE_ARMS, options)
+        stable_rows = _read(log, stable_bundle, STABLE_ARMS, options)  # live answers: copies are of other requests
         stable_total = stable_rows.total
         if stable_total >= rules.min_rows:
             stable = _arm(stable_bundle, stable_rows, options)

@@ -29,7 +29,7 @@ from hafnium_monitoring.drift import DriftOptions, run_drift
 from hafnium_monitoring.errors import StateError, UnwrittenError
 from hafnium_monitoring.evidence_places import FolderEvidence, write_with_report
 from hafnium_monitoring.settings import LoopSettings
-from hafnium_monitoring.windows import ALL_ARMS, CANDIDATE_ARMS, STABLE_ARMS, InferenceLog, Selection
+from hafnium_monitoring.windows import STABLE_ARMS, InferenceLog, Selection, candidate_arms
 
 _LOG = logging.getLogger("hafnium.monitoring")
 FLUSH_ARGUMENT = "--log_flush_seconds"
@@ -284,21 +284,26 @@ class DriftLoop:
 
     def _enough(self, target: Target, watched: _Watched, end: datetime) -> bool:
         """Whether both arms have rows enough. What can't be read counts as enough: the run itself then says why it can't."""
-        pair = target.stable_bundle is not None
-        wanted = [(target.bundle, CANDIDATE_ARMS if pair else ALL_ARMS)]
-        if target.stable_bundle is not None and not target.all_traffic:
-            wanted.append((target.stable_bundle, STABLE_ARMS))
         try:
-            for path, arms in wanted:
-                if path not in watched.manifests:
-                    manifest = open_bundle(path).manifest
-                    watched.manifests[path] = (manifest.digest, manifest.model_version)
-                selection = Selection(*watched.manifests[path], arms, watched.start, end)
-                if watched.log.count(selection) < self._settings.rules.min_rows:
+            model = _manifest(watched, target.bundle)
+            stable = None if target.stable_bundle is None else _manifest(watched, target.stable_bundle)
+            wanted = [(model, candidate_arms(model[0], None if stable is None else stable[0]))]
+            if stable is not None and not target.all_traffic:
+                wanted.append((stable, STABLE_ARMS))
+            for manifest, arms in wanted:
+                if watched.log.count(Selection(*manifest, arms, watched.start, end)) < self._settings.rules.min_rows:
                     return False
         except HafniumError as e:
             _LOG.warning("%s: %s", target.name, e)
         return True
+
+
+def _manifest(watched: _Watched, bundle: Path) -> tuple[str, str]:
+    """Its digest and version. Raises BundleError when it can't be opened."""
+    if bundle not in watched.manifests:
+        manifest = open_bundle(bundle).manifest
+        watched.manifests[bundle] = (manifest.digest, manifest.model_version)
+    return watched.manifests[bundle]
 
 
 def run_loop(loop: DriftLoop, stop: threading.Event, clock: Callable[[], datetime]) -> None:

@@ -51,6 +51,15 @@ class Selection:
     end: datetime
 
 
+def candidate_arms(digest: str, stable_digest: str | None) -> frozenset[str]:
+    """The marks that rows of a model may have that is compared with another (None: with none).
+
+    KServe's canary, and a gateway that can't set headers per backend, leave every live row marked `stable`: so the model that made a score
+    says which arm it is of, as for the rollout's score gates. Only where both arms have one model the mark is all that there is.
+    """
+    return CANDIDATE_ARMS if digest == stable_digest else ALL_ARMS
+
+
 @dataclass(frozen=True)
 class LogRows:
     """Rows of one selection. Every array has `kept` rows, in the log's order (but for a sample with `positives`)."""

@@ -119,7 +119,8 @@ class Gate(Strict):
     """Kinds of step that wait for this gate's Pass. A Quality gate may name none, a Safety gate must name one that strategy.steps has.
     Its Fail counts in all of them. Scores are compared in shadow only, unless they are unpaired."""
     failure_limit: int = Field(default=1, ge=1, le=1000)
-    """Quality only: looks in a row with Fail before the rollout goes back. Safety always goes back at once."""
+    """Quality only: looks in a row with Fail before the rollout goes back; for evidence of jobs, windows that don't overlap, with no Pass
+    about a later one. Safety always goes back at once."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from hafnium_contract.durations import format_duration
 from hafnium_contract.evidence import EvidenceSpec, Verdict
+from hafnium_rollout.failing_row import in_a_row, standing
 from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.observation import Counts, EvidenceUnread, GateLook, Look, Series
 from hafnium_rollout.statistics import betting, dispersion, tilt
@@ -78,7 +79,7 @@ def judge(gate: Gate, before: GateStatus, look: Look | None, evidence: Sequence[
         after = _evidence(gate, before, evidence, evidence_error, unread, context)
     failures = 0
     if after.verdict == "Fail":
-        # A job's finding counts once, however many looks it is seen in; the other gates count looks.
+        # A job's window counts once, however many looks it is seen in; the other gates count looks.
         failures = after.failures if gate.kind in ("drift", "evidence") else before.failures + (look is not None)
     if (after.role, after.failures) == (gate.role, failures):
         return after
@@ -334,14 +335,18 @@ def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], 
               context: GateContext) -> GateStatus:
     """The last finding of a job about this digest. Late, foreign, overlapping, future or old findings never pass.
 
-    Nor does any while another about the same can't be read: it may be the Fail. A Fail that can be read stands whatever else is there.
+    Nor does any while another about the same can't be read: it may be the Fail. A Fail that can be read stands whatever else is there;
+    below a failureLimit, until a Pass about a later window (failing_row.py).
     One from a wrong clock is known to be none: it holds until a later one can be used, or its own Pass would outweigh each after it.
     """
     kind, max_age = _wanted(gate)
     state = before.state
     mine = sorted((e for e in evidence if e.kind == kind and e.model_digest == context.digest), key=lambda e: e.window_end)
     usable = [e for e in mine if _why_not(e, kind, max_age, context) == ""]
-    failing = [e for e in mine if e.verdict == "Fail" and not e.both_arms and _why_not(e, kind, max_age, context, fail=True) == ""]
+    of_run = [e for e in mine if _why_not(e, kind, max_age, context, fail=True) == ""]
+    failing = [e for e in of_run if e.verdict == "Fail" and not e.both_arms]
+    if gate.failure_limit > 1:  # one Fail is borne, so a later window decides; without that the first one is the last word
+        failing = standing(failing, [e for e in of_run if e.verdict == "Pass"])
     failed = failing[-1] if failing else None
     # Overlapping windows are no second opinion: one counts, unless it says Fail.
     until: datetime | None = None
@@ -369,7 +374,7 @@ def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], 
     return before.model_copy(update={
         "state": state, "statistic": worst, "samples": found.samples, "window_start": found.window_start,
         "window_end": found.window_end, "evidence": found.report or found.job, "lower": None, "upper": None,
-        "failures": len(failing), "verdict": verdict, "message": text,
+        "failures": in_a_row(failing), "verdict": verdict, "message": text,
     })
 
 

@@ -107,7 +107,7 @@ class LocalBackend:
         started = cursor.get("time")
         cursor["counters"] = {n: c.as_data() for n, c in counters.items() if n in names}
         cursor["time"] = now.isoformat()
-        differences, scores_error = self._differences(rollout, status, live, cursor)
+        differences, scores_error = self._differences(rollout, status, live, cursor, now)
         stable_now, stable_before = counters.get(names[0]), old[names[0]]
         if stable_now is None or stable_before is None or not isinstance(started, str):
             return None, cursor
@@ -134,7 +134,7 @@ class LocalBackend:
         return look, cursor
 
     def _differences(
-        self, rollout: ModelRollout, status: RolloutStatus, live: LiveRoute | None, cursor: dict[str, Any],
+        self, rollout: ModelRollout, status: RolloutStatus, live: LiveRoute | None, cursor: dict[str, Any], now: datetime,
     ) -> tuple[tuple[float, ...], str]:
         """New score differences: of pairs while the candidate gets copies, across the arms while it gets live traffic."""
         stable, candidate = status.stable, status.candidate
@@ -144,7 +144,8 @@ class LocalBackend:
             return (), ""
         try:
             differences, after = reading.reader.read(
-                self._state.log(stable.service), self._state.log(candidate.service), candidate.digest, reading.cursor)
+                self._state.log(stable.service), self._state.log(candidate.service), candidate.digest, reading.cursor,
+                now)
         except StateError as e:
             return (), str(e)
         cursor["log"] = after

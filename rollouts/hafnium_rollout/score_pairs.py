@@ -11,8 +11,10 @@ from and the one after: whichever the next status has, memory is as it was there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,13 +22,19 @@ import pyarrow as pa
 
 from hafnium_contract.inference_log import log_files, read_files
 from hafnium_rollout.errors import StateError
+from hafnium_rollout.gates import CLOCK_SKEW_MAX
 from hafnium_rollout.statistics import across
 
 NAMES_MAX = 256
-"""File names remembered per arm. Names begin with their time; one below the oldest remembered came far too late and is left out."""
+"""File names remembered per arm. Names begin with their time; one below the oldest remembered came far too late and is left out.
+
+Names ahead of the clock are remembered apart (`ahead`), as many: among the others they would soon be the oldest, and every true name below
+them. Their files are never read, also when their time has come: rows of another time than they say would count for another step.
+"""
 FILES_PER_LOOK_MAX = 64
 WAITING_MAX = 20_000
 State = TypeVar("State")
+_TIMED = re.compile(r"part-\d{8}T\d{12}-")
 _COLUMNS = ["request_id", "arm", "score", "model_digest"]
 
 
@@ -68,20 +76,22 @@ class ScorePairs:
         """What waits is what goes with this cursor."""
         return self._memory.at(cursor) is not None
 
-    def read(self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """New differences (candidate − stable) and the cursor after them. Raises StateError when a file can't be read.
+    def read(
+        self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any], now: datetime | None = None,
+    ) -> tuple[tuple[float, ...], dict[str, Any]]:
+        """New differences (candidate − stable) and the cursor after them. Raises StateError when a file can't be read, or when all that
+        an arm writes of late is ahead of `now` (None: nothing is).
 
         `digest`: the candidate's; rows of another model under the same service name don't count. An empty cursor marks what
         is there as read: those requests came before the shadow step.
         """
         state = (self._memory.at(cursor) if cursor else None) or _Paired()
-        names_stable, new_stable = _new_files(stable, cursor.get("stable"))
-        names_candidate, new_candidate = _new_files(candidate, cursor.get("candidate"))
+        known, new_stable, new_candidate = _new_files(stable, candidate, cursor, now)
         of_stable = _newest({**state.stable, **_rows(new_stable, "stable", None)})
         of_candidate = _newest({**state.candidate, **_rows(new_candidate, "shadow", digest)})
         both = [k for k in of_candidate if k in of_stable]
         differences = (*state.pending, *(of_candidate.pop(k) - of_stable.pop(k) for k in both))
-        after = _cursor(cursor, names_stable, names_candidate, differences)
+        after = _cursor(cursor, known, differences)
         self._memory.keep(cursor, state, after, _Paired(of_stable, of_candidate))
         return differences, after
 
@@ -111,7 +121,9 @@ class ScoresAcross:
         """What waits is what goes with this cursor."""
         return self._memory.at(cursor) is not None
 
-    def read(self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
+    def read(
+        self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any], now: datetime | None = None,
+    ) -> tuple[tuple[float, ...], dict[str, Any]]:
         """New differences across the arms and the cursor after them; arguments and errors as in ScorePairs.read.
 
         Both services may write to one place, and a gateway that can't set headers per backend leaves every row marked `stable`: so the
@@ -121,8 +133,7 @@ class ScoresAcross:
         state = self._memory.at(cursor) if cursor else _Across()
         if state is None:
             state, cursor = _Across(), {}
-        names_stable, new_stable = _new_files(stable, cursor.get("stable"))
-        names_candidate, new_candidate = _new_files(candidate, cursor.get("candidate"))
+        known, new_stable, new_candidate = _new_files(stable, candidate, cursor, now)
 
         def is_stable(model: str) -> bool:
             return model == self._stable_digest if self._stable_digest else model != digest
@@ -137,7 +148,7 @@ class ScoresAcross:
             if ready[0] and ready[1]:
                 found += across.differences(ready[0], ready[1])
                 of_candidate, of_stable = ([x for x in rows if x[0] > until] for rows in (of_candidate, of_stable))
-        after = {**_cursor(cursor, names_stable, names_candidate, found), "live": True}
+        after = {**_cursor(cursor, known, found), "live": True}
         self._memory.keep(cursor, state, after, _Across(of_stable, of_candidate))
         return found, after
 
@@ -148,12 +159,12 @@ class ScoresAcross:
             self._memory.replace_last(replace(last[1], pending=differences[-WAITING_MAX:]))
 
 
-def _cursor(before: Mapping[str, Any], stable: list[str], candidate: list[str], differences: Sequence[float]) -> dict[str, Any]:
+def _cursor(before: Mapping[str, Any], names: Mapping[str, Any], differences: Sequence[float]) -> dict[str, Any]:
     """The cursor after a read. `taken` grows with each that gave something: without it, differences that come again (they met no look)
     would leave the cursor as it was, and nobody could tell whether they were counted."""
     known = before.get("taken")
     taken = (known if isinstance(known, int) else 0) + bool(differences)
-    return {"stable": stable, "candidate": candidate, **({"taken": taken} if taken else {})}
+    return {**names, **({"taken": taken} if taken else {})}
 
 
 def _timed(files: Sequence[Path], marks: Sequence[str], is_its: Callable[[str], bool]) -> list[tuple[float, float]]:
@@ -175,10 +186,10 @@ def _table(files: Sequence[Path], columns: list[str]) -> pa.Table | None:
         raise StateError(f"inference log: a file can't be read: {e}") from e
 
 
-def unread(names: Sequence[str], read: Sequence[str]) -> list[str]:
+def unread(names: Sequence[str], read: Sequence[str], now: datetime | None = None) -> list[str]:
     """Which of these files, the oldest first, a look reads whose cursor has `read`; bounded."""
-    done, oldest = set(read), forgotten(read)
-    return [n for n in names if n not in done and n > oldest][:FILES_PER_LOOK_MAX]
+    done, oldest, last = set(read), forgotten(read), _last(now)
+    return [n for n in names if n not in done and n > oldest and not _is_ahead(n, last)][:FILES_PER_LOOK_MAX]
 
 
 def forgotten(read: Sequence[str]) -> str:
@@ -186,15 +197,58 @@ def forgotten(read: Sequence[str]) -> str:
     return min(read) if len(read) >= NAMES_MAX else ""
 
 
-def _new_files(folder: Path, known: Any) -> tuple[list[str], list[Path]]:
-    """Names to remember, and files not read yet. `folder` may lack what was read: the cursor has its names."""
+def ahead(names: Iterable[str], now: datetime | None) -> list[str]:
+    """Those of a time that hasn't come; of too many the ones whose time comes first. None: there are none."""
+    last = _last(now)
+    return sorted(n for n in names if _is_ahead(n, last))[:NAMES_MAX]
+
+
+def _last(now: datetime | None) -> str:
+    """Names above it are ahead of the clock. Empty: none is."""
+    return f"part-{(now + CLOCK_SKEW_MAX).astimezone(UTC):%Y%m%dT%H%M%S%f}" if now is not None else ""
+
+
+def _is_ahead(name: str, last: str) -> bool:
+    return last != "" and name > last and _TIMED.match(name) is not None
+
+
+def _new_files(
+    stable: Path, candidate: Path, cursor: Mapping[str, Any], now: datetime | None,
+) -> tuple[dict[str, Any], list[Path], list[Path]]:
+    """Names to remember, as a part of the cursor, and each arm's files that aren't read yet."""
+    passed = cast("dict[str, list[str]]", cursor.get("ahead") or {})
+    names: dict[str, Any] = {}
+    later: dict[str, list[str]] = {}
+    new: list[list[Path]] = []
+    for arm, folder in (("stable", stable), ("candidate", candidate)):
+        names[arm], later[arm], found = _files_of(folder, cursor.get(arm), passed.get(arm, []), now)
+        new.append(found)
+    return names | ({"ahead": later} if any(later.values()) else {}), new[0], new[1]
+
+
+def _files_of(folder: Path, known: Any, passed: Sequence[str], now: datetime | None) -> tuple[list[str], list[str], list[Path]]:
+    """Names to remember, those ahead of the clock apart, and files not read yet.
+
+    `folder` may lack what was read: the cursor has its names.
+    """
     files = log_files(folder)
+    names = [p.name for p in files]
+    last = _last(now)
+    here = f"part-{now.astimezone(UTC):%Y%m%dT%H%M%S%f}" if now is not None else ""
+    due = [n for n in passed if n <= here]  # not before: two minutes of them could push all others out
+    later = sorted({*passed, *ahead(names, now)} - set(due))[:NAMES_MAX]
     if not isinstance(known, list):
-        return [p.name for p in files][-NAMES_MAX:], []
+        return [n for n in names if not _is_ahead(n, last)][-NAMES_MAX:], later, []
     read = [str(n) for n in cast("list[object]", known)]
-    wanted = set(unread([p.name for p in files], read))
-    new = [p for p in files if p.name in wanted]
-    return sorted([*read, *(p.name for p in new)])[-NAMES_MAX:], new
+    wanted = set(unread([n for n in names if n not in passed], read, now))
+    if later and not wanted and now is not None:
+        # One pod of several is borne; an arm whose every file is so must not look as if nobody asked it
+        earliest = _last(now - 2 * CLOCK_SKEW_MAX)
+        if not any(earliest < n <= last for n in (*read, *names) if n not in passed):
+            raise StateError(
+                f"inference log: {later[-1]} is of a time that hasn't come (here it is {now.astimezone(UTC):%Y-%m-%dT%H:%M:%S} UTC), "
+                "and nothing else was written lately: such files are not read. The clock of their pod is wrong, or ours; correct it")
+    return sorted({*read, *wanted, *due})[-NAMES_MAX:], later, [p for p in files if p.name in wanted]
 
 
 def _rows(files: Sequence[Path], arm: str, digest: str | None) -> dict[str, float]:

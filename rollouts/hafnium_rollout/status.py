@@ -167,7 +167,8 @@ class GateStatus(Strict):
     message: str = ""
     """The verdict in a sentence."""
     failures: int = 0
-    """Looks in a row with Fail; for evidence of jobs, findings with Fail in this step."""
+    """Looks in a row with Fail; for evidence of jobs, windows of this run with Fail that don't overlap, since the last Pass if failureLimit
+    is above 1."""
     missing: int | None = None
     """About how many more candidate requests Pass needs."""
     state: GateState = GateState()

@@ -103,7 +103,11 @@ def place(
 
 
 def asked_for(rollout: JSON, bundle: Bundle) -> JSON:
-    """The overlay's ModelRollout for one of the test's bundles, in minutes instead of days."""
+    """The overlay's ModelRollout for one of the test's bundles, in minutes instead of days.
+
+    Its drift gate isn't among them: the CronJob judges whole hours. What the job makes of a log as this canary writes it, every row marked
+    `stable`, is in tests/monitoring/test_drift.py.
+    """
     item = yaml.safe_load(yaml.safe_dump(rollout))
     spec = item["spec"]
     spec["model"] |= {"version": bundle.manifest.model_version, "digest": bundle.manifest.digest,

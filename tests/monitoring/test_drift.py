@@ -157,6 +157,31 @@ def test_a_stable_arm_with_too_few_rows_is_no_data_whatever_the_candidate_looks_
     assert ("transaction_amount" in spec.message) == bool(changes)
 
 
+@pytest.mark.parametrize(("changes", "verdict"), [((), "Pass"), ((AMOUNT_IN_CENTS,), "Fail")], ids=["equal arms", "a unit fault"])
+def test_a_gateway_that_marks_every_row_stable_hides_no_candidate(world: World, changes: tuple[Change, ...], verdict: str) -> None:
+    """KServe's canary, or a gateway that can't set headers per backend: one log, and the model says which arm a row is of."""
+    write_log(world.logs[0], world.candidate, world.matrix(5_000, *changes), "stable", ids="new")
+    write_log(world.logs[0], world.stable, world.matrix(20_000), "stable", ids="old")
+    spec = world.run().evidence
+    assert (spec.verdict, spec.samples) == (verdict, 5_000), spec.message
+
+
+def test_the_stable_models_shadow_copies_are_not_its_answers(world: World) -> None:
+    world.log("candidate", 2_000)
+    write_log(world.logs[1], world.stable, world.matrix(4_000), "shadow")
+    spec = world.run().evidence
+    assert spec.verdict == "NoData"
+    assert "the stable arm has too few rows in the window (0)" in spec.message
+
+
+def test_one_model_in_both_arms_is_told_apart_by_its_mark(world: World) -> None:
+    world.candidate = world.stable
+    world.log("candidate", 2_000)
+    world.log("stable", 4_000)
+    spec = world.run().evidence
+    assert (spec.verdict, spec.samples) == ("Pass", 2_000)
+
+
 def test_a_candidate_with_all_the_traffic_needs_no_stable_rows(world: World) -> None:
     world.log("candidate", 2_000)
     assert world.run().evidence.verdict == "NoData"

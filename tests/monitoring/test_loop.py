@@ -105,6 +105,13 @@ def test_a_window_without_enough_rows_is_no_data_at_its_longest(state: State, lo
     assert [(e.verdict, e.samples) for e in loop.tick(at(62))] == [("NoData", 100)]
 
 
+def test_a_window_closes_behind_a_gateway_that_marks_every_row_stable(state: State, loop: DriftLoop) -> None:
+    loop.tick(at(0))
+    state.traffic("risk-b", "stable", 600, at(1), 8)
+    state.traffic("risk-a", "stable", 900, at(1), 8)
+    assert [(e.verdict, e.samples) for e in loop.tick(at(12))] == [("Pass", 600)]
+
+
 def test_at_weight_100_a_window_does_not_wait_for_the_stable_model(state: State, loop: DriftLoop) -> None:
     state.route("risk-a", "risk-b", weight=100)
     loop.tick(at(0))

@@ -507,6 +507,63 @@ def test_6_evidence_passes_only_when_all_that_could_speak_can_be_read_and_none_f
         assert verdict == (verdicts[-1] if verdicts else "NoData")
 
 
+def _drift_of(limit: int, windows: list[tuple[Any, int, int]], role: str = "Quality") -> tuple[str, int]:
+    """Verdict and failures of a drift gate that finds these (verdict, start and end in s), whatever their order."""
+    now = World().now
+    (gate,) = rollout(gates=[ERRORS, {**DRIFT, "role": role, "failureLimit": limit}]).spec.gates[1:]
+    since = now - timedelta(minutes=9)
+    context = GateContext(
+        now=now, shadow=True, weight=0, digest=CANDIDATE, step_since=since, counts_for_pass=True, counts_for_fail=True,
+        run_since=since, alpha_fail=0.01, alpha_limit=0.01, fresh=timedelta(minutes=1))
+    found = tuple(EvidenceSpec(model_digest=CANDIDATE, kind="drift", verdict=v, samples=10, message=v, created_at=now,
+                               window_start=since + timedelta(seconds=a), window_end=since + timedelta(seconds=b)) for v, a, b in windows)
+    after = judge(gate, GateStatus(name="drift", role=gate.role), None, found, "", context)
+    assert judge(gate, GateStatus(name="drift", role=gate.role), None, found[::-1], "", context) == after
+    return after.verdict, after.failures
+
+
+@pytest.mark.parametrize(("windows", "verdict", "failures"), [
+    ([("Fail", 0, 60)], "Fail", 1),
+    ([("Fail", 0, 60), ("Fail", 60, 120)], "Fail", 2),
+    ([("Fail", 0, 60), ("Pass", 60, 120), ("Pass", 120, 180)], "Pass", 0),
+    ([("Fail", 0, 60), ("Pass", 60, 120), ("Pass", 120, 180), ("Fail", 180, 240)], "Fail", 1),
+    ([("Fail", 0, 60), ("Fail", 30, 90)], "Fail", 1),
+    ([("Pass", 0, 60), ("Fail", 60, 120)], "Fail", 1),
+    ([("Fail", 0, 60), ("Pass", 0, 60)], "Fail", 1),
+    ([("Fail", 0, 60), ("Pass", 30, 120)], "Fail", 1),
+    ([("Fail", 0, 60), ("Pass", 60, 120), ("Fail", 90, 150)], "Fail", 2),
+    ([("Fail", 0, 60), ("Fail", 120, 180), ("Pass", 60, 120)], "Fail", 1),
+    ([("Fail", 0, 60), ("NoData", 60, 120)], "Fail", 1),
+    ([("Fail", 0, 60), ("Inconclusive", 60, 120), ("Fail", 120, 180)], "Fail", 2),
+    ([("Fail", 60, 60), ("Pass", 60, 60)], "Fail", 1),
+], ids=["one", "two in a row", "passes after it", "again after passes", "overlapping fails are one", "an older pass",
+        "a pass about the same window", "an overlapping pass", "a pass that another fail overlaps", "a pass in between", "no data after it",
+        "unclear in between", "one moment"])
+def test_3_findings_with_fail_count_in_a_row_over_windows_that_do_not_overlap(
+    windows: list[tuple[Any, int, int]], verdict: str, failures: int,
+) -> None:
+    assert _drift_of(2, windows) == (verdict, failures)
+    assert _drift_of(1, windows)[0] == _drift_of(1, windows, "Safety")[0] == "Fail", "without a limit the first Fail is the last word"
+
+
+@pytest.mark.parametrize(("verdicts", "phase"), [(["Fail", "Pass", "Pass"], "Progressing"), (["Fail", "Fail"], "RolledBack")])
+def test_3_a_tolerated_finding_holds_until_a_later_window_passes(verdicts: list[Any], phase: str) -> None:
+    steps = [{"shadow": True, "deadline": "2h"}, {"weight": 50, "minDwell": "30m", "deadline": "2h"}, {"weight": 100}]
+    world = World(rollout(gates=[ERRORS, {**DRIFT, "failureLimit": 2}], strategy={"steps": steps}))
+    world.until_step(0)
+    for _ in range(60):
+        world.turn()
+    for n, verdict in enumerate(verdicts):
+        if n == 1:
+            assert (world.status.phase, world.weight) == ("Progressing", 0)
+        world.evidence = (*world.evidence, evidence(world, verdict=verdict))
+        found_at = world.now
+        while world.now < found_at + timedelta(seconds=61):  # so that the next window doesn't overlap
+            world.turn()
+    assert world.status.phase == phase
+    assert (world.weight > 0) == (phase == "Progressing")
+
+
 def test_7_drift_on_both_arms_is_the_world_changing_and_holds() -> None:
     world = _in_shadow()
     world.evidence = (evidence(world, verdict="Fail", both_arms=True),)

@@ -97,6 +97,32 @@ def test_a_damaged_log_file_is_an_error_and_not_silence(tmp_path: Path) -> None:
         pairs.read(stable, candidate, CANDIDATE, cursor)
 
 
+def test_a_pod_whose_clock_is_ahead_does_not_make_the_others_unheard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hafnium_rollout.score_pairs.NAMES_MAX", 30)
+    stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
+    _, cursor = pairs.read(stable, candidate, CANDIDATE, {}, NOW)
+    found = 0
+    for i in range(90):  # a quarter of an hour, in which the time of many of its files comes
+        now = NOW + timedelta(seconds=10 * i)
+        write_log(stable, [(f"good{i}", "stable", 0.5), (f"wrong{i}", "stable", 0.5)], at=now)
+        write_log(candidate, [(f"good{i}", "shadow", 0.7)], at=now)
+        write_log(candidate, [(f"wrong{i}", "shadow", 0.7)], at=now + timedelta(minutes=10), name="wrong")
+        differences, cursor = pairs.read(stable, candidate, CANDIDATE, json.loads(json.dumps(cursor)), now)
+        found += len(differences)
+        assert found == i + 1, "each of the good pod's, and none twice"
+        assert len(cursor["candidate"]) <= 30
+        assert len(cursor["ahead"]["candidate"]) <= 30
+
+
+def test_an_arm_that_writes_nothing_but_files_of_a_time_to_come_is_an_error_that_names_one(tmp_path: Path) -> None:
+    stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
+    _, cursor = pairs.read(stable, candidate, CANDIDATE, {}, NOW)
+    write_log(stable, [("r1", "stable", 0.5)])
+    path = write_log(candidate, [("r1", "shadow", 0.7)], at=NOW + timedelta(hours=1))
+    with pytest.raises(StateError, match=path.name):
+        pairs.read(stable, candidate, CANDIDATE, cursor, NOW + timedelta(seconds=10))
+
+
 def test_what_waits_for_its_partner_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hafnium_rollout.score_pairs.WAITING_MAX", 10)
     stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()

@@ -11,7 +11,7 @@ import pytest
 import hafnium_rollout
 
 PACKAGE = Path(str(hafnium_rollout.__file__)).parent
-PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "actions",
+PURE = ("decide", "approvals", "climbing", "endings", "outside", "people", "intake", "turn", "reporting", "gates", "failing_row", "actions",
         "observation", "status", "objects", "field_types", "steps", "gate_spec", "errors", "planning", "statistics.tilt",
         "statistics.betting", "statistics.dispersion", "statistics.sample_ratio", "statistics.across", "statistics.plan",
         "observation_codec", "record_lines", "replaying", "wrong_clock", "retraining.policy", "evidence_retention", "standing")

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.errors import NotLeading, StateError
+from hafnium_rollout.notifications.notices import Subject, alerts
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.retraining.policy import Attempt, RetrainingPolicy, attempt_id, decide_retraining
 from hafnium_rollout.retraining.trigger import CommandStarter, FileAttempts, Retraining, RetrainingTrigger
@@ -84,6 +85,20 @@ def test_old_evidence_and_an_unknown_stable_model_are_no_reason() -> None:
     assert ask([finding(3), finding(4)], hour=4 + 49) is None
     assert ask([finding(3), finding(4)], status=RolloutStatus()) is None
     assert ask([finding(3), finding(4)], rules=policy(policy="never")) is None
+
+
+def test_weekly_findings_of_labels_that_come_a_month_late_are_a_reason_soon_after_they_are_found() -> None:
+    """As cronjob-performance.yaml writes them: a week that ended 30 days ago. The model decays now as much as when that week was judged."""
+    found_at = (30 * 24, 37 * 24)
+    weeks = [finding(hour - 30 * 24, kind="performance", length=7 * 24).model_copy(update={"created_at": START + hour * HOUR})
+             for hour in found_at]
+    found = ask(weeks, hour=found_at[1] + 6)
+    assert found is not None
+    assert (found.kind, len(found.findings)) == ("performance", 2)
+    assert ask(weeks[:1], hour=found_at[0] + 6) is None
+    assert ask(weeks, hour=found_at[1] + 49) is None, "nobody found that lately"
+    why = decide_retraining(policy(), "risk", STEADY, weeks, (), START + (found_at[1] + 49) * HOUR).reason
+    assert "performance: the newest finding was made 2d1h ago" in why
 
 
 def test_the_same_findings_are_no_second_reason_and_attempts_end() -> None:
@@ -218,14 +233,21 @@ def test_a_command_that_fails_or_hangs_is_told(tmp_path: Path, code: str, deadli
 
     until(lambda: state() == "Failed", "not told")
     assert detail in FileAttempts(tmp_path).load("default/risk")[0].detail
+    points = made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert [(p.event, p.alert) for p in points] == [("RetrainingStarted", True), ("RetrainingFailed", True)]
 
 
 def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
     rules = Retraining(policy="start", command=("/nowhere/train",))
     made = RetrainingTrigger(rules, FileAttempts(tmp_path), CommandStarter(rules.command, HOUR, tmp_path), lambda _: None)
-    made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    points = made.turn(rollout(), STEADY, EVIDENCE, NOW)
     found = FileAttempts(tmp_path).load("default/risk")[0]
     assert (found.state, found.detail) == ("Failed", "/nowhere/train: No such file or directory")
+    assert [(p.event, p.alert, p.time) for p in points] == [("RetrainingFailed", True, NOW)]
+    assert points[0].message.startswith("/nowhere/train: No such file or directory; ")
+    assert made.turn(rollout(), STEADY, EVIDENCE, NOW + HOUR) == points, "the same event, with the same id"
+    told = STEADY.model_copy(update={"history": points})
+    assert [a.name for a in alerts(Subject("default", "risk"), told, NOW)] == ["HafniumRetrainingFailed"]
 
 
 def test_a_proposal_starts_nothing(tmp_path: Path) -> None:
@@ -306,17 +328,20 @@ def test_a_training_that_ran_while_nobody_wrote_that_down_is_not_started_again(t
         on_cluster(tmp_path, starter).turn(rollout(), STEADY, EVIDENCE, NOW)
     assert states(tmp_path) == [state]
     assert len(starter.started) == 1
+    points = on_cluster(tmp_path, starter).turn(rollout(), STEADY, EVIDENCE, NOW)
+    assert [(p.event, p.alert) for p in points] == [(f"Retraining{state}", True)]
 
 
 def test_a_start_that_is_refused_is_tried_again_until_its_time_is_over(tmp_path: Path) -> None:
     starter = Cluster(error=StateError("KubeRay is not installed"))
     made = on_cluster(tmp_path, starter, startWithin="2h")
     for hour in (0.0, 1.0, 2.0):
-        made.turn(rollout(), STEADY, EVIDENCE, NOW + hour * HOUR)
+        assert made.turn(rollout(), STEADY, EVIDENCE, NOW + hour * HOUR) == (), "nothing has started"
         assert states(tmp_path) == ["Intended"]
     starter.error = None
-    made.turn(rollout(), STEADY, EVIDENCE, NOW + 3 * HOUR)
+    points = made.turn(rollout(), STEADY, EVIDENCE, NOW + 3 * HOUR)
     assert states(tmp_path) == ["Failed"]
+    assert [(p.event, p.alert, p.time) for p in points] == [("RetrainingFailed", True, NOW + 3 * HOUR)]
     assert starter.started == [], "what it was to learn from is of yesterday"
     detail = FileAttempts(tmp_path).load("default/risk")[0].detail
     assert "within 2h (can't be started yet: KubeRay is not installed)" in detail
@@ -327,10 +352,22 @@ def test_a_start_that_worked_at_last_is_started_once(tmp_path: Path) -> None:
     made = on_cluster(tmp_path, starter)
     made.turn(rollout(), STEADY, EVIDENCE, NOW)
     starter.error = None
-    for _ in range(3):
-        made.turn(rollout(), STEADY, EVIDENCE, NOW)
+    for minutes in (30, 40, 50):
+        points = made.turn(rollout(), STEADY, EVIDENCE, NOW + timedelta(minutes=minutes))
+        assert [(p.event, p.time) for p in points] == [("RetrainingStarted", NOW + timedelta(minutes=30))], "when it started"
     assert states(tmp_path) == ["Started"]
     assert len(starter.started) == 1
+
+
+def test_attempts_of_the_release_before_are_told_as_they_were_or_not_at_all(tmp_path: Path) -> None:
+    """It wrote no times. Who was told that a training started isn't told again, and nobody hears of a failure of last year."""
+    known = [Attempt(id=state, time=NOW, digest=STABLE, kind="drift", findings=(), message="geo moved", state=state)
+             for state in ("Proposed", "Started", "Succeeded", "Failed", "Unknown")]
+    FileAttempts(tmp_path).save("default/risk", known)
+    points = on_cluster(tmp_path, Cluster()).turn(rollout(), STEADY, (), NOW + HOUR)
+    assert [(p.event, p.time, p.message) for p in points] == [
+        ("RetrainingProposed", NOW, "geo moved (Proposed)"), ("RetrainingStarted", NOW, "geo moved (Started)"),
+        ("RetrainingStarted", NOW, "geo moved (Succeeded)")]
 
 
 def test_who_lost_the_lease_writes_no_attempt_any_more(tmp_path: Path) -> None:

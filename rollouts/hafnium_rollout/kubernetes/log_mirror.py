@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hafnium_rollout.errors import StateError
-from hafnium_rollout.score_pairs import NAMES_MAX, forgotten, unread
+from hafnium_rollout.score_pairs import NAMES_MAX, ahead, forgotten, unread
 
 FILE_BYTES_MAX = 64 * 1024 * 1024
 """The transformer's largest are 5,000 rows: half a megabyte."""
@@ -130,13 +130,17 @@ class LogMirror:
         all_read = "" if len(lists) < len(known) else min((forgotten(read) for read in lists), default="")
         files = self._files(_days(now, all_read))
         names = [f.name for f in files]
-        wanted = {n for read in lists for n in unread(names, read)}
+        wanted = {n for read in lists for n in unread(names, read, now)}
         fetched = _first(f for f in files if f.name in wanted)
         held.enter_context(self._room.take(sum(f.size for f in fetched)))
         self._scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(held.enter_context(TemporaryDirectory(dir=self._scratch, prefix="read-")))
-        for file in files[-NAMES_MAX:] if len(lists) < len(known) else ():
-            _made(folder / file.place).touch()
+        # Of these only the names count: what came before, and what is ahead of the clock
+        later = set(ahead(names, now))
+        before = {f.name for f in [f for f in files if f.name not in later][-NAMES_MAX:]} if len(lists) < len(known) else set[str]()
+        for file in files:
+            if file.name in before or file.name in later:
+                _made(folder / file.place).touch()
         for file in fetched:
             _made(folder / file.place).write_bytes(self._contents(file))
         return folder

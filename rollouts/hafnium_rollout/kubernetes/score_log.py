@@ -114,7 +114,7 @@ class ScoreLog:
             with ExitStack() as held:
                 # Both arms may write to one place: then what either hasn't read is fetched, and once.
                 folders = {p: self._folder(p, now, [k for k, q in zip(known, places, strict=True) if q == p], held) for p in set(places)}
-                return reading.reader.read(folders[places[0]], folders[places[1]], digest, reading.cursor)
+                return reading.reader.read(folders[places[0]], folders[places[1]], digest, reading.cursor, now)
 
         return self._await(key, _Late(reading, _Read(do)))
 

@@ -26,6 +26,7 @@ EVENT_ALERT_LASTS = timedelta(minutes=15)
 _EVENT_ALERTS = (
     ("BlindStepDown", "HafniumRolloutBlind"), ("ExternalChange", "HafniumRolloutChangedOutside"),
     ("RetrainingProposed", "HafniumRetrainingProposed"), ("RetrainingStarted", "HafniumRetrainingStarted"),
+    ("RetrainingFailed", "HafniumRetrainingFailed"), ("RetrainingUnknown", "HafniumRetrainingUnknown"),
 )
 
 

@@ -37,7 +37,8 @@ class RetrainingPolicy(Strict):
     findings: int = Field(default=2, ge=1, le=20)
     """Fails in a row over windows that don't overlap. One of a hundred windows fails by chance; two in a row say that it lasts."""
     max_age: Duration = timedelta(hours=48)
-    """The newest of them must be so fresh. Daily jobs that were late once still count."""
+    """The newest of them must have been found so lately, however old its window is (labels come late). Daily jobs that were late once
+    still count."""
     cool_down: Duration = timedelta(days=7)
     """Between two attempts for a rollout, whatever model. A training and its rollout should have ended by then."""
     attempts_max: int = Field(default=3, ge=1, le=100)
@@ -73,6 +74,10 @@ class Attempt(Strict):
     Unknown: it may have been started, and nothing is left of it to tell."""
     detail: str = ""
     """What was started, or why it wasn't."""
+    started_at: AwareDatetime | None = None
+    """When it was seen to have started; None: it didn't, or the release before wrote this."""
+    ended_at: AwareDatetime | None = None
+    """When it was seen to have succeeded or failed, or to be unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,10 @@ def _failing(
     newest = mine[0]
     if newest.verdict != "Fail":
         return [], f"the newest finding says {newest.verdict}"
-    if now - newest.window_end > policy.max_age:
-        return [], f"the newest finding is {format_duration(timedelta(seconds=round((now - newest.window_end).total_seconds())))} old"
+    # By when it was found: labels come a month late, and a window that waits for them is old before anybody can judge it
+    age = now - max(newest.window_end, newest.created_at)
+    if age > policy.max_age:
+        return [], f"the newest finding was made {format_duration(timedelta(seconds=round(age.total_seconds())))} ago"
     row: list[EvidenceSpec] = []
     for e in mine:
         if row and e.window_end > row[-1].window_start:

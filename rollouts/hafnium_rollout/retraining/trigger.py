@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -163,8 +163,8 @@ class RetrainingTrigger:
     def turn(
         self, rollout: ModelRollout, status: RolloutStatus, evidence: Sequence[EvidenceSpec], now: datetime,
     ) -> tuple[HistoryPoint, ...]:
-        """Does what is due. Returns all attempts as events, for notifications. Raises StateError, OSError or HafniumError; NotLeading
-        when another process does the same by now."""
+        """Does what is due. Returns what became of all attempts, as events for notifications. Raises StateError, OSError or HafniumError;
+        NotLeading when another process does the same by now."""
         if self.settings.policy == "never":
             return ()
         key = f"{rollout.metadata.namespace}/{rollout.name}"
@@ -173,19 +173,18 @@ class RetrainingTrigger:
         if decision.attempt is not None:
             history = (*history, decision.attempt)
             self.attempts.save(key, history)  # the intent first: after a crash it is found here, and no second one is made
-            self.log({"time": now, "level": "warning", "rollout": rollout.name, "event": _event(decision.attempt),
-                      "message": decision.attempt.message, "id": decision.attempt.id, "alert": True})
+            self.log({"time": now, "level": "warning", "rollout": rollout.name, "event": f"Retraining{decision.attempt.state}",
+                      "message": decision.attempt.message, "id": decision.attempt.id, "alert": decision.attempt.state == "Proposed"})
         for number, attempt in enumerate(history):
             after = self._carried_on(key, history, number, rollout, status, now)
             if after != attempt:
+                after = _timed(attempt, after, now)
                 history = (*history[:number], after, *history[number + 1:])
                 self.attempts.save(key, history)
                 level = "error" if after.state in ("Failed", "Unknown") else "info"
                 self.log({"time": now, "level": level, "rollout": rollout.name, "event": f"Retraining{after.state}", "id": after.id,
                           "message": after.detail})
-        return tuple(
-            HistoryPoint(time=a.time, event=_event(a), weight=0, reason=a.kind, message=f"{a.message} ({a.id})", alert=True)
-            for a in history)
+        return tuple(point for a in history for point in _points(a))
 
     def _carried_on(
         self, key: str, history: Sequence[Attempt], number: int, rollout: ModelRollout, status: RolloutStatus, now: datetime,
@@ -222,8 +221,30 @@ class RetrainingTrigger:
         return attempt
 
 
-def _event(attempt: Attempt) -> str:
-    return "RetrainingProposed" if attempt.state == "Proposed" else "RetrainingStarted"
+def _timed(before: Attempt, after: Attempt, now: datetime) -> Attempt:
+    """With the time at which it came to its state."""
+    if after.state == before.state:
+        return after
+    if after.state == "Started":
+        return after.model_copy(update={"started_at": now})
+    return after.model_copy(update={"ended_at": now}) if after.state in ("Succeeded", "Failed", "Unknown") else after
+
+
+def _points(attempt: Attempt) -> Iterator[HistoryPoint]:
+    """What receivers hear of it: what has come about, when it did. An intent alone is nothing yet: it is started, or fails and says so.
+
+    The release before told of each attempt that it was started, at the time of its intent, and wrote no other times. What was true of that
+    keeps its time, and so its id; of the rest nothing is told so late.
+    """
+    def point(event: str, time: datetime, text: str) -> HistoryPoint:
+        return HistoryPoint(time=time, event=event, weight=0, reason=attempt.kind, message=f"{text} ({attempt.id})", alert=True)
+
+    if attempt.state == "Proposed":
+        yield point("RetrainingProposed", attempt.time, attempt.message)
+    elif attempt.started_at is not None or attempt.state in ("Started", "Succeeded"):
+        yield point("RetrainingStarted", attempt.started_at or attempt.time, attempt.message)
+    if attempt.state in ("Failed", "Unknown") and attempt.ended_at is not None:
+        yield point(f"Retraining{attempt.state}", attempt.ended_at, f"{attempt.detail}; {attempt.message}")
 
 
 def proposal(attempt: Attempt, rollout: ModelRollout, stable: ModelSeen) -> str:
