@@ -138,7 +138,7 @@ def watch(where: Where, name: str, wait: Callable[[float], object], *, poll_s: f
         s = store.known_status(name)[0]
         wanted = _wanted(store, name)
         mine = s.candidate is not None and s.candidate.digest == wanted
-        began = max((p.time for p in s.history if p.event == "Started"), default=None)
+        began = max((p.time for p in s.history if p.event in ("Started", "StableAskedAgain")), default=None)
         for point in s.history if mine else ():
             key = (point.time, point.event, point.message)
             late = (last is not None and point.time < last) or (began is not None and point.time < began)

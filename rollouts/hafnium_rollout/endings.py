@@ -185,9 +185,10 @@ def finished(turn: Turn) -> Outcome | None:
         return kept  # but a fight that was left to a person holds up no later model: its run begins with a put back
     stable = turn.status.stable
     if stable is not None and stable.digest == digest:
-        known = status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest
-        turn = turn if known else turn.update(phase="Promoted", candidate=stable, run_id=status.run_id or digest[7:15])
-        return Outcome(turn.update(reason="Promoted", message=f"{stable.service} answers all requests"), at_rest(turn))
+        turn = _stable_again(turn, stable)
+        last = turn.status.taken_back
+        text = f"{stable.service} answers all requests{f'; the last run, of {last.service}, was taken back' if last is not None else ''}"
+        return Outcome(turn.update(reason="Promoted", message=text), at_rest(turn))
     if digest in turn.status.rejected_digests:
         if status.phase == "RolledBack" and status.candidate is not None and status.candidate.digest == digest:
             return Outcome(turn, at_rest(turn))  # reason and message stay those of the rollback
@@ -199,6 +200,19 @@ def finished(turn: Turn) -> Outcome | None:
         why = "the route can't be read" if turn.seen.route is None else "the route isn't of a form that names one service for all requests"
         return hold(turn, "Waiting", f"{why}, so it isn't known who is stable")
     return Outcome(_begin(turn), at_rest(turn))
+
+
+def _stable_again(turn: Turn, stable: ModelSeen) -> Turn:
+    """The stable model is asked for. A run that was taken back before stays the last one: its evidence is about its own model alone."""
+    status = turn.status
+    candidate = status.candidate
+    if status.phase == "Promoted" and candidate is not None and candidate.digest == stable.digest:
+        return turn
+    if status.phase == "RolledBack" and candidate is not None and candidate.digest != stable.digest:
+        turn = turn.update(phase="Promoted", candidate=stable, taken_back=candidate)
+        text = f"the stable model {stable.digest[:19]} is asked for again; {stable.service} answers all requests"
+        return turn.say("StableAskedAgain", "StableAskedAgain", text)
+    return turn.update(phase="Promoted", candidate=stable, run_id=status.run_id or stable.digest[7:15])
 
 
 def _asks_for_another(turn: Turn) -> bool:
@@ -222,7 +236,7 @@ def _begin(turn: Turn) -> Turn:
     )
     turn = turn.update(
         phase="Pending", run_id=f"{model.digest[7:15]}-{turn.now:%Y%m%dT%H%M%S}", started_at=turn.now, candidate=candidate,
-        step=None, gates=(), rollback=None, force_promote=False, sample_ratio=RatioState(), sample_ratio_message="",
+        taken_back=None, step=None, gates=(), rollback=None, force_promote=False, sample_ratio=RatioState(), sample_ratio_message="",
         external_changes=(), had_weight=False, unready=None,
     )
     if status.stable is not None:

@@ -63,6 +63,44 @@ def run(folder: Path, *, bad: float = 0.01, turns: int = 150, limits: RecordLimi
     return world
 
 
+def recorded(writer: RecordWriter, world: World, turns: int) -> None:
+    """Turns of the world, each written to the record."""
+    observe = world.observe
+    for _ in range(turns):
+        seen: list[Observation] = []
+        world.observe = lambda s, seen=seen: seen.append(observe(s)) or seen[0]  # type: ignore[method-assign,func-returns-value]
+        before = world.status
+        decision = world.turn()
+        writer.write(world.spec, before, seen[0], world.now, decision)
+    world.observe = observe  # type: ignore[method-assign]
+
+
+DRIFT = [*GATES[:1], {"name": "drift", "role": "Safety", "drift": {}}]
+STABLE_AGAIN = {"digest": STABLE, "version": "1", "storageUri": "file:///bundles/1"}
+
+
+def failed_by_drift(writer: RecordWriter) -> World:
+    """A job finds drift of model 2; it is taken back and rejected."""
+    world = World(rollout(gates=DRIFT, approvals={"required": ["risk"]}), approvals=frozenset({"risk"}))
+    recorded(writer, world, 8)
+    world.evidence = (finding(world, CANDIDATE),)
+    recorded(writer, world, 12)
+    assert world.status.phase == "RolledBack"
+    return world
+
+
+def in_folder(state: Path, world: World) -> FolderStore:
+    """What the controller leaves in a state folder whose record is there already."""
+    folder = StateFolder(state)
+    folder.objects.mkdir(parents=True)
+    (state / "status").mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(rollout_data(world.spec)))
+    folder.status("risk").write_text(world.status.model_dump_json())
+    for e in world.evidence:
+        write_evidence(folder.evidence, e)
+    return FolderStore(state)
+
+
 class Reader(HTMLParser):
     """Tags, attributes and text of a page; complains about tags that don't match."""
 
@@ -177,6 +215,37 @@ def test_a_record_with_a_queued_model_tells_the_approvals_of_the_one_under_way(t
     text = Reader.of(commands.report_of_record(tmp_path, now=START)).text
     assert f"Approvals are of {CANDIDATE}, trained by thea. Required: security. All are given." in text
     assert f"The ModelRollout asks for {OTHER} next" in text
+
+
+@pytest.mark.parametrize("source", ["state folder", "record"])
+def test_a_model_that_was_taken_back_stays_the_last_run_when_the_stable_one_is_asked_for_again(tmp_path: Path, source: str) -> None:
+    """`git revert`: the page about the failed run is the one that the risk officer needs now."""
+    writer = RecordWriter(StateFolder(tmp_path).record("risk"))
+    world = failed_by_drift(writer)
+    world.spec = rollout(gates=DRIFT, approvals={"required": ["risk"]}, model=STABLE_AGAIN)
+    recorded(writer, world, 3)
+    assert world.events.count("StableAskedAgain") == 1
+    assert (world.status.phase, world.status.weight) == ("Promoted", 100)
+    store = in_folder(tmp_path, world)
+    found = from_store(store, "risk", START) if source == "state folder" else from_record(StateFolder(tmp_path).record("risk"), START)
+    assert {p.weight for p in found.history} == {0}, "no plot shows the failed model at 100 %"
+    text = Reader.of(page(found)).text
+    assert re.search(r"Model 1 \(sha256:bbbbbbbbbbbb\) is in production; the last run, of Model 2 \(sha256:aaaaaaaaaaaa\), was taken back "
+                     r"after \d+s\. GateFailed: Safety gate drift", text)
+    approved = "All are given" if source == "record" else "Missing: risk"
+    for part in ("Rollout of risk 2", "1 findings", "geo moved", f"Approvals are of {CANDIDATE}", approved):
+        assert part in text, part
+    assert "was promoted" not in text
+    assert "next: approvals of that one" not in text
+
+
+def test_watch_of_a_model_that_is_asked_for_again_tells_nothing_of_the_one_that_was_taken_back(tmp_path: Path) -> None:
+    world = failed_by_drift(RecordWriter(tmp_path / "record"))
+    world.spec = rollout(gates=DRIFT, model=STABLE_AGAIN)
+    world.turn()
+    state = tmp_path / "state"
+    in_folder(state, world)
+    assert [p.event for p in commands.watch(state, "risk", pytest.fail)] == ["StableAskedAgain"]
 
 
 def test_a_changed_record_is_named_in_the_report(tmp_path: Path) -> None:

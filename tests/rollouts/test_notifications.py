@@ -20,7 +20,7 @@ import pytest
 import yaml
 from hafnium_receiver import LIMIT_S, Receiver, receiver
 from hafnium_rollout_gateway import free_port
-from hafnium_rollout_world import START, World, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, STABLE, START, World, rollout
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -116,6 +116,22 @@ def test_an_unsent_event_of_an_earlier_candidate_does_not_name_the_present_one()
         world.turn()
     found = {n.point.event + n.run_id: n.model.get("version", "") for n in notices(SUBJECT, world.status, ("phases",))}
     assert found == {"Started": "", "Promoted": "", f"Started{world.status.run_id}": "3"}
+
+
+def test_an_unsent_event_of_a_model_that_was_taken_back_never_names_the_stable_one() -> None:
+    """The stable model is asked for again before a receiver was told what became of the other."""
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    run = world.status.run_id
+    world.spec = rollout(model={"digest": STABLE, "version": "1"})
+    for _ in range(3):
+        world.turn()
+    found = [(n.point.event, n.run_id, n.model.get("digest", "")) for n in notices(SUBJECT, world.status, ("phases", "alerts"))]
+    assert found == [(event, run, CANDIDATE) for event in ("Started", "Rollback", "RolledBack")]
+    world.spec, world.candidate_digest = rollout(model={"digest": OTHER, "version": "3"}), OTHER
+    world.turn()
+    assert world.status.taken_back is None
+    assert [n.model.get("version", "") for n in notices(SUBJECT, world.status, ("phases",))] == ["", "", "3"]
 
 
 # --- webhooks -----------------------------------------------------------------------------------------------------------------

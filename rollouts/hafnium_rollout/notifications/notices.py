@@ -74,9 +74,10 @@ def wanted(point: HistoryPoint, groups: Iterable[Group]) -> bool:
 
 def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) -> list[Notice]:
     """All events in the history that a receiver of these groups gets, oldest first."""
-    candidate = status.candidate
+    candidate = status.taken_back or status.candidate
     model = {} if candidate is None else {"version": candidate.version, "digest": candidate.digest, "storageUri": candidate.storage_uri}
     began = max((p.time for p in status.history if p.event == "Started"), default=None)
+    over = max((p.time for p in status.history if p.event == "StableAskedAgain"), default=began) if status.taken_back is not None else None
     seen: Counter[tuple[str, str, str]] = Counter()
     out: list[Notice] = []
     for point in status.history:
@@ -88,7 +89,8 @@ def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) ->
             continue
         text = "\n".join((subject.key, *what, str(number)))
         # Only events of the present run are about the present candidate; an older one that is still unsent must not name it.
-        present = began is None or point.time >= began
+        # Nor is the stable model, when it is asked for again, what an unsent one of the run before is about.
+        present = (began is None or point.time >= began) and (over is None or point.time < over)
         out.append(Notice(hashlib.sha256(text.encode()).hexdigest()[:32], subject, point, model if present else {},
                           status.run_id if present else ""))
     return out
