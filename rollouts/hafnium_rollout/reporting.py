@@ -78,8 +78,11 @@ def _conditions(before: RolloutStatus, turn: Turn) -> tuple[Condition, ...]:
     old = {c.type: c for c in before.conditions}
     blocking = [g for g in status.gates if g.role != "Advisory"]
     converged = seen.live is not None and status.route is not None and live_matches(seen.live, status.route)
+    # Who waits for the model that they ask for must not be told that it is there while another one answers in its place.
+    asked, stable = turn.rollout.spec.model.digest, status.stable.digest if status.stable is not None else ""
+    refused = status.phase == "Promoted" and asked != stable and asked in status.rejected_digests
     facts: list[tuple[str, bool | None, str, str]] = [
-        ("Ready", status.phase == "Promoted", status.phase, status.message),
+        ("Ready", status.phase == "Promoted" and not refused, "DigestRejected" if refused else status.phase, status.message),
         ("Progressing", status.phase in ("Pending", "Progressing"), status.reason or status.phase, status.message),
         ("GatesPassing", all(g.verdict == "Pass" for g in blocking) if blocking and step else None, "Verdicts",
          ", ".join(f"{g.name} {g.verdict}" for g in blocking)),

@@ -239,6 +239,18 @@ def test_a_model_that_was_taken_back_stays_the_last_run_when_the_stable_one_is_a
     assert "next: approvals of that one" not in text
 
 
+def test_a_rejected_model_that_is_asked_for_again_is_not_taken_for_the_one_in_production(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path)
+    world = failed_by_drift(writer)
+    world.spec, world.candidate_digest = rollout(model={"digest": OTHER, "version": "3"}), OTHER
+    recorded(writer, world, 150)
+    world.spec = rollout(gates=DRIFT)
+    recorded(writer, world, 3)
+    text = Reader.of(commands.report_of_record(tmp_path, now=START)).text
+    assert "Model 3 (sha256:cccccccccccc) was promoted after" in text
+    assert "was taken back" not in text
+
+
 def test_watch_of_a_model_that_is_asked_for_again_tells_nothing_of_the_one_that_was_taken_back(tmp_path: Path) -> None:
     world = failed_by_drift(RecordWriter(tmp_path / "record"))
     world.spec = rollout(gates=DRIFT, model=STABLE_AGAIN)

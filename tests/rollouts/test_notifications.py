@@ -38,7 +38,7 @@ from hafnium_rollout.notifications.settings import Alertmanager, Notifications, 
 from hafnium_rollout.notifications.webhook import WebhookCourier, signature
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.state_folder import StateFolder
-from hafnium_rollout.status import RolloutStatus
+from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
 SUBJECT = Subject("default", "risk")
 Lines = list[dict[str, Any]]
@@ -370,6 +370,29 @@ def test_what_needs_somebody_is_an_alert_as_long_as_it_is_so() -> None:
         bad.turn()
         names += [a.name for a in alerts(SUBJECT, bad.status, bad.now) if a.name not in names]
     assert names == ["HafniumRolloutRollingBack", "HafniumRolloutRolledBack"]
+
+
+def test_an_alert_about_a_model_that_was_taken_back_never_tells_of_another_one() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    before = alerts(SUBJECT, world.status, world.now)
+    world.status = world.status.model_copy(update={"rejected_digests": (*world.status.rejected_digests, OTHER)})
+    world.spec = rollout(model={"digest": OTHER, "version": "3"})
+    world.turn()
+    assert (world.status.reason, world.status.message) == (
+        "DigestRejected", "sha256:cccccccccccc was rejected; only Retry clears that"), "nor is it put down to what another one did"
+    after = alerts(SUBJECT, world.status, world.now)
+    assert [(a.name, a.labels, a.message) for a in after] == [(a.name, a.labels, a.message) for a in before]
+    assert after[0].digest == CANDIDATE[7:15]
+
+
+def test_an_alert_about_a_retraining_names_the_model_that_decays() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    proposed = HistoryPoint(time=world.now, event="RetrainingProposed", weight=0, message="drift of the stable model", alert=True)
+    status = world.status.model_copy(update={"history": (*world.status.history, proposed)})
+    found = {a.name: a.digest for a in alerts(SUBJECT, status, world.now)}
+    assert found == {"HafniumRolloutRolledBack": CANDIDATE[7:15], "HafniumRetrainingProposed": STABLE[7:15]}
 
 
 def test_a_change_from_outside_is_an_alert_for_a_while() -> None:
