@@ -28,6 +28,7 @@ from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, O
 from hafnium_rollout.planning import expected_s, plan_rollout
 from hafnium_rollout.record import read_record
 from hafnium_rollout.replay_story import Summary, tell
+from hafnium_rollout.reporting import weight_wanted
 from hafnium_rollout.standing import Standing
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
@@ -76,7 +77,7 @@ def status(where: Where, name: str | None = None, *, now: datetime | None = None
 
 def _row(name: str, s: RolloutStatus, unknown: tuple[str, ...], now: datetime) -> dict[str, Any]:
     step = s.step
-    weight = 100 if s.phase == "Promoted" else step.weight_desired if step is not None else 0
+    weight = weight_wanted(s)
     return {
         "name": name, "phase": s.phase, "step": None if step is None else step.index, "weight": weight,
         "weightObserved": None if step is None else step.weight_observed,

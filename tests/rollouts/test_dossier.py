@@ -251,6 +251,22 @@ def test_a_rejected_model_that_is_asked_for_again_is_not_taken_for_the_one_in_pr
     assert "was taken back" not in text
 
 
+def test_status_shows_no_weight_for_a_candidate_that_goes_back(tmp_path: Path) -> None:
+    """It takes a while here, since somebody asks it past the gateway."""
+    world = World(stray=3)
+    world.until_step(2)
+    world.bad_candidate = 0.5
+    while world.status.rollback is None:
+        world.turn()
+    for _ in range(3):
+        world.turn()
+    assert world.status.step is not None
+    in_folder(tmp_path, world)
+    row = commands.status(tmp_path, "risk")["rollouts"][0]
+    assert (row["weight"], row["weightObserved"]) == (0, 0)
+    assert commands.status_table(tmp_path, "risk").splitlines()[1].split()[:4] == ["risk", "Progressing", str(row["step"]), "0%"]
+
+
 def test_watch_of_a_model_that_is_asked_for_again_tells_nothing_of_the_one_that_was_taken_back(tmp_path: Path) -> None:
     world = failed_by_drift(RecordWriter(tmp_path / "record"))
     world.spec = rollout(gates=DRIFT, model=STABLE_AGAIN)
