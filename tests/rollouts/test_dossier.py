@@ -267,6 +267,23 @@ def test_status_shows_no_weight_for_a_candidate_that_goes_back(tmp_path: Path) -
     assert commands.status_table(tmp_path, "risk").splitlines()[1].split()[:4] == ["risk", "Progressing", str(row["step"]), "0%"]
 
 
+@pytest.mark.parametrize("source", ["state folder", "record"])
+def test_a_finding_that_was_removed_since_is_still_in_the_report_of_the_run(tmp_path: Path, source: str) -> None:
+    record = StateFolder(tmp_path).record("risk")
+    writer = RecordWriter(record)
+    world = failed_by_drift(writer)
+    world.evidence = (finding(world, STABLE),)
+    world.actions = (UserAction(type="Promote", id="p1", candidate_digest=CANDIDATE),)
+    recorded(writer, world, 1)
+    world.evidence = ()
+    store = in_folder(tmp_path, world)
+    found = from_store(store, "risk", START) if source == "state folder" else from_record(record, START)
+    assert [e.model_digest for e in found.evidence] == [CANDIDATE, STABLE]
+    world.spec, world.candidate_digest = rollout(gates=DRIFT, model={"digest": OTHER, "version": "3"}), OTHER
+    recorded(writer, world, 3)
+    assert [e.model_digest for e in from_record(record, START).evidence] == [], "what an earlier run saw is that run's"
+
+
 def test_watch_of_a_model_that_is_asked_for_again_tells_nothing_of_the_one_that_was_taken_back(tmp_path: Path) -> None:
     world = failed_by_drift(RecordWriter(tmp_path / "record"))
     world.spec = rollout(gates=DRIFT, model=STABLE_AGAIN)

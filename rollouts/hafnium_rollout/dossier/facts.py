@@ -93,7 +93,8 @@ def from_store(store: RolloutStore, name: str, now: datetime) -> Facts:
     approvals = store.approvals()
     given = [ApprovalSpec(model_digest=a.digest, stage=a.stage, approver=a.approver) for a in approvals]
     counted = count(given, *_about(rollout, status))
-    found = _facts(rollout, status, store.evidence(), approvals, counted, recorded, files, now)
+    evidence = (*store.evidence(), *(recorded.evidence if recorded is not None else ()))
+    found = _facts(rollout, status, dict.fromkeys(evidence), approvals, counted, recorded, files, now)
     return replace(found, unknown=unknown)
 
 
@@ -168,6 +169,7 @@ class _Recorded:
     rollout: ModelRollout
     status: RolloutStatus
     evidence: tuple[EvidenceSpec, ...]
+    """All that turns of the last run saw, and later ones: what was removed since is still what it was decided on."""
     asked: tuple[Asked, ...]
     approved: dict[str, datetime]
     """Stage → when it was first seen to be approved."""
@@ -180,6 +182,7 @@ class _Recorded:
     @classmethod
     def read(cls, files: Sequence[Path]) -> _Recorded:
         asked: dict[str, Asked] = {}
+        findings: dict[EvidenceSpec, None] = {}
         approved: dict[str, datetime] = {}
         last: list[RecordedTurn] = []
         status, about, counted = RolloutStatus(), "", Counted()
@@ -205,8 +208,13 @@ class _Recorded:
                 yield entry
 
         turns = different = breaks = 0
+        run = ""
         for turn in replay(watched()):
             if isinstance(turn, ReplayedTurn):
+                if turn.recorded.status.run_id != run:
+                    findings.clear()
+                    run = turn.recorded.status.run_id
+                findings |= dict.fromkeys(last[0].seen.evidence)
                 turns, different, status = turns + 1, different + (not turn.equal), turn.recorded.status
             else:
                 breaks += 1
@@ -215,5 +223,4 @@ class _Recorded:
         exact = "every decision was found again from what was recorded" if not different else (
             f"{different} of them do NOT end as recorded: another version decided, or the record was changed")
         sentence = f"{turns} recorded turns were decided again: {exact}" + (f"; turns are missing in {breaks} places" if breaks else "")
-        seen = last[0].seen
-        return cls(last[0].rollout, status, seen.evidence, tuple(asked.values()), approved, about, counted, sentence)
+        return cls(last[0].rollout, status, tuple(findings), tuple(asked.values()), approved, about, counted, sentence)
