@@ -25,6 +25,7 @@ from hafnium_rollout.observation import Observation
 from hafnium_rollout.record import RecordLimits, RecordWriter, record_files
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.state_folder import StateFolder
+from hafnium_rollout.status import IDS_MAX
 from hafnium_rollout.stores import FolderStore
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x">\'"&'
@@ -282,6 +283,16 @@ def test_a_finding_that_was_removed_since_is_still_in_the_report_of_the_run(tmp_
     world.spec, world.candidate_digest = rollout(gates=DRIFT, model={"digest": OTHER, "version": "3"}), OTHER
     recorded(writer, world, 3)
     assert [e.model_digest for e in from_record(record, START).evidence] == [], "what an earlier run saw is that run's"
+
+
+def test_a_wish_that_the_status_has_forgotten_was_acted_on_all_the_same(tmp_path: Path) -> None:
+    world, writer = World(), RecordWriter(tmp_path)
+    for i in range(IDS_MAX + 6):
+        world.actions = (UserAction(type="Retry", id=f"wish{i}", candidate_digest=CANDIDATE),)
+        recorded(writer, world, 1)
+    assert "wish0" not in world.status.handled_actions
+    assert "wish0" in page(from_record(tmp_path, START))
+    assert "not acted on" not in page(from_record(tmp_path, START))
 
 
 def test_watch_of_a_model_that_is_asked_for_again_tells_nothing_of_the_one_that_was_taken_back(tmp_path: Path) -> None:

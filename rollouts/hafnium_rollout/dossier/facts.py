@@ -57,6 +57,8 @@ class Facts:
     counted: Counted
     """Approvals of that model, by the rule that the controller has."""
     asked: tuple[Asked, ...]
+    acted_on: frozenset[str]
+    """Ids of wishes that were acted on. Those that the status has forgotten since are in it where a record tells of them."""
     asked_from_record: bool
     """`asked` is every wish of the recorded time. Otherwise it is what the ModelRollout still holds: the last one."""
     replayed: str
@@ -131,6 +133,7 @@ def _facts(
     return Facts(
         rollout=rollout, status=status, history=last_run(status), evidence=mine, approvals=given,
         approved_digest=about, trained_by=trained_by, counted=counted, asked=asked,
+        acted_on=frozenset(status.handled_actions) | (recorded.acted_on if recorded is not None else frozenset()),
         asked_from_record=recorded is not None, sources=tuple(sources), made_at=now, version=hafnium_version(),
         replayed=recorded.sentence if recorded is not None else "there is no record of the turns, so nothing was replayed",
     )
@@ -171,6 +174,7 @@ class _Recorded:
     evidence: tuple[EvidenceSpec, ...]
     """All that turns of the last run saw, and later ones: what was removed since is still what it was decided on."""
     asked: tuple[Asked, ...]
+    acted_on: frozenset[str]
     approved: dict[str, datetime]
     """Stage → when it was first seen to be approved."""
     approved_digest: str
@@ -183,6 +187,7 @@ class _Recorded:
     def read(cls, files: Sequence[Path]) -> _Recorded:
         asked: dict[str, Asked] = {}
         findings: dict[EvidenceSpec, None] = {}
+        acted_on: set[str] = set()
         approved: dict[str, datetime] = {}
         last: list[RecordedTurn] = []
         status, about, counted = RolloutStatus(), "", Counted()
@@ -214,6 +219,7 @@ class _Recorded:
                 if turn.recorded.status.run_id != run:
                     findings.clear()
                     run = turn.recorded.status.run_id
+                acted_on.update(turn.recorded.status.handled_actions)
                 findings |= dict.fromkeys(last[0].seen.evidence)
                 turns, different, status = turns + 1, different + (not turn.equal), turn.recorded.status
             else:
@@ -223,4 +229,4 @@ class _Recorded:
         exact = "every decision was found again from what was recorded" if not different else (
             f"{different} of them do NOT end as recorded: another version decided, or the record was changed")
         sentence = f"{turns} recorded turns were decided again: {exact}" + (f"; turns are missing in {breaks} places" if breaks else "")
-        return cls(last[0].rollout, status, tuple(findings), tuple(asked.values()), approved, about, counted, sentence)
+        return cls(last[0].rollout, status, tuple(findings), tuple(asked.values()), frozenset(acted_on), approved, about, counted, sentence)

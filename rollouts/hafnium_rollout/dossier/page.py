@@ -263,11 +263,11 @@ def _counts(facts: Facts, approval: Approval) -> str:
 def _wishes(facts: Facts) -> str:
     out: list[str] = []
     if facts.asked:
-        handled = set(facts.status.handled_actions)
         title = "Wishes of people" if facts.asked_from_record else "The last wish, as the ModelRollout still has it"
         out.append(_table(["seen", "what", "by, as claimed", "reason", "about", "id"], [[
             _when(a.time), _e(a.action.type), _e(a.action.requested_by or "not named"), _e(a.action.reason or "–"),
-            f"<code>{_e(a.action.candidate_digest[:19])}</code>", _e(a.action.id) + ("" if a.action.id in handled else " (not acted on)"),
+            f"<code>{_e(a.action.candidate_digest[:19])}</code>",
+            _e(a.action.id) + ("" if a.action.id in facts.acted_on else " (not acted on)"),
         ] for a in facts.asked], caption=title))
     if facts.asked_from_record:
         return "".join(out) or "<p>No person asked for anything (promote, skip, abort, retry) in the recorded time.</p>"
