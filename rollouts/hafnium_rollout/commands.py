@@ -28,6 +28,7 @@ from hafnium_rollout.objects import ApprovalSpec, ModelApproval, ModelRollout, O
 from hafnium_rollout.planning import expected_s, missed_max, plan_rollout, unplanned
 from hafnium_rollout.record import read_record
 from hafnium_rollout.replay_story import Summary, tell
+from hafnium_rollout.reporting import weight_wanted
 from hafnium_rollout.standing import Standing
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
@@ -76,7 +77,7 @@ def status(where: Where, name: str | None = None, *, now: datetime | None = None
 
 def _row(name: str, s: RolloutStatus, unknown: tuple[str, ...], now: datetime) -> dict[str, Any]:
     step = s.step
-    weight = 100 if s.phase == "Promoted" else step.weight_desired if step is not None else 0
+    weight = weight_wanted(s)
     return {
         "name": name, "phase": s.phase, "step": None if step is None else step.index, "weight": weight,
         "weightObserved": None if step is None else step.weight_observed,
@@ -138,7 +139,7 @@ def watch(where: Where, name: str, wait: Callable[[float], object], *, poll_s: f
         s = store.known_status(name)[0]
         wanted = _wanted(store, name)
         mine = s.candidate is not None and s.candidate.digest == wanted
-        began = max((p.time for p in s.history if p.event == "Started"), default=None)
+        began = max((p.time for p in s.history if p.event in ("Started", "StableAskedAgain")), default=None)
         for point in s.history if mine else ():
             key = (point.time, point.event, point.message)
             late = (last is not None and point.time < last) or (began is not None and point.time < began)

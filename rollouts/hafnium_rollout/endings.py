@@ -185,20 +185,34 @@ def finished(turn: Turn) -> Outcome | None:
         return kept  # but a fight that was left to a person holds up no later model: its run begins with a put back
     stable = turn.status.stable
     if stable is not None and stable.digest == digest:
-        known = status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest
-        turn = turn if known else turn.update(phase="Promoted", candidate=stable, run_id=status.run_id or digest[7:15])
-        return Outcome(turn.update(reason="Promoted", message=f"{stable.service} answers all requests"), at_rest(turn))
+        turn = _stable_again(turn, stable)
+        last = turn.status.taken_back
+        text = f"{stable.service} answers all requests{f'; the last run, of {last.service}, was taken back' if last is not None else ''}"
+        return Outcome(turn.update(reason="Promoted", message=text), at_rest(turn))
     if digest in turn.status.rejected_digests:
         if status.phase == "RolledBack" and status.candidate is not None and status.candidate.digest == digest:
             return Outcome(turn, at_rest(turn))  # reason and message stay those of the rollback
-        text = f"{digest[:19]} was rejected{_because(turn)}; only Retry clears that"
-        return Outcome(turn.update(phase="RolledBack", reason="DigestRejected", message=text), at_rest(turn))
+        return Outcome(_rejected_again(turn, digest), at_rest(turn))
     if status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest:
         return Outcome(turn, at_rest(turn))  # it was promoted, and the stable service was given another model since
     if turn.status.stable is None and not turn.seen.route_absent:
         why = "the route can't be read" if turn.seen.route is None else "the route isn't of a form that names one service for all requests"
         return hold(turn, "Waiting", f"{why}, so it isn't known who is stable")
     return Outcome(_begin(turn), at_rest(turn))
+
+
+def _stable_again(turn: Turn, stable: ModelSeen) -> Turn:
+    """The stable model is asked for. A run that was taken back before stays the last one: its evidence is about its own model alone."""
+    status = turn.status
+    candidate = status.candidate
+    back = status.phase == "RolledBack" and candidate is not None and candidate.digest != stable.digest
+    if back or _last_turning_point(turn)[0] == "DigestRejected":
+        turn = turn.update(phase="Promoted", candidate=stable, taken_back=candidate if back else status.taken_back)
+        text = f"the stable model {stable.digest[:19]} is asked for again; {stable.service} answers all requests"
+        return turn.say("StableAskedAgain", "StableAskedAgain", text)
+    if status.phase == "Promoted" and candidate is not None and candidate.digest == stable.digest:
+        return turn
+    return turn.update(phase="Promoted", candidate=stable, run_id=status.run_id or stable.digest[7:15])
 
 
 def _asks_for_another(turn: Turn) -> bool:
@@ -208,9 +222,25 @@ def _asks_for_another(turn: Turn) -> bool:
     return digest not in known and digest not in status.rejected_digests
 
 
-def _because(turn: Turn) -> str:
+def _rejected_again(turn: Turn, digest: str) -> Turn:
+    """A rejected model is asked for: told once, and nothing else changes: the phase is that of the last run's model."""
     status = turn.status
-    return f" ({status.message})" if status.phase == "RolledBack" and status.reason not in ("", "DigestRejected") else ""
+    serves = status.stable is not None and status.candidate is not None and status.candidate.service == status.stable.service
+    turn = turn.update(phase="Promoted" if serves else "RolledBack")
+    text = f"{digest[:19]} was rejected; only Retry clears that"
+    event, message = _last_turning_point(turn)
+    if event in ("DigestRejected", "CandidateRejected") and message.startswith(digest[:19]):
+        return turn.update(reason="DigestRejected", message=text)
+    return turn.say("DigestRejected", "DigestRejected", text, alert=True)
+
+
+_TURNING_POINTS = frozenset({"Started", "Promoted", "RolledBack", "StableAskedAgain", "CandidateRejected", "DigestRejected"})
+
+
+def _last_turning_point(turn: Turn) -> tuple[str, str]:
+    """Event and message. From history: other things that happened since have taken the place of the status' reason."""
+    told = [*((p.event, p.message) for p in turn.status.history), *((e.name, e.message) for e in turn.events)]
+    return next((t for t in reversed(told) if t[0] in _TURNING_POINTS), ("", ""))
 
 
 def _begin(turn: Turn) -> Turn:
@@ -222,7 +252,7 @@ def _begin(turn: Turn) -> Turn:
     )
     turn = turn.update(
         phase="Pending", run_id=f"{model.digest[7:15]}-{turn.now:%Y%m%dT%H%M%S}", started_at=turn.now, candidate=candidate,
-        step=None, gates=(), rollback=None, force_promote=False, sample_ratio=RatioState(), sample_ratio_message="",
+        taken_back=None, step=None, gates=(), rollback=None, force_promote=False, sample_ratio=RatioState(), sample_ratio_message="",
         external_changes=(), had_weight=False, unready=None,
     )
     if status.stable is not None:

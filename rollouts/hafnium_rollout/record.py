@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -212,8 +213,29 @@ def read_files(files: Iterable[Path]) -> Iterator[Start | RecordedTurn | Gap]:
                 yield from _entries(file, cast("IO[bytes]", f), decoder)
         except FileNotFoundError:
             continue  # packed or removed by the controller while we read: its lines are gone or come again
-        except (OSError, EOFError) as e:
+        except _DAMAGE as e:
             yield Gap(str(file), f"can't be read: {e}")
+        except RecordError:
+            damage = _damage(file)
+            if not damage:
+                raise
+            yield Gap(str(file), f"can't be read: {damage}")
+
+
+_DAMAGE = (OSError, EOFError, zlib.error)
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a packed file as such; '' when nothing is. Its check sum comes after the lines."""
+    if not file.name.endswith(PACKED):
+        return ""
+    try:
+        with gzip.open(file, "rb") as f:
+            while f.read(1 << 20):
+                pass
+    except _DAMAGE as e:
+        return str(e)
+    return ""
 
 
 def _entries(file: Path, f: IO[bytes], decoder: Decoder) -> Iterator[Start | RecordedTurn | Gap]:

@@ -33,6 +33,13 @@ def _weight(status: RolloutStatus) -> int:
     return 100 if status.phase == "Promoted" else (status.step.weight_observed or 0) if status.step is not None else 0
 
 
+def weight_wanted(status: RolloutStatus) -> int:
+    """Percent that the candidate should have now: none while it goes back, whatever its step asked for."""
+    if status.step is not None and status.rollback is None:
+        return status.step.weight_desired
+    return 100 if status.phase == "Promoted" else 0
+
+
 def worst_gate(status: RolloutStatus) -> str:
     """`errors:Inconclusive`: the gate that speaks most against the candidate; `all:Pass`; empty when nothing is under way."""
     if status.step is None or not status.gates:
@@ -44,7 +51,7 @@ def worst_gate(status: RolloutStatus) -> str:
 def _history(before: RolloutStatus, turn: Turn) -> tuple[HistoryPoint, ...]:
     status, step = turn.status, turn.status.step
     weight = _weight(status)
-    desired = step.weight_desired if step is not None and status.rollback is None else (100 if status.phase == "Promoted" else 0)
+    desired = weight_wanted(status)
     shadow = step is not None and step.shadow_observed
     points = [
         HistoryPoint(time=turn.now, event=e.name, weight=weight, weight_desired=desired, shadow=shadow, reason=e.reason,
@@ -78,8 +85,11 @@ def _conditions(before: RolloutStatus, turn: Turn) -> tuple[Condition, ...]:
     old = {c.type: c for c in before.conditions}
     blocking = [g for g in status.gates if g.role != "Advisory"]
     converged = seen.live is not None and status.route is not None and live_matches(seen.live, status.route)
+    # Who waits for the model that they ask for must not be told that it is there while another one answers in its place.
+    asked, stable = turn.rollout.spec.model.digest, status.stable.digest if status.stable is not None else ""
+    refused = status.phase == "Promoted" and asked != stable and asked in status.rejected_digests
     facts: list[tuple[str, bool | None, str, str]] = [
-        ("Ready", status.phase == "Promoted", status.phase, status.message),
+        ("Ready", status.phase == "Promoted" and not refused, "DigestRejected" if refused else status.phase, status.message),
         ("Progressing", status.phase in ("Pending", "Progressing"), status.reason or status.phase, status.message),
         ("GatesPassing", all(g.verdict == "Pass" for g in blocking) if blocking and step else None, "Verdicts",
          ", ".join(f"{g.name} {g.verdict}" for g in blocking)),

@@ -285,6 +285,9 @@ class RolloutStatus(Strict):
     """The model in production."""
     candidate: ModelSeen | None = None
     """The model that is to follow, or that came last."""
+    taken_back: ModelSeen | None = None
+    """The model of the last run, where that was taken back and the stable model is asked for again since. runId, startedAt and gates are
+    that run's, and `candidate` is the stable model."""
     previous: tuple[ModelSeen, ...] = ()
     """Models that were stable before, newest first; as many as rollbackWindow."""
     gates: tuple[GateStatus, ...] = ()

@@ -687,6 +687,33 @@ def test_9_only_retry_clears_a_rejected_digest() -> None:
     assert world.status.phase in ("Pending", "Progressing")
 
 
+def test_9_a_rejected_model_that_is_asked_for_again_takes_nothing_from_the_one_in_production() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack", turns=60) == "RolledBack"
+    world.bad_candidate, world.spec, world.candidate_digest = 0.0, rollout(model={"digest": OTHER, "version": "3"}), OTHER
+    assert world.until("Promoted") == "Promoted"
+    world.events.clear()
+    world.spec = rollout()
+    for _ in range(3):
+        world.turn()
+    world.route = RouteSeen("risk-cccccccc", "risk", 5, False)
+    for _ in range(3):
+        world.turn()
+    assert world.events == ["DigestRejected", "ExternalChange"]
+    assert (world.status.phase, world.status.reason, world.status.weight) == ("Promoted", "DigestRejected", 100)
+    assert next(p for p in world.status.history if p.event == "DigestRejected").alert
+    conditions = {c.type: (c.status, c.reason) for c in world.status.conditions}
+    assert conditions["RolledBack"] == ("False", "NotRolledBack")
+    assert conditions["Ready"] == ("False", "DigestRejected"), "who waits for the rejected model isn't told that it is there"
+    world.spec = rollout(model={"digest": OTHER, "version": "3"})
+    world.events.clear()
+    for _ in range(3):
+        world.turn()
+    assert world.events == ["StableAskedAgain"]
+    assert {c.type: c.status for c in world.status.conditions}["Ready"] == "True"
+    assert (world.status.phase, world.status.taken_back) == ("Promoted", None)
+
+
 # --- 10 --------------------------------------------------------------------------------------------------------------------------
 
 

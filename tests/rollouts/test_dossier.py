@@ -25,6 +25,7 @@ from hafnium_rollout.observation import Observation
 from hafnium_rollout.record import RecordLimits, RecordWriter, record_files
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.state_folder import StateFolder
+from hafnium_rollout.status import IDS_MAX
 from hafnium_rollout.stores import FolderStore
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x">\'"&'
@@ -61,6 +62,44 @@ def run(folder: Path, *, bad: float = 0.01, turns: int = 150, limits: RecordLimi
         decision = world.turn()
         writer.write(world.spec, before, seen[0], world.now, decision)
     return world
+
+
+def recorded(writer: RecordWriter, world: World, turns: int) -> None:
+    """Turns of the world, each written to the record."""
+    observe = world.observe
+    for _ in range(turns):
+        seen: list[Observation] = []
+        world.observe = lambda s, seen=seen: seen.append(observe(s)) or seen[0]  # type: ignore[method-assign,func-returns-value]
+        before = world.status
+        decision = world.turn()
+        writer.write(world.spec, before, seen[0], world.now, decision)
+    world.observe = observe  # type: ignore[method-assign]
+
+
+DRIFT = [*GATES[:1], {"name": "drift", "role": "Safety", "drift": {}}]
+STABLE_AGAIN = {"digest": STABLE, "version": "1", "storageUri": "file:///bundles/1"}
+
+
+def failed_by_drift(writer: RecordWriter) -> World:
+    """A job finds drift of model 2; it is taken back and rejected."""
+    world = World(rollout(gates=DRIFT, approvals={"required": ["risk"]}), approvals=frozenset({"risk"}))
+    recorded(writer, world, 8)
+    world.evidence = (finding(world, CANDIDATE),)
+    recorded(writer, world, 12)
+    assert world.status.phase == "RolledBack"
+    return world
+
+
+def in_folder(state: Path, world: World) -> FolderStore:
+    """What the controller leaves in a state folder whose record is there already."""
+    folder = StateFolder(state)
+    folder.objects.mkdir(parents=True)
+    (state / "status").mkdir()
+    folder.rollout("risk").write_text(yaml.safe_dump(rollout_data(world.spec)))
+    folder.status("risk").write_text(world.status.model_dump_json())
+    for e in world.evidence:
+        write_evidence(folder.evidence, e)
+    return FolderStore(state)
 
 
 class Reader(HTMLParser):
@@ -177,6 +216,92 @@ def test_a_record_with_a_queued_model_tells_the_approvals_of_the_one_under_way(t
     text = Reader.of(commands.report_of_record(tmp_path, now=START)).text
     assert f"Approvals are of {CANDIDATE}, trained by thea. Required: security. All are given." in text
     assert f"The ModelRollout asks for {OTHER} next" in text
+
+
+@pytest.mark.parametrize("source", ["state folder", "record"])
+def test_a_model_that_was_taken_back_stays_the_last_run_when_the_stable_one_is_asked_for_again(tmp_path: Path, source: str) -> None:
+    """`git revert`: the page about the failed run is the one that the risk officer needs now."""
+    writer = RecordWriter(StateFolder(tmp_path).record("risk"))
+    world = failed_by_drift(writer)
+    world.spec = rollout(gates=DRIFT, approvals={"required": ["risk"]}, model=STABLE_AGAIN)
+    recorded(writer, world, 3)
+    assert world.events.count("StableAskedAgain") == 1
+    assert (world.status.phase, world.status.weight) == ("Promoted", 100)
+    store = in_folder(tmp_path, world)
+    found = from_store(store, "risk", START) if source == "state folder" else from_record(StateFolder(tmp_path).record("risk"), START)
+    assert {p.weight for p in found.history} == {0}, "no plot shows the failed model at 100 %"
+    text = Reader.of(page(found)).text
+    assert re.search(r"Model 1 \(sha256:bbbbbbbbbbbb\) is in production; the last run, of Model 2 \(sha256:aaaaaaaaaaaa\), was taken back "
+                     r"after \d+s\. GateFailed: Safety gate drift", text)
+    approved = "All are given" if source == "record" else "Missing: risk"
+    for part in ("Rollout of risk 2", "1 findings", "geo moved", f"Approvals are of {CANDIDATE}", approved):
+        assert part in text, part
+    assert "was promoted" not in text
+    assert "next: approvals of that one" not in text
+
+
+def test_a_rejected_model_that_is_asked_for_again_is_not_taken_for_the_one_in_production(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path)
+    world = failed_by_drift(writer)
+    world.spec, world.candidate_digest = rollout(model={"digest": OTHER, "version": "3"}), OTHER
+    recorded(writer, world, 150)
+    world.spec = rollout(gates=DRIFT)
+    recorded(writer, world, 3)
+    text = Reader.of(commands.report_of_record(tmp_path, now=START)).text
+    assert "Model 3 (sha256:cccccccccccc) was promoted after" in text
+    assert "was taken back" not in text
+
+
+def test_status_shows_no_weight_for_a_candidate_that_goes_back(tmp_path: Path) -> None:
+    """It takes a while here, since somebody asks it past the gateway."""
+    world = World(stray=3)
+    world.until_step(2)
+    world.bad_candidate = 0.5
+    while world.status.rollback is None:
+        world.turn()
+    for _ in range(3):
+        world.turn()
+    assert world.status.step is not None
+    in_folder(tmp_path, world)
+    row = commands.status(tmp_path, "risk")["rollouts"][0]
+    assert (row["weight"], row["weightObserved"]) == (0, 0)
+    assert commands.status_table(tmp_path, "risk").splitlines()[1].split()[:4] == ["risk", "Progressing", str(row["step"]), "0%"]
+
+
+@pytest.mark.parametrize("source", ["state folder", "record"])
+def test_a_finding_that_was_removed_since_is_still_in_the_report_of_the_run(tmp_path: Path, source: str) -> None:
+    record = StateFolder(tmp_path).record("risk")
+    writer = RecordWriter(record)
+    world = failed_by_drift(writer)
+    world.evidence = (finding(world, STABLE),)
+    world.actions = (UserAction(type="Promote", id="p1", candidate_digest=CANDIDATE),)
+    recorded(writer, world, 1)
+    world.evidence = ()
+    store = in_folder(tmp_path, world)
+    found = from_store(store, "risk", START) if source == "state folder" else from_record(record, START)
+    assert [e.model_digest for e in found.evidence] == [CANDIDATE, STABLE]
+    world.spec, world.candidate_digest = rollout(gates=DRIFT, model={"digest": OTHER, "version": "3"}), OTHER
+    recorded(writer, world, 3)
+    assert [e.model_digest for e in from_record(record, START).evidence] == [], "what an earlier run saw is that run's"
+
+
+def test_a_wish_that_the_status_has_forgotten_was_acted_on_all_the_same(tmp_path: Path) -> None:
+    world, writer = World(), RecordWriter(tmp_path)
+    for i in range(IDS_MAX + 6):
+        world.actions = (UserAction(type="Retry", id=f"wish{i}", candidate_digest=CANDIDATE),)
+        recorded(writer, world, 1)
+    assert "wish0" not in world.status.handled_actions
+    assert "wish0" in page(from_record(tmp_path, START))
+    assert "not acted on" not in page(from_record(tmp_path, START))
+
+
+def test_watch_of_a_model_that_is_asked_for_again_tells_nothing_of_the_one_that_was_taken_back(tmp_path: Path) -> None:
+    world = failed_by_drift(RecordWriter(tmp_path / "record"))
+    world.spec = rollout(gates=DRIFT, model=STABLE_AGAIN)
+    world.turn()
+    state = tmp_path / "state"
+    in_folder(state, world)
+    assert [p.event for p in commands.watch(state, "risk", pytest.fail)] == ["StableAskedAgain"]
 
 
 def test_a_changed_record_is_named_in_the_report(tmp_path: Path) -> None:

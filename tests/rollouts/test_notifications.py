@@ -20,7 +20,7 @@ import pytest
 import yaml
 from hafnium_receiver import LIMIT_S, Receiver, receiver
 from hafnium_rollout_gateway import free_port
-from hafnium_rollout_world import START, World, rollout
+from hafnium_rollout_world import CANDIDATE, OTHER, STABLE, START, World, rollout
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -38,7 +38,7 @@ from hafnium_rollout.notifications.settings import Alertmanager, Notifications, 
 from hafnium_rollout.notifications.webhook import WebhookCourier, signature
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.state_folder import StateFolder
-from hafnium_rollout.status import RolloutStatus
+from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
 SUBJECT = Subject("default", "risk")
 Lines = list[dict[str, Any]]
@@ -116,6 +116,22 @@ def test_an_unsent_event_of_an_earlier_candidate_does_not_name_the_present_one()
         world.turn()
     found = {n.point.event + n.run_id: n.model.get("version", "") for n in notices(SUBJECT, world.status, ("phases",))}
     assert found == {"Started": "", "Promoted": "", f"Started{world.status.run_id}": "3"}
+
+
+def test_an_unsent_event_of_a_model_that_was_taken_back_never_names_the_stable_one() -> None:
+    """The stable model is asked for again before a receiver was told what became of the other."""
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    run = world.status.run_id
+    world.spec = rollout(model={"digest": STABLE, "version": "1"})
+    for _ in range(3):
+        world.turn()
+    found = [(n.point.event, n.run_id, n.model.get("digest", "")) for n in notices(SUBJECT, world.status, ("phases", "alerts"))]
+    assert found == [(event, run, CANDIDATE) for event in ("Started", "Rollback", "RolledBack")]
+    world.spec, world.candidate_digest = rollout(model={"digest": OTHER, "version": "3"}), OTHER
+    world.turn()
+    assert world.status.taken_back is None
+    assert [n.model.get("version", "") for n in notices(SUBJECT, world.status, ("phases",))] == ["", "", "3"]
 
 
 # --- webhooks -----------------------------------------------------------------------------------------------------------------
@@ -354,6 +370,29 @@ def test_what_needs_somebody_is_an_alert_as_long_as_it_is_so() -> None:
         bad.turn()
         names += [a.name for a in alerts(SUBJECT, bad.status, bad.now) if a.name not in names]
     assert names == ["HafniumRolloutRollingBack", "HafniumRolloutRolledBack"]
+
+
+def test_an_alert_about_a_model_that_was_taken_back_never_tells_of_another_one() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    before = alerts(SUBJECT, world.status, world.now)
+    world.status = world.status.model_copy(update={"rejected_digests": (*world.status.rejected_digests, OTHER)})
+    world.spec = rollout(model={"digest": OTHER, "version": "3"})
+    world.turn()
+    assert (world.status.reason, world.status.message) == (
+        "DigestRejected", "sha256:cccccccccccc was rejected; only Retry clears that"), "nor is it put down to what another one did"
+    after = alerts(SUBJECT, world.status, world.now)
+    assert [(a.name, a.labels, a.message) for a in after] == [(a.name, a.labels, a.message) for a in before]
+    assert after[0].digest == CANDIDATE[7:15]
+
+
+def test_an_alert_about_a_retraining_names_the_model_that_decays() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    proposed = HistoryPoint(time=world.now, event="RetrainingProposed", weight=0, message="drift of the stable model", alert=True)
+    status = world.status.model_copy(update={"history": (*world.status.history, proposed)})
+    found = {a.name: a.digest for a in alerts(SUBJECT, status, world.now)}
+    assert found == {"HafniumRolloutRolledBack": CANDIDATE[7:15], "HafniumRetrainingProposed": STABLE[7:15]}
 
 
 def test_a_change_from_outside_is_an_alert_for_a_while() -> None:

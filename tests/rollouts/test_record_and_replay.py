@@ -34,7 +34,7 @@ from hafnium_rollout.observation import (
     ServiceSeen,
 )
 from hafnium_rollout.observation_codec import decode, encode
-from hafnium_rollout.record import RecordLimits, RecordWriter, read_record, record_files
+from hafnium_rollout.record import RecordLimits, RecordWriter, read_files, read_record, record_files
 from hafnium_rollout.record_lines import Gap, RecordedTurn, Start, status_digest
 from hafnium_rollout.replay_story import Summary, ending
 from hafnium_rollout.replaying import Break, ReplayedTurn, replay
@@ -249,6 +249,20 @@ def test_the_record_stays_within_its_limits_and_every_file_can_be_read_alone(tmp
         assert all(t.equal for t in turns_of(replay(read_record(file))))
     whole = turns_of(replay(read_record(tmp_path)))
     assert [t.recorded.status for t in whole] == run.statuses[-len(whole):]
+
+
+def test_a_damaged_packed_file_is_a_gap_wherever_it_is_damaged(tmp_path: Path) -> None:
+    """A bit of each 50th byte, by a bad disk. Replay and report go on with what is whole."""
+    recorded(tmp_path, World(), 60, RecordLimits(file_bytes_max=8_000))
+    packed, *others = record_files(tmp_path)
+    assert packed.name.endswith(".jsonl.gz")
+    whole = packed.read_bytes()
+    for at in range(0, len(whole), 50):
+        packed.write_bytes(whole[:at] + bytes([whole[at] ^ 0x20]) + whole[at + 1:])
+        entries = list(read_record(packed))
+        assert isinstance(entries[-1], Gap), f"byte {at}"
+    assert str(packed) in entries[-1].where
+    assert any(isinstance(found, Break) and "can't be read" in found.message for found in replay(read_files([packed, *others])))
 
 
 def test_conditions_that_a_loop_adds_break_no_chain(tmp_path: Path) -> None:

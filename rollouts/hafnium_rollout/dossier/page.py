@@ -48,7 +48,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def page(facts: Facts) -> str:
     """The whole file."""
-    candidate = facts.status.candidate  # a queued model doesn't take its place
+    candidate = facts.candidate  # a queued model doesn't take its place
     title = f"Rollout of {facts.rollout.name} {candidate.version if candidate and candidate.version else facts.rollout.spec.model.version}"
     parts = [
         f"<h1>{_e(title)}</h1>",
@@ -87,18 +87,27 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str =
     return f"<table>{f'<caption>{_e(caption)}</caption>' if caption else ''}{top}<tbody>{body}</tbody></table>"
 
 
+def _model(version: str, digest: str) -> str:
+    return f"Model {_e(version)} (<code>{_e(digest[:19])}</code>)"
+
+
 def summary(facts: Facts) -> str:
     """The sentence for who reads no further, as HTML."""
     status, model = facts.status, facts.rollout.spec.model
-    candidate = status.candidate
-    who = f"Model {_e(candidate.version or model.version)} (<code>{_e((candidate.digest or model.digest)[:19])}</code>)" if candidate else (
-        f"Model {_e(model.version)} (<code>{_e(model.digest[:19])}</code>)")
+    candidate, stable = facts.candidate, status.stable
+    who = _model(candidate.version or model.version, candidate.digest or model.digest) if candidate else _model(model.version, model.digest)
     last = next((p for p in reversed(facts.history) if p.event in ("Promoted", "RolledBack", "Paused")), None)
     end = last.time if last is not None else facts.history[-1].time if facts.history else None
     took = f" after {_duration(end - status.started_at)}" if end is not None and status.started_at is not None else ""
     # What ended it, not what came after: a wish that had nothing left to act on is the status' last word, too.
-    told = last if last is not None and status.phase in ("RolledBack", "Paused") and last.event == status.phase else status
+    taken_back = status.phase == "RolledBack" or status.taken_back is not None
+    ended = "RolledBack" if taken_back else status.phase
+    told = last if last is not None and ended in ("RolledBack", "Paused") and last.event == ended else status
     why = f"{_e(told.reason)}: {_e(told.message)}"
+    if status.taken_back is not None and stable is not None:
+        version = stable.version or (model.version if model.digest == stable.digest else "")
+        return (f"{_model(version, stable.digest)} is in production; the last run, of {who}, was "
+                f'<span class="RolledBack">taken back</span>{took}. {why}')
     if status.phase == "Promoted":
         gates = [g for g in status.gates if g.role != "Advisory"]
         on = f" Its gates at the end: {', '.join(f'{_e(g.name)} {_e(g.verdict)}' for g in gates)}." if gates else ""
@@ -128,7 +137,7 @@ def _identity(facts: Facts) -> str:
         return [title, _e(model.version or "–"), digest, _e(model.storage_uri or "–"), _e(model.service)]
 
     status = facts.status
-    rows = [row("candidate", status.candidate), row("stable now", status.stable)]
+    rows = [row("candidate", facts.candidate), row("stable now", status.stable)]
     rows += [row("stable before", m) for m in status.previous[:3]]
     out = ["<h2>Models</h2>", _table(["", "version", "digest", "storageUri", "service"], rows)]
     if status.rejected_digests:
@@ -194,7 +203,7 @@ def _evidence(facts: Facts) -> str:
     if not facts.evidence:
         return out[0] + "<p>No job has written a finding about these models.</p>"
     shown = facts.evidence[-FINDINGS_MAX:]
-    digests = {m.digest: n for n, m in (("stable", facts.status.stable), ("candidate", facts.status.candidate)) if m is not None}
+    digests = {m.digest: n for n, m in (("stable", facts.status.stable), ("candidate", facts.candidate)) if m is not None}
     rows = [[
         _when(e.window_start), _when(e.window_end), _e(e.kind), _e(digests.get(e.model_digest, e.model_digest[:19])),
         f'<span class="{_e(e.verdict)}">{_e(e.verdict)}</span>', f"{e.samples:,}", _e(e.message) + (" (both arms)" if e.both_arms else ""),
@@ -235,7 +244,7 @@ def _approvals(facts: Facts) -> str:
     if facts.counted.refused:
         out.append(f'<p><span class="alert">Not counted</span>: {_e("; ".join(facts.counted.refused))}.</p>')
     queued = facts.rollout.spec.model.digest
-    if queued != facts.approved_digest:
+    if queued != facts.approved_digest and facts.status.taken_back is None:
         out.append(f"<p>The ModelRollout asks for <code>{_e(queued)}</code> next: approvals of that one are no approvals of this one.</p>")
     if facts.approvals:
         rows = [[
@@ -254,11 +263,11 @@ def _counts(facts: Facts, approval: Approval) -> str:
 def _wishes(facts: Facts) -> str:
     out: list[str] = []
     if facts.asked:
-        handled = set(facts.status.handled_actions)
         title = "Wishes of people" if facts.asked_from_record else "The last wish, as the ModelRollout still has it"
         out.append(_table(["seen", "what", "by, as claimed", "reason", "about", "id"], [[
             _when(a.time), _e(a.action.type), _e(a.action.requested_by or "not named"), _e(a.action.reason or "–"),
-            f"<code>{_e(a.action.candidate_digest[:19])}</code>", _e(a.action.id) + ("" if a.action.id in handled else " (not acted on)"),
+            f"<code>{_e(a.action.candidate_digest[:19])}</code>",
+            _e(a.action.id) + ("" if a.action.id in facts.acted_on else " (not acted on)"),
         ] for a in facts.asked], caption=title))
     if facts.asked_from_record:
         return "".join(out) or "<p>No person asked for anything (promote, skip, abort, retry) in the recorded time.</p>"

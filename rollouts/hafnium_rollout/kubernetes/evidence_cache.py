@@ -130,7 +130,7 @@ def stored(item: Json, seen: EvidenceSpec | EvidenceUnread, uid: str) -> Stored:
 def asked_of(item: Json) -> Asked | None:
     """What a ModelRollout needs of evidence; None when it can't be told. Also of one that this operator doesn't understand as a whole."""
     status = item.get("status") or {}
-    digests = {dig(item, "spec", "model", "digest"), dig(status, "stable", "digest"), dig(status, "candidate", "digest")}
+    digests = {dig(item, "spec", "model", "digest"), *(dig(status, m, "digest") for m in ("stable", "candidate", "takenBack"))}
     try:
         ages = [(str(dig(g, "evidence", "kind") or "drift"), _max_age(g)) for g in rows(item, "spec", "gates")
                 if dig(g, "drift") is not None or dig(g, "evidence") is not None]

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from hafnium_rollout.notifications.settings import Group
-from hafnium_rollout.status import HistoryPoint, RolloutStatus
+from hafnium_rollout.status import HistoryPoint, ModelSeen, RolloutStatus
 
 SCHEMA = "hafnium.dev/notification/v1"
 PHASES = frozenset({"Started", "Paused", "Resumed", "Promoted", "RolledBack", "Retry"})
@@ -75,9 +75,10 @@ def wanted(point: HistoryPoint, groups: Iterable[Group]) -> bool:
 
 def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) -> list[Notice]:
     """All events in the history that a receiver of these groups gets, oldest first."""
-    candidate = status.candidate
+    candidate = status.taken_back or status.candidate
     model = {} if candidate is None else {"version": candidate.version, "digest": candidate.digest, "storageUri": candidate.storage_uri}
     began = max((p.time for p in status.history if p.event == "Started"), default=None)
+    over = max((p.time for p in status.history if p.event == "StableAskedAgain"), default=began) if status.taken_back is not None else None
     seen: Counter[tuple[str, str, str]] = Counter()
     out: list[Notice] = []
     for point in status.history:
@@ -89,7 +90,8 @@ def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) ->
             continue
         text = "\n".join((subject.key, *what, str(number)))
         # Only events of the present run are about the present candidate; an older one that is still unsent must not name it.
-        present = began is None or point.time >= began
+        # Nor is the stable model, when it is asked for again, what an unsent one of the run before is about.
+        present = (began is None or point.time >= began) and (over is None or point.time < over)
         out.append(Notice(hashlib.sha256(text.encode()).hexdigest()[:32], subject, point, model if present else {},
                           status.run_id if present else ""))
     return out
@@ -105,7 +107,7 @@ class Alert:
     message: str
     subject: Subject
     digest: str
-    """Of the candidate, short."""
+    """Of the candidate, short; of the stable model where a retraining is for it."""
 
     @property
     def labels(self) -> dict[str, str]:
@@ -114,14 +116,18 @@ class Alert:
                 "model_digest": self.digest}
 
 
+def _short(model: ModelSeen | None) -> str:
+    return "" if model is None else model.digest.removeprefix("sha256:")[:8]
+
+
 def alerts(subject: Subject, status: RolloutStatus, now: datetime) -> list[Alert]:
     """What is so right now."""
     since = {c.type: c.last_transition_time for c in status.conditions if c.status == "True"}
-    digest = "" if status.candidate is None else status.candidate.digest.removeprefix("sha256:")[:8]
+    digest, stable = _short(status.candidate), _short(status.stable)
     out: list[Alert] = []
 
-    def add(name: str, severity: str, start: datetime | None, message: str) -> None:
-        out.append(Alert(name, severity, start or now, message, subject, digest))
+    def add(name: str, severity: str, start: datetime | None, message: str, about: str = digest) -> None:
+        out.append(Alert(name, severity, start or now, message, subject, about))
 
     if status.rollback is not None and status.rollback.reject:
         add("HafniumRolloutRollingBack", "critical", status.rollback.requested_at, status.rollback.message)
@@ -131,7 +137,9 @@ def alerts(subject: Subject, status: RolloutStatus, now: datetime) -> list[Alert
     if status.phase == "Paused" and status.reason != "PausedBySpec":
         add("HafniumRolloutPaused", "warning", since.get("Paused"), status.message)
     if status.phase == "RolledBack" and status.candidate is not None and status.candidate.digest in status.rejected_digests:
-        add("HafniumRolloutRolledBack", "warning", since.get("RolledBack"), status.message)
+        # The status' last word may be about another model by now.
+        told = [p.message for p in status.history if p.event == "RolledBack"]
+        add("HafniumRolloutRolledBack", "warning", since.get("RolledBack"), told[-1] if told else status.message)
     if status.phase == "Pending" and status.reason == "ModelUnknown":
         called = [p.time for p in status.history if p.event == "ModelUnknown" and (not status.started_at or p.time >= status.started_at)]
         if called:  # before that it may just be its turn to be asked
@@ -142,5 +150,5 @@ def alerts(subject: Subject, status: RolloutStatus, now: datetime) -> list[Alert
     for event, name in _EVENT_ALERTS:
         recent = [p for p in status.history if p.event == event and timedelta(0) <= now - p.time <= EVENT_ALERT_LASTS]
         if recent:
-            add(name, "warning", recent[0].time, recent[-1].message)
+            add(name, "warning", recent[0].time, recent[-1].message, stable if event.startswith("Retraining") else digest)
     return out
