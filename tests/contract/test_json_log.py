@@ -39,7 +39,9 @@ def test_what_nobody_foresaw_in_the_sdk_is_logged(kserve: logging.Logger, capsys
     kserve.error("Exception:", exc_info=RuntimeError("torn"))
     kserve.error("Error loading ASGI app")
     logging.getLogger("hafnium").error("ours", exc_info=NotImplementedError("torn"))
+    logging.getLogger("hafnium").error("ours, too", exc_info=InferenceError("torn"))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(line["logger"], line["message"]) for line in lines] == [
-        ("kserve", "Exception:"), ("kserve", "Error loading ASGI app"), ("hafnium", "ours")]
+        ("kserve", "Exception:"), ("kserve", "Error loading ASGI app"), ("hafnium", "ours"),
+        ("hafnium", "ours, too")]
     assert "RuntimeError: torn" in lines[0]["error"]

@@ -31,8 +31,9 @@ def test_a_batch_that_is_asked_for_in_two_steps_is_taken_as_in_one() -> None:
     assert [limiter.wait_s("a", 1, 0.0), limiter.wait_s("a", 25, 0.05, already=1)] == [0.0, 0.0]
     assert limiter.wait_s("a", 1, 1.05) == pytest.approx(1.1)  # 20 owed, 10 paid, 1 wanted
     assert [limiter.wait_s("b", 3, 0.0), limiter.wait_s("b", 1, 0.0)] == [0.0, 0.0]
-    assert limiter.wait_s("b", 4, 0.0, already=1) == pytest.approx(0.2)
-    assert limiter.wait_s("b", 2, 0.0) == 0.0  # who was refused paid nothing, as in one step
+    assert limiter.wait_s("b", 4, 0.0, already=1) == pytest.approx(0.3)
+    assert limiter.wait_s("b", 1, 0.0) == 0.0
+    assert limiter.wait_s("b", 1, 0.0) == pytest.approx(0.1)  # of the refused request the first step was paid: its body was read
 
 
 def test_clients_beyond_the_limit_push_out_who_was_silent_for_longest() -> None:

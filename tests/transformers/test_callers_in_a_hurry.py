@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from hafnium_contract.model_contract import FromView, ModelContract
 from hafnium_testing import synthetic_rows, synthetic_views
-from hafnium_transformer.errors import DeadlineError, ScoringError
+from hafnium_transformer.errors import DeadlineError, ScoringError, UnavailableError
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.feast import FeastReader
 from hafnium_transformer.online_store.records import EntityValue, Found
@@ -141,3 +141,55 @@ async def test_haste_alone_never_closes_a_store_that_answers(
     assert failures(registry, contract, "hurry") >= 1
     assert store.answered > 1
     assert failures(registry, contract, "not_asked") == 0
+
+
+FAILURES = Settings(predictor_host="unused:1").breaker_failures_max
+
+
+class _Hanging(_Slow):
+    """A store that fails, and then hangs until it is given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+        self.well = True
+
+    async def read(self, plan: Plan, entities: Sequence[dict[str, EntityValue]], timeout_s: float) -> list[Found]:
+        if self.well:
+            return [{} for _ in entities]
+        if self.answered < FAILURES:
+            self.answered += 1
+            raise UnavailableError("gone")
+        self.asked.set()
+        await asyncio.sleep(BOUND_S)
+        raise AssertionError("it was given up before")
+
+
+async def test_the_one_who_may_try_the_store_keeps_nobody_from_it_by_going_away(
+    contract: ModelContract, behind: ScriptedPredictor, registry: CollectorRegistry,
+) -> None:
+    client = PredictorClient(f"127.0.0.1:{behind.port}", "m", tls=False, limits=HopLimits())
+    settings = Settings(predictor_host="unused:1", breaker_pause_max_s=BOUND_S)
+    scorer, store = Scorer(settings, client, TransformerMetrics(registry), None), _Hanging()
+    row = synthetic_rows(contract, 1, seed=0)[0]
+    try:
+        scorer.use_store(_AnyReader(), store)
+        await scorer.refresh(None)
+        store.well = False
+        until = time.monotonic() + BOUND_S
+        trying = asyncio.create_task(ask(scorer, row, 2 * PATIENT_MS))
+        while not store.asked.is_set() and time.monotonic() < until:
+            await asyncio.wait([trying], timeout=0.02)
+            if trying.done():
+                trying = asyncio.create_task(ask(scorer, row, 2 * PATIENT_MS))
+        assert store.asked.is_set()
+        before = failures(registry, contract, "not_asked")
+        assert before, "the breaker was open"
+        trying.cancel()
+        await asyncio.wait([trying])
+        store.well = True
+        await ask(scorer, row, PATIENT_MS)
+        assert failures(registry, contract, "not_asked") == before
+    finally:
+        scorer.close()
+        client.close()

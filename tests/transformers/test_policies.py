@@ -257,6 +257,8 @@ async def test_a_request_that_one_row_spoils_is_refused_before_any_of_its_rows_i
     status, _ = await answered(scorer, metrics, "/v1/models/m:predict", {"instances": asked_rows})
     assert status == spoiled.value.status
     assert predicted(registry) == 0
+    seen = registry.get_sample_value("feature_rows_total", {"model_name": scorer.plan.contract.name}) or 0
+    assert seen == (0 if bad is BAD else 2 * rows), "all rows of the two requests, or one row of many were 100 %"
     assert len(await scorer.score_all([GOOD] * rows, context(), [""] * rows)) == rows
     assert predicted(registry) == rows
 

@@ -50,6 +50,7 @@ class RateLimiter:
 
         More rows than `burst` are let through when the bucket is full, and leave a debt: a batch must be possible at all. `already`: of
         these rows, how many this request took before; they are put back first, or no bucket were full for whom that was asked in two steps.
+        Who is refused then has paid them: what came between, reading a body, was work.
         """
         bucket = self._buckets.get(client)
         if bucket is None:
@@ -63,6 +64,7 @@ class RateLimiter:
             bucket.tokens = min(bucket.tokens + already, self._burst)
         needed = min(float(rows), self._burst)
         if bucket.tokens + 1e-9 < needed:
+            bucket.tokens -= already
             return (needed - bucket.tokens) / self._rate
         bucket.tokens -= rows
         return 0.0

@@ -317,7 +317,7 @@ class Scorer:
                 lookup.found(len(batch) if found is None else 0)
         encoded = encode(plan, batch, found)
         if encoded.errors:
-            self._metrics.rows(plan.contract.name, len(encoded.errors))
+            self._metrics.rows(plan.contract.name, len(batch) if whole else len(encoded.errors))
         for i, error in encoded.errors.items():
             results[i] = error
             for feature in (*error.features, *batch.lacking.get(i, NOTHING).missing):
@@ -357,6 +357,9 @@ class Scorer:
                 self._complained = time.monotonic()
                 log.warning("%d rows without looked-up features: %s", len(batch), e)
             return None
+        except BaseException:  # the caller went away: nobody found out anything, so the next one may
+            self._store_breaker.tried()
+            raise
         else:
             self._store_breaker.succeeded()
             self._count_ages(plan, found)
@@ -407,7 +410,7 @@ class Scorer:
         refused = self._check(plan, batch, encoded, explainer)
         if refused:
             name = plan.contract.name
-            self._metrics.rows(name, len(refused))
+            self._metrics.rows(name, len(places) if whole else len(refused))
             for i, error in refused.items():
                 results[i] = error
                 # Who is told 503 for a derived input lacks what it is made of: an outage must show there, as in rows that are answered

@@ -25,8 +25,8 @@ class WithoutRefusals(logging.Filter):
         """Whether the record is logged."""
         error = record.exc_info[1] if record.exc_info else None
         # By its module's name: the log is set up before the SDK is imported, which takes seconds
-        refused = type(error).__module__ == "kserve.errors" or (isinstance(error, NotImplementedError) and record.name == "kserve")
-        return not refused
+        refused = type(error).__module__ == "kserve.errors" or isinstance(error, NotImplementedError)
+        return not (refused and record.name.split(".")[0] == "kserve")
 
 
 class JsonLines(logging.Formatter):
