@@ -65,7 +65,7 @@ _ROLLOUT = ("namespace", "rollout")
 
 ROLLOUT_INFO = Metric(
     "modelrollout_info", "gauge", "1 for a ModelRollout, with the models that it is about",
-    (*_ROLLOUT, "backend", "stable_version", "stable_digest", "candidate_version", "candidate_digest"))
+    (*_ROLLOUT, "backend", "stable_service", "stable_version", "stable_digest", "candidate_version", "candidate_digest"))
 ROLLOUT_PHASE = Metric("modelrollout_phase", "gauge", "1 for the phase that the rollout is in, 0 for the others", (*_ROLLOUT, "phase"))
 ROLLOUT_WEIGHT = Metric(
     "modelrollout_weight", "gauge", "Percent of live answers for the candidate: desired, and observed at the gateway", (*_ROLLOUT, "kind"))

@@ -191,7 +191,7 @@ def finished(turn: Turn) -> Outcome | None:
         return Outcome(turn.update(reason="Promoted", message=text), at_rest(turn))
     if digest in turn.status.rejected_digests:
         if status.phase == "RolledBack" and status.candidate is not None and status.candidate.digest == digest:
-            return Outcome(turn, at_rest(turn))  # reason and message stay those of the rollback
+            return Outcome(_told_again(turn), at_rest(turn))
         return Outcome(_rejected_again(turn, digest), at_rest(turn))
     if status.phase == "Promoted" and status.candidate is not None and status.candidate.digest == digest:
         return Outcome(turn, at_rest(turn))  # it was promoted, and the stable service was given another model since
@@ -213,6 +213,12 @@ def _stable_again(turn: Turn, stable: ModelSeen) -> Turn:
     if status.phase == "Promoted" and candidate is not None and candidate.digest == stable.digest:
         return turn
     return turn.update(phase="Promoted", candidate=stable, run_id=status.run_id or stable.digest[7:15])
+
+
+def _told_again(turn: Turn) -> Turn:
+    """Reason and message are those of the rollback; another rejected model may have been asked for in between."""
+    back = [p for p in turn.status.history if p.event == "RolledBack"]
+    return turn.update(reason=back[-1].reason, message=back[-1].message) if turn.status.reason == "DigestRejected" and back else turn
 
 
 def _asks_for_another(turn: Turn) -> bool:

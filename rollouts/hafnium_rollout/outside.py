@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from hafnium_rollout.actions import Action, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.intake import live_matches, recent_changes
 from hafnium_rollout.observation import RouteSeen
 from hafnium_rollout.status import RolloutStatus, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, hold, normal, start_rollback
 
+PATIENCE = timedelta(minutes=2)
+"""A put back that has no effect for so long counts as one more change: other rules have their turn only when this one gives up."""
 CHANGES_MAX = 3
 """So many changes by someone else in ten minutes (`intake.CHANGES_WINDOW`) are a fight; the rollout leaves it."""
 
@@ -25,10 +29,11 @@ def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     """Restores the wanted route, unless that was needed too often lately. `always`: a model that is due nothing must not serve.
 
     It is told at most three times in ten minutes, however often it is done, and once for each change: a write that the API server refuses
-    leaves the same change there at the next look.
+    leaves the same change there at the next look (for PATIENCE).
     """
     status, recent, revision = turn.status, recent_changes(turn), turn.seen.route.revision if turn.seen.route is not None else ""
-    waits = revision != "" and revision == status.external_revision and bool(status.external_changes)
+    same = revision != "" and revision == status.external_revision
+    waits = same and bool(status.external_changes) and turn.now - status.external_changes[-1] < PATIENCE
     told = waits or (len(recent) >= CHANGES_MAX if always else fought_over(status))
     if not told:
         turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:], external_revision=revision)

@@ -148,7 +148,7 @@ L = 'model_name="risk",namespace="risk",pod="a"'
 R = 'namespace="risk",rollout="risk"'
 S = 'serving_kserve_io_inferenceservice="risk-0123abcd"'
 P = M.replace('pod="a"', 'pod="b"')
-ROLLOUT = f'modelrollout_info{{{R},stable_digest="sha256:0123abcd4567",candidate_digest="sha256:89ab"}}'
+ROLLOUT = f'modelrollout_info{{{R},stable_service="risk-0123abcd",stable_digest="sha256:0123abcd4567",candidate_digest="sha256:89ab"}}'
 C = f'namespace="risk",pod="c",{S}'
 UP, UP_P = (f'up{{namespace="risk",pod="{pod}",{S}}}' for pod in "ab")
 
@@ -233,6 +233,7 @@ NEVER = {
         f"inference_requests_total{{{M},{S}}}".replace('model_version="1"', 'model_version="none"'): "0+6x60",
         f"inference_active{{{L},{S}}}": "0x60", UP: "1x60",
         **of_service("deleted", GONE), **of_service("89ab89ab", GONE), ROLLOUT: "1x60",
+        **{k.replace("risk-0123abcd", "risk"): v for k, v in GONE.items()},  # adopted, named as the rollout, and retired by a promotion
         **of_service("night", {**GONE, f"inference_active{{{C}}}": "_x10 0x1 1x50", f"up{{{C}}}": "_x10 1x50"}),
         **of_service("older", {f"inference_requests_total{{{M},{S}}}": "0+600x60", UP: "1x60"})},
     "HafniumErrorsHigh": {

@@ -994,6 +994,19 @@ def test_10_a_change_whose_put_back_is_refused_is_counted_once() -> None:
         assert (world.weight, world.status.phase) == (50, "Paused")
 
 
+def test_10_a_put_back_that_never_has_an_effect_ends_in_a_pause_and_hides_no_other_trouble() -> None:
+    """A webhook puts the stranger's weight into our write: no error, no new revision. Meanwhile nobody can say how the candidate does."""
+    world = World()
+    world.until_step(1)
+    world.route = RouteSeen("risk", SERVICE, 50, False, "webhook", revision="u/7")
+    world.blind = True
+    for _ in range(150):
+        world.turn(actions_done=0)
+    assert world.status.phase == "Paused"
+    assert world.events.count("ExternalChange") == 3
+    assert "BlindStepDown" in world.events
+
+
 def test_10_a_missing_route_is_written_again() -> None:
     world = World()
     world.until_step(1)

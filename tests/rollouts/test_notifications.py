@@ -384,6 +384,24 @@ def test_an_alert_about_a_model_that_was_taken_back_never_tells_of_another_one()
     after = alerts(SUBJECT, world.status, world.now)
     assert [(a.name, a.labels, a.message) for a in after] == [(a.name, a.labels, a.message) for a in before]
     assert after[0].digest == CANDIDATE[7:15]
+    world.spec = rollout()
+    world.turn()
+    assert world.status.reason == "GateFailed", "the rollback's own words, now that its model is asked for again"
+    assert "cccc" not in world.status.message
+
+
+def test_a_notice_about_a_rejected_digest_names_no_other_model_as_its_candidate() -> None:
+    world = World(bad_candidate=0.5)
+    assert world.until("RolledBack") == "RolledBack"
+    world.status = world.status.model_copy(update={"rejected_digests": (*world.status.rejected_digests, OTHER)})
+    for digest in (OTHER, STABLE, OTHER, STABLE):
+        world.spec = rollout(model={"digest": digest})
+        world.turn()
+        told_of = [(n.point.event, n.model.get("digest"), n.run_id) for n in notices(SUBJECT, world.status, ("phases", "alerts"))]
+        assert [x for x in told_of if x[0] == "DigestRejected"] == [("DigestRejected", None, "")] * (
+            sum(e == "DigestRejected" for e in world.events))
+        assert ("RolledBack", CANDIDATE, world.status.run_id) in told_of
+    assert world.events.count("DigestRejected") == 2
 
 
 def test_an_alert_about_a_retraining_names_the_model_that_decays() -> None:

@@ -155,7 +155,10 @@ def _add(families: dict[str, GaugeMetricFamily], key: Key, rollout: ModelRollout
         families[metric.name].add_metric([*key, *labels], value)
 
     stable, candidate = status.stable, status.candidate
-    put(names.ROLLOUT_INFO, 1.0, rollout.spec.routing.backend or "PairedServices",
+    backend = rollout.spec.routing.backend or "PairedServices"
+    # With KServe's canary all models are revisions of one InferenceService, and `stable.service` names an arm
+    service = "" if stable is None else rollout.name if backend == "CanaryTrafficPercent" else stable.service
+    put(names.ROLLOUT_INFO, 1.0, backend, service,
         *((stable.version, stable.digest) if stable else ("", "")), *((candidate.version, candidate.digest) if candidate else ("", "")))
     for phase in PHASES:
         put(names.ROLLOUT_PHASE, float(phase == status.phase), phase)

@@ -122,10 +122,10 @@ class Reconciler:
         except (HafniumError, OSError) as e:
             self._once(key, "error", now, "error", "TurnFailed", str(e))
             after = e.retry_after_s if isinstance(e, KubernetesError) and e.retry_after_s is not None else _SOON_S
-            return Turned(self._good.get(key), None, after, error=type(e).__name__)
+            return Turned(self._good.get(key), _known(item), after, error=type(e).__name__)
         except Exception as e:  # noqa: BLE001 - one rollout's trouble must not stop the guard over the others
             self._once(key, "error", now, "error", "TurnFailed", str(e), trace=traceback.format_exc())
-            return Turned(self._good.get(key), None, _SOON_S, error=type(e).__name__)
+            return Turned(self._good.get(key), _known(item), _SOON_S, error=type(e).__name__)
         self._forget(key, "error")
         return turned
 
@@ -350,3 +350,11 @@ class Reconciler:
     def _forget(self, key: Key, about: str) -> None:
         with self._lock:
             self._said.pop((key, about), None)
+
+
+def _known(item: Json) -> RolloutStatus | None:
+    """The status as written, for a turn that failed: what is at rest needs nobody's guard. None when it can't be understood."""
+    try:
+        return status_of(item)
+    except HafniumError:
+        return None

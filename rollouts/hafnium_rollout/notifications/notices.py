@@ -78,7 +78,10 @@ def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) ->
     candidate = status.taken_back or status.candidate
     model = {} if candidate is None else {"version": candidate.version, "digest": candidate.digest, "storageUri": candidate.storage_uri}
     began = max((p.time for p in status.history if p.event == "Started"), default=None)
-    over = max((p.time for p in status.history if p.event == "StableAskedAgain"), default=began) if status.taken_back is not None else None
+    over = None
+    if status.taken_back is not None:  # the run ended when the stable model was asked for; what came after that is about no run
+        after = [p.time for p in status.history if p.event == "StableAskedAgain" and (began is None or p.time >= began)]
+        over = min(after, default=began)
     seen: Counter[tuple[str, str, str]] = Counter()
     out: list[Notice] = []
     for point in status.history:
@@ -91,7 +94,7 @@ def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) ->
         text = "\n".join((subject.key, *what, str(number)))
         # Only events of the present run are about the present candidate; an older one that is still unsent must not name it.
         # Nor is the stable model, when it is asked for again, what an unsent one of the run before is about.
-        present = (began is None or point.time >= began) and (over is None or point.time < over)
+        present = (began is None or point.time >= began) and (over is None or point.time < over) and point.event != "DigestRejected"
         out.append(Notice(hashlib.sha256(text.encode()).hexdigest()[:32], subject, point, model if present else {},
                           status.run_id if present else ""))
     return out

@@ -108,7 +108,10 @@ def test_what_an_action_that_failed_rests_on_is_recorded_all_the_same(tmp_path: 
         found.climbed()
         found.api.before = lambda asked: says(422, "no") if asked.method == "PATCH" and "/httproutes/" in asked.path else None
         found.abort()
-        assert found.turn().error == "Invalid"
+        read = found.status
+        failed = found.turn()
+        assert failed.error == "Invalid"
+        assert failed.status == read, "what is under way is known of a turn that fails, also to an operator that has just begun"
         assert found.weight == 20
         last = [e for e in read_record(tmp_path / NAME) if isinstance(e, RecordedTurn)][-1]
         assert last.now == found.now
