@@ -19,9 +19,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from hafnium_contract.contract_file import load_contract, parse_contract
-from hafnium_contract.errors import InputError
-from hafnium_local.batch_scores import read_rows, score_file, score_rows
+from hafnium_contract.errors import InputError, Problem
+from hafnium_local import batch_scores
+from hafnium_local.batch_scores import ROWS_AGAIN_S, read_rows, score_file, score_rows
 from hafnium_training.replay_requests import score_requests
+from hafnium_transformer.errors import LookedUpError, RowInvalidError, StoreSilentError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -165,22 +167,54 @@ async def test_a_limit_that_lasts_beyond_the_deadline_is_each_rows_error() -> No
     assert [f["error"] for f in found] == ["429: 20 rows a day"] * 2
 
 
-async def test_rows_that_nobody_had_time_for_are_asked_for_again() -> None:
-    asked: list[list[str]] = []
+def _silent() -> dict[str, Any]:
+    return StoreSilentError("view v: v.f could not be looked up", [Problem("v.f", "could not be looked up")]).document()
+
+
+def _lacking() -> dict[str, Any]:
+    return LookedUpError("view v: v.f has no value for customer_id 'c'", [Problem("v.f", "has no value for customer_id 'c'")]).document()
+
+
+async def _by_turn(errors: list[dict[int, dict[str, Any]]], count: int, batch_rows: int) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Results, and the rows of each batch. `errors`: problems by row, for the first batches; the last holds for all that follow."""
+    asked: list[list[int]] = []
 
     def answer(requests: list[Any]) -> web.Response:
-        asked.append([r["request_id"] for r in requests])
-        refused = {"1": 503, "2": 422, "3": 504} if len(asked) == 1 else {"3": 504}
-        return web.json_response({"results": [
-            {"status": refused[i], "detail": "no"} if (i := r["request_id"]) in refused else {"request_id": i, "score": 0.1}
-            for r in requests
-        ]})
+        asked.append([int(r["request_id"]) for r in requests])
+        now = errors[min(len(asked), len(errors)) - 1]
+        return web.json_response({"results": [now.get(i) or {"request_id": str(i), "score": 0.1} for i in asked[-1]]})
 
     server = await _serve(answer)
-    found = await _all(str(server.make_url("/")), 4)
+    rows = [(i, {"request_id": str(i), "features": {}}) for i in range(count)]
+    found = [r async for r in score_rows(str(server.make_url("/")), rows, batch_rows=batch_rows)]
     await server.close()
-    assert asked == [["0", "1", "2", "3"], ["1", "3"], ["3"]]
-    assert [f["error"] for f in found] == [None, None, "422: no", "504: no"]
+    assert [f["row"] for f in found] == list(range(count))
+    return found, asked
+
+
+async def test_rows_whose_store_did_not_answer_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_scores, "ROWS_AGAIN_S", (0.05, 0.1))
+    refused = RowInvalidError([Problem("features.a", "missing")]).document()
+    found, asked = await _by_turn([{1: _silent(), 2: refused, 3: _silent()}, {3: _silent()}], 4, 4)
+    assert asked == [[0, 1, 2, 3], [1, 3], [3]]
+    assert [f["error"] for f in found] == [None, None, "422: features.a: missing", "503: v.f: could not be looked up"]
+
+
+async def test_a_row_that_the_store_lacks_costs_no_second_request_and_no_pause() -> None:
+    started = time.monotonic()
+    found, asked = await _by_turn([{1: _lacking(), 4: _lacking()}], 6, 2)
+    assert asked == [[0, 1], [2, 3], [4, 5]]
+    assert [i for i, f in enumerate(found) if f["error"]] == [1, 4]
+    assert found[1]["error"] == "503: v.f: has no value for customer_id 'c'"
+    assert time.monotonic() - started < ROWS_AGAIN_S[0]
+
+
+async def test_rows_that_wait_for_another_turn_hold_no_others_up_until_too_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_scores, "HELD_ROWS_MAX", 4)
+    monkeypatch.setattr(batch_scores, "ROWS_AGAIN_S", (0.2, 0.2))
+    found, asked = await _by_turn([{0: _silent()}, {}], 8, 2)
+    assert asked == [[0, 1], [2, 3], [0], [4, 5], [6, 7]]
+    assert not [f for f in found if f["error"]]
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
