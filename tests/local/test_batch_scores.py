@@ -349,3 +349,30 @@ def test_without_a_contract_a_feature_is_a_number_where_the_whole_column_holds_n
         {"request_id": "8", "entity": {"id": "9"}, "features": {"code": "5411"}},
         {"request_id": "9", "entity": {}, "features": {"amount": 12.5, "new": False}},
     ]
+
+
+@pytest.mark.parametrize(("cell", "value"), [
+    (".5", 0.5), ("5.", 5.0), ("+1.5", 1.5), (" 1.5", 1.5), ("-1E+3 ", -1000.0), ("-0.0", 0.0), ("inf", None), ("-Infinity", None),
+    ("n/a", None), ("#N/A", None), ("-nan", None), ("NAN", None), (" NA ", None), ("None", None), ("  ", None),
+])
+def test_without_a_contract_no_way_to_write_a_number_or_none_makes_texts_of_its_column(
+    tmp_path: Path, cell: str, value: float | None,
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"request_id,features.amount\na,12.5\nb,{cell}\n")
+    assert [r["features"] for r in read_rows(file)] == [{"amount": 12.5}, {} if value is None else {"amount": value}]
+
+
+@pytest.mark.parametrize("cell", ["007", "-01", "1_000", "0x1f", "1,5", "e5", ".", "١", "1 2", "nano"])
+def test_without_a_contract_a_cell_that_is_no_number_leaves_its_column_text(tmp_path: Path, cell: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f'request_id,features.code\na,12\nb,"{cell}"\n')
+    assert [r["features"]["code"] for r in read_rows(file)] == ["12", cell]
+
+
+def test_without_a_contract_true_and_false_may_be_mixed_with_digits_and_gaps(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("request_id,features.new,features.word\n" + "".join(
+        f"{i},{a},{b}\n" for i, (a, b) in enumerate([("true", "true"), ("0", "maybe"), ("NA", "NA"), (" FALSE", "0"), ("1", "")])))
+    assert [r["features"] for r in read_rows(file)] == [
+        {"new": True, "word": "true"}, {"new": False, "word": "maybe"}, {"word": "NA"}, {"new": False, "word": "0"}, {"new": True}]
