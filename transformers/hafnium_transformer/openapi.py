@@ -7,7 +7,7 @@ from typing import Any
 from hafnium_contract.model_contract import FLOAT_MAX, Feature
 from hafnium_contract.wire import BATCH_ROWS_MAX, PROBLEM_JSON, STORE_SILENT
 from hafnium_transformer.plan import ENTITY_TEXT, Plan
-from hafnium_transformer.rows import TEXT_MAX
+from hafnium_transformer.rows import NUMBER_AS_TEXT, TEXT_MAX
 
 _PROBLEMS = {
     "400": "no JSON, or not the form of a request", "413": "the body is too long", "422": "fields break the contract; errors names each",
@@ -70,7 +70,7 @@ def _row(plan: Plan) -> dict[str, Any]:
     needed = [field for field, f in plan.request_features if f.missing == "reject"]
     entity = {
         key: {"type": "string", "minLength": 1, "maxLength": TEXT_MAX} if plan.entity_types.get(key, ENTITY_TEXT) == ENTITY_TEXT
-        else {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
+        else {"type": ["integer", "string"], "minimum": -(2**63) + 1, "maximum": 2**63 - 1, "pattern": NUMBER_AS_TEXT}
         for key in sorted(plan.declared_keys)
     }
     return _object({
