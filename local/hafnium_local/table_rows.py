@@ -134,7 +134,9 @@ def _by_prefix(names: list[str], file: Path) -> Callable[[Row], Row]:
             )
 
     def convert(row: Row) -> Row:
-        out: Row = {k: _value(_moment(v) if k == "event_time" else v) for k, v in row.items() if k in _FIXED}
+        out: Row = {"request_id": _value(row["request_id"])} if "request_id" in row else {}
+        if (when := _moment(row.get("event_time"))) is not None:
+            out["event_time"] = _value(when)
         for part in ("entity", "features"):
             values = {k.removeprefix(f"{part}."): _value(v) for k, v in row.items() if k.startswith(f"{part}.")}
             out[part] = {k: v for k, v in values.items() if not _missing(v)}
@@ -152,6 +154,8 @@ class _Times:
 
     def __call__(self, value: Any) -> Any:
         unit = self.spec.unit
+        if isinstance(value, str) and _is_missing_word(value):
+            return None
         number = _number(value) if unit is not None else value
         if unit is None or not isinstance(number, int | float):
             return _moment(value)
@@ -183,8 +187,8 @@ def _by_contract(names: list[str], contract: ModelContract, file: Path) -> Calla
         }
         if id_column is not None and id_column in row:
             out["request_id"] = str(row[id_column])
-        if time.column in row:
-            out["event_time"] = _value(moment(row[time.column]))
+        if (when := moment(row.get(time.column))) is not None:
+            out["event_time"] = _value(when)
         return out
 
     return convert
@@ -205,7 +209,10 @@ def _key(value: Any) -> Any:
 
 
 def _moment(value: Any) -> Any:
-    """A text with a time is that time, a date alone its midnight UTC, as in training; any other text is left to the service."""
+    """A text with a time is that time, a date alone its midnight UTC, as in training; any other text is left to the service.
+    None: missing."""
+    if isinstance(value, str) and _is_missing_word(value):
+        return None
     if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
         try:
             return datetime.fromisoformat(value)

@@ -376,3 +376,24 @@ def test_without_a_contract_true_and_false_may_be_mixed_with_digits_and_gaps(tmp
         f"{i},{a},{b}\n" for i, (a, b) in enumerate([("true", "true"), ("0", "maybe"), ("NA", "NA"), (" FALSE", "0"), ("1", "")])))
     assert [r["features"] for r in read_rows(file)] == [
         {"new": True, "word": "true"}, {"new": False, "word": "maybe"}, {"word": "NA"}, {"new": False, "word": "0"}, {"new": True}]
+
+
+NO_TIME = ["NAN", "-nan", "+nan", "NA", " n/a ", "None", ""]
+
+
+@pytest.mark.parametrize("cell", NO_TIME)
+def test_a_time_that_is_missing_is_left_out_whatever_says_so(tmp_path: Path, cell: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"Time,Amount\n0,1\n{cell},1\n")
+    assert ["event_time" in r for r in read_rows(file, load_contract(EXAMPLES / "creditcard" / "contract.yaml"))] == [True, False]
+    file.write_text(f"event_time,features.a\n2026-01-01,1\n{cell},1\n")
+    assert ["event_time" in r for r in read_rows(file)] == [True, False]
+    file = _risk_csv(tmp_path, f"1,{cell},c,t,1,fuel,chip,1,0", "2,soon,c,t,1,fuel,chip,1,0")
+    assert [r.get("event_time") for r in read_rows(file, load_contract(EXAMPLES / "unified-risk" / "contract.yaml"))] == [None, "soon"]
+
+
+@pytest.mark.parametrize("text", ["inf", "-Infinity"])
+def test_a_time_without_end_is_told_with_its_unit(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"Time,Amount\n{text},1\n")
+    with pytest.raises(InputError, match=r"column Time: expected a moment from 1970 to 2200, got"):
+        list(read_rows(tmp_path / "rows.csv", load_contract(EXAMPLES / "creditcard" / "contract.yaml")))
