@@ -164,7 +164,7 @@ async def test_rows_that_a_silent_store_refuses_have_a_title_of_their_own_since_
         return {r["title"] for r in answer["results"]}
 
     assert await titles("no-must") == await titles("old") == await titles("zero") == {"Feature not available"}
-    scorer.use_store(cast(Any, None), _SilentStore())
+    scorer.use_store(cast(Any, None), cast(Any, _SilentStore()))
     assert await titles("fresh") == {"Feature store does not answer"}
     columns = [float("nan") if f.name == "share" else 1.0 for f in scorer.plan.contract.inputs]
     with pytest.raises(StoreSilentError, match="share can't be computed"):
