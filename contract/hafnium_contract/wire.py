@@ -15,6 +15,8 @@ DEADLINE_HEADER = "x-hafnium-deadline-ms"
 """Milliseconds that are left for the answer when the request is sent; each hop passes on what it has left."""
 
 PROBLEM_JSON = "application/problem+json"
+STORE_SILENT = "Feature store does not answer"
+"""Title of the problem of a row that nothing could be looked up for: it may pass. That the store has no value, or an old one, does not."""
 BATCH_ROWS_MAX = 1_000
 BODY_BYTES_MAX = 4 * 1024 * 1024
 

@@ -15,6 +15,8 @@ import json
 import os
 import random
 import tempfile
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,9 +25,9 @@ from typing import Any, TextIO, cast
 
 from hafnium_contract.errors import InputError
 from hafnium_contract.model_contract import ModelContract
-from hafnium_contract.wire import BATCH_ROWS_MAX
+from hafnium_contract.wire import BATCH_ROWS_MAX, STORE_SILENT
 from hafnium_local.replay import read_requests
-from hafnium_local.score_client import BUSY, UNANSWERED, post, session
+from hafnium_local.score_client import post, session
 from hafnium_local.table_rows import table_rows
 
 COLUMNS: tuple[str, ...] = (
@@ -33,7 +35,11 @@ COLUMNS: tuple[str, ...] = (
     "error",
 )
 ROWS_AGAIN_S: tuple[float, ...] = (0.5, 2.0)
-"""Pauses before rows that nobody had time for are asked for again; what then still has no score is told as refused."""
+"""Pauses before rows whose feature store did not answer are asked for again; what then still has no score is told as refused. A value
+that the store lacks is told at once: it would be lacking again, and all of it would count as the model's errors."""
+HELD_ROWS_MAX = 10 * BATCH_ROWS_MAX
+"""Rows kept for one before them that waits for another turn: results come in order, and 10,000 take about 10 MB. With as many nothing
+new is asked until the first is done."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +88,47 @@ async def score_rows(
         raise InputError(f"url must begin with http:// or https://, got {url!r}")
     target = url.rstrip("/").removesuffix("/v1/score") + "/v1/score/batch"
     jitter = random.Random(0)  # noqa: S311 - spreads retries
+    size = max(1, min(batch_rows, BATCH_ROWS_MAX))
     source = iter(rows)
+    held: deque[_Held] = deque()
     async with session(4) as client:
-        while batch := list(itertools.islice(source, max(1, min(batch_rows, BATCH_ROWS_MAX)))):
-            results = await _score_batch(client, target, [row for _, row in batch], jitter)
-            for (number, _), result in zip(batch, results, strict=True):
-                yield {"row": number, **result}
+        while True:
+            batch = [r for r in held if r.result is None and r.due_s <= time.monotonic()][:size]
+            if len(held) < HELD_ROWS_MAX:
+                fresh = [_Held(number, row) for number, row in itertools.islice(source, size - len(batch))]
+                held.extend(fresh)
+                batch += fresh
+            if batch:
+                await _score_batch(client, target, batch, jitter)
+            elif held:  # all that is left to do is to wait for the next turn
+                await asyncio.sleep(max(0.0, min(r.due_s for r in held if r.result is None) - time.monotonic()))
+            else:
+                return
+            while held and (result := held[0].result) is not None:
+                yield {"row": held.popleft().number, **result}
 
 
-async def _score_batch(client: Any, target: str, batch: list[dict[str, Any]], jitter: random.Random) -> list[dict[str, Any]]:
-    results = await _ask(client, target, batch, jitter)
-    for pause_s in ROWS_AGAIN_S:
-        # a predictor that is restarted takes 503 and 504 into a few rows of a batch that is answered
-        again = [i for i, r in enumerate(results) if r.get("status") in {*UNANSWERED, BUSY}]
-        if not again:
-            break
-        await asyncio.sleep(pause_s)
-        for i, result in zip(again, await _ask(client, target, [batch[i] for i in again], jitter), strict=True):
-            results[i] = result
-    return [_result(r, b) for r, b in zip(results, batch, strict=True)]
+@dataclass
+class _Held:
+    """A row on its way."""
+
+    number: int
+    request: dict[str, Any]
+    result: dict[str, Any] | None = None
+    asked: int = 0
+    due_s: float = 0.0
+    """Of the monotonic clock: its next turn."""
+
+
+async def _score_batch(client: Any, target: str, batch: list[_Held], jitter: random.Random) -> None:
+    """Gives each row its result, or its next turn."""
+    answers = await _ask(client, target, [row.request for row in batch], jitter)
+    for row, answer in zip(batch, answers, strict=True):
+        if answer.get("title") == STORE_SILENT and row.asked < len(ROWS_AGAIN_S):
+            row.due_s = time.monotonic() + ROWS_AGAIN_S[row.asked]
+            row.asked += 1
+        else:
+            row.result = _result(answer, row.request)
 
 
 async def _ask(client: Any, target: str, batch: list[dict[str, Any]], jitter: random.Random) -> list[dict[str, Any]]:

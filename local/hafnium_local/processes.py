@@ -36,6 +36,8 @@ SILENT_MAX = 8
 back a healthy process for two such probes."""
 START_TIMEOUT_S = 180.0
 """A process that answers nothing for so long after its start is started again. Importing feast on a busy machine takes 20 s."""
+GROUP_GONE_S = 2.0
+"""What SIGKILL needs at most to end workers of some gigabytes."""
 STEADY_S = 10.0
 """A process that lived so long is not in a crash loop: its next restart is quick again."""
 
@@ -168,6 +170,7 @@ class Child:
             _kill_group(process.pid)  # what it had started itself
             self._process = None
             self.state.pid = None
+            await _group_gone(process.pid)
             return hung or self._exit_reason(status)
         finally:
             probing.cancel()
@@ -238,6 +241,17 @@ def _where(probe: Probe) -> str:
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+
+
+async def _group_gone(pid: int) -> None:
+    """Until none of a killed group is left, for a moment: a worker gives back its memory before its port, and the next start would
+    meet that port taken by a stranger. Zombies count as left, so where nobody reaps orphans (a container without an init) it takes all
+    of the moment."""
+    deadline = time.monotonic() + GROUP_GONE_S
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(pid, 0)
+            await asyncio.sleep(0.01)
 
 
 def last_lines(file: Path, count: int, bytes_max: int = 8192) -> list[str]:

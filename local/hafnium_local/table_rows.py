@@ -30,10 +30,10 @@ from hafnium_contract.table_text import MISSING_NUMBERS, TRUTH, WHOLE_WITH_FRACT
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _YEARS = (datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC))
 _FIXED = ("request_id", "event_time")
-_NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?"
-"""JSON's: 0763 is a code, and no number."""
-_NUMBER_OR_MISSING = "|".join((_NUMBER, *map(re.escape, MISSING_NUMBERS[1:])))
-_TRUE_OR_FALSE = "(?i:true|false)"
+_MISSING = r"(?i:[+-]?nan|#?n/a|na|null|none|)"
+_NUMBER = r"(?i:[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf(inity)?)"
+"""What float() takes, but for zeros in front: 0763 is a code, and no number."""
+_TRUTH = "(?i:true|false|[01](\\.0)?)"
 
 Row = dict[str, Any]
 
@@ -68,9 +68,9 @@ def _csv_rows(file: Path, contract: ModelContract | None) -> Iterator[Row]:
     else:
         convert = _by_prefix(names, file)
         features = [n for n in names if n.startswith("features.")]
-        numbers = _whole_columns(file, names, dict.fromkeys(features, _NUMBER_OR_MISSING))
-        truths = _whole_columns(file, names, dict.fromkeys((f for f in features if f not in numbers), _TRUE_OR_FALSE))
-        meant = dict.fromkeys(numbers, _number) | dict.fromkeys(truths, _is_true)
+        numbers = _whole_columns(file, names, dict.fromkeys(features, rf"\s*({_NUMBER}|{_MISSING})\s*"))
+        truths = _whole_columns(file, names, dict.fromkeys((f for f in features if f not in numbers), rf"\s*({_TRUTH}|{_MISSING})\s*"))
+        meant = dict.fromkeys(numbers, _plain_number) | dict.fromkeys(truths, _plain_truth)
     with _texts(file, names) as reader:
         for row in _rows(reader, dict):
             yield convert({k: meant[k](v) if k in meant else v for k, v in row.items()})
@@ -80,8 +80,17 @@ def _without_fraction(text: str) -> str:
     return text.removesuffix(".0")
 
 
-def _is_true(text: str) -> bool:
-    return text.lower() == "true"
+def _plain_number(text: str) -> float | None:
+    return None if _is_missing_word(text) else float(text)
+
+
+def _plain_truth(text: str) -> bool | None:
+    return None if _is_missing_word(text) else TRUTH[text.strip().lower()] == 1.0
+
+
+def _is_missing_word(text: str) -> bool:
+    """In a column of numbers, truths or times alone: the category or country NA is not missing."""
+    return re.fullmatch(_MISSING, text.strip()) is not None
 
 
 def _texts(file: Path, names: list[str]) -> pacsv.CSVStreamingReader:
@@ -125,7 +134,9 @@ def _by_prefix(names: list[str], file: Path) -> Callable[[Row], Row]:
             )
 
     def convert(row: Row) -> Row:
-        out: Row = {k: _value(_moment(v) if k == "event_time" else v) for k, v in row.items() if k in _FIXED}
+        out: Row = {"request_id": _value(row["request_id"])} if "request_id" in row else {}
+        if (when := _moment(row.get("event_time"))) is not None:
+            out["event_time"] = _value(when)
         for part in ("entity", "features"):
             values = {k.removeprefix(f"{part}."): _value(v) for k, v in row.items() if k.startswith(f"{part}.")}
             out[part] = {k: v for k, v in values.items() if not _missing(v)}
@@ -143,6 +154,8 @@ class _Times:
 
     def __call__(self, value: Any) -> Any:
         unit = self.spec.unit
+        if isinstance(value, str) and _is_missing_word(value):
+            return None
         number = _number(value) if unit is not None else value
         if unit is None or not isinstance(number, int | float):
             return _moment(value)
@@ -174,8 +187,8 @@ def _by_contract(names: list[str], contract: ModelContract, file: Path) -> Calla
         }
         if id_column is not None and id_column in row:
             out["request_id"] = str(row[id_column])
-        if time.column in row:
-            out["event_time"] = _value(moment(row[time.column]))
+        if (when := moment(row.get(time.column))) is not None:
+            out["event_time"] = _value(when)
         return out
 
     return convert
@@ -196,7 +209,10 @@ def _key(value: Any) -> Any:
 
 
 def _moment(value: Any) -> Any:
-    """A text with a time is that time, a date alone its midnight UTC, as in training; any other text is left to the service."""
+    """A text with a time is that time, a date alone its midnight UTC, as in training; any other text is left to the service.
+    None: missing."""
+    if isinstance(value, str) and _is_missing_word(value):
+        return None
     if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
         try:
             return datetime.fromisoformat(value)

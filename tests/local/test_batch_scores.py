@@ -19,9 +19,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from hafnium_contract.contract_file import load_contract, parse_contract
-from hafnium_contract.errors import InputError
-from hafnium_local.batch_scores import read_rows, score_file, score_rows
+from hafnium_contract.errors import InputError, Problem
+from hafnium_local import batch_scores
+from hafnium_local.batch_scores import ROWS_AGAIN_S, read_rows, score_file, score_rows
 from hafnium_training.replay_requests import score_requests
+from hafnium_transformer.errors import LookedUpError, RowInvalidError, StoreSilentError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -165,22 +167,54 @@ async def test_a_limit_that_lasts_beyond_the_deadline_is_each_rows_error() -> No
     assert [f["error"] for f in found] == ["429: 20 rows a day"] * 2
 
 
-async def test_rows_that_nobody_had_time_for_are_asked_for_again() -> None:
-    asked: list[list[str]] = []
+def _silent() -> dict[str, Any]:
+    return StoreSilentError("view v: v.f could not be looked up", [Problem("v.f", "could not be looked up")]).document()
+
+
+def _lacking() -> dict[str, Any]:
+    return LookedUpError("view v: v.f has no value for customer_id 'c'", [Problem("v.f", "has no value for customer_id 'c'")]).document()
+
+
+async def _by_turn(errors: list[dict[int, dict[str, Any]]], count: int, batch_rows: int) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Results, and the rows of each batch. `errors`: problems by row, for the first batches; the last holds for all that follow."""
+    asked: list[list[int]] = []
 
     def answer(requests: list[Any]) -> web.Response:
-        asked.append([r["request_id"] for r in requests])
-        refused = {"1": 503, "2": 422, "3": 504} if len(asked) == 1 else {"3": 504}
-        return web.json_response({"results": [
-            {"status": refused[i], "detail": "no"} if (i := r["request_id"]) in refused else {"request_id": i, "score": 0.1}
-            for r in requests
-        ]})
+        asked.append([int(r["request_id"]) for r in requests])
+        now = errors[min(len(asked), len(errors)) - 1]
+        return web.json_response({"results": [now.get(i) or {"request_id": str(i), "score": 0.1} for i in asked[-1]]})
 
     server = await _serve(answer)
-    found = await _all(str(server.make_url("/")), 4)
+    rows = [(i, {"request_id": str(i), "features": {}}) for i in range(count)]
+    found = [r async for r in score_rows(str(server.make_url("/")), rows, batch_rows=batch_rows)]
     await server.close()
-    assert asked == [["0", "1", "2", "3"], ["1", "3"], ["3"]]
-    assert [f["error"] for f in found] == [None, None, "422: no", "504: no"]
+    assert [f["row"] for f in found] == list(range(count))
+    return found, asked
+
+
+async def test_rows_whose_store_did_not_answer_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_scores, "ROWS_AGAIN_S", (0.05, 0.1))
+    refused = RowInvalidError([Problem("features.a", "missing")]).document()
+    found, asked = await _by_turn([{1: _silent(), 2: refused, 3: _silent()}, {3: _silent()}], 4, 4)
+    assert asked == [[0, 1, 2, 3], [1, 3], [3]]
+    assert [f["error"] for f in found] == [None, None, "422: features.a: missing", "503: v.f: could not be looked up"]
+
+
+async def test_a_row_that_the_store_lacks_costs_no_second_request_and_no_pause() -> None:
+    started = time.monotonic()
+    found, asked = await _by_turn([{1: _lacking(), 4: _lacking()}], 6, 2)
+    assert asked == [[0, 1], [2, 3], [4, 5]]
+    assert [i for i, f in enumerate(found) if f["error"]] == [1, 4]
+    assert found[1]["error"] == "503: v.f: has no value for customer_id 'c'"
+    assert time.monotonic() - started < ROWS_AGAIN_S[0]
+
+
+async def test_rows_that_wait_for_another_turn_hold_no_others_up_until_too_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_scores, "HELD_ROWS_MAX", 4)
+    monkeypatch.setattr(batch_scores, "ROWS_AGAIN_S", (0.2, 0.2))
+    found, asked = await _by_turn([{0: _silent()}, {}], 8, 2)
+    assert asked == [[0, 1], [2, 3], [0], [4, 5], [6, 7]]
+    assert not [f for f in found if f["error"]]
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
@@ -315,3 +349,51 @@ def test_without_a_contract_a_feature_is_a_number_where_the_whole_column_holds_n
         {"request_id": "8", "entity": {"id": "9"}, "features": {"code": "5411"}},
         {"request_id": "9", "entity": {}, "features": {"amount": 12.5, "new": False}},
     ]
+
+
+@pytest.mark.parametrize(("cell", "value"), [
+    (".5", 0.5), ("5.", 5.0), ("+1.5", 1.5), (" 1.5", 1.5), ("-1E+3 ", -1000.0), ("-0.0", 0.0), ("inf", None), ("-Infinity", None),
+    ("n/a", None), ("#N/A", None), ("-nan", None), ("NAN", None), (" NA ", None), ("None", None), ("  ", None),
+])
+def test_without_a_contract_no_way_to_write_a_number_or_none_makes_texts_of_its_column(
+    tmp_path: Path, cell: str, value: float | None,
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"request_id,features.amount\na,12.5\nb,{cell}\n")
+    assert [r["features"] for r in read_rows(file)] == [{"amount": 12.5}, {} if value is None else {"amount": value}]
+
+
+@pytest.mark.parametrize("cell", ["007", "-01", "1_000", "0x1f", "1,5", "e5", ".", "١", "1 2", "nano"])
+def test_without_a_contract_a_cell_that_is_no_number_leaves_its_column_text(tmp_path: Path, cell: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f'request_id,features.code\na,12\nb,"{cell}"\n')
+    assert [r["features"]["code"] for r in read_rows(file)] == ["12", cell]
+
+
+def test_without_a_contract_true_and_false_may_be_mixed_with_digits_and_gaps(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("request_id,features.new,features.word\n" + "".join(
+        f"{i},{a},{b}\n" for i, (a, b) in enumerate([("true", "true"), ("0", "maybe"), ("NA", "NA"), (" FALSE", "0"), ("1", "")])))
+    assert [r["features"] for r in read_rows(file)] == [
+        {"new": True, "word": "true"}, {"new": False, "word": "maybe"}, {"word": "NA"}, {"new": False, "word": "0"}, {"new": True}]
+
+
+NO_TIME = ["NAN", "-nan", "+nan", "NA", " n/a ", "None", ""]
+
+
+@pytest.mark.parametrize("cell", NO_TIME)
+def test_a_time_that_is_missing_is_left_out_whatever_says_so(tmp_path: Path, cell: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"Time,Amount\n0,1\n{cell},1\n")
+    assert ["event_time" in r for r in read_rows(file, load_contract(EXAMPLES / "creditcard" / "contract.yaml"))] == [True, False]
+    file.write_text(f"event_time,features.a\n2026-01-01,1\n{cell},1\n")
+    assert ["event_time" in r for r in read_rows(file)] == [True, False]
+    file = _risk_csv(tmp_path, f"1,{cell},c,t,1,fuel,chip,1,0", "2,soon,c,t,1,fuel,chip,1,0")
+    assert [r.get("event_time") for r in read_rows(file, load_contract(EXAMPLES / "unified-risk" / "contract.yaml"))] == [None, "soon"]
+
+
+@pytest.mark.parametrize("text", ["inf", "-Infinity"])
+def test_a_time_without_end_is_told_with_its_unit(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"Time,Amount\n{text},1\n")
+    with pytest.raises(InputError, match=r"column Time: expected a moment from 1970 to 2200, got"):
+        list(read_rows(tmp_path / "rows.csv", load_contract(EXAMPLES / "creditcard" / "contract.yaml")))

@@ -88,6 +88,33 @@ async def test_what_a_process_started_ends_with_it(tmp_path: Path, tools: Any) -
     await until(lambda: not tools.alive(grandchild))
 
 
+async def test_a_part_that_crashes_is_started_again_though_its_workers_hold_the_port_a_little_longer(tmp_path: Path, tools: Any) -> None:
+    """The worker here has so much memory to give back that it outlives the signal that ends it by tens of milliseconds."""
+    port = tools.free_port()
+    code = (
+        "import os,socket,sys,time\n"
+        "s = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+        "worker = os.fork() == 0\n"
+        "kept = b'x' * (400 << 20 if worker else 1)\n"
+        "print('holds', flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    spec = ProcessSpec("x", python(code, str(port)), probe=Probe("127.0.0.1", port, None))
+    messages: list[str] = []
+    child = Child(spec, tmp_path / "x.log", tmp_path, lambda c: messages.append(c.state.message))
+    task = asyncio.create_task(child.run())
+    try:
+        await until(lambda: child.state.ready and len(last_lines(child.log, 3)) == 2)
+        crashed = child.state.pid or 0
+        os.kill(crashed, signal.SIGSEGV)
+        await until(lambda: child.state.pid not in (None, crashed) and child.state.ready)
+        assert child.state.restarts == 1
+        assert not [m for m in messages if "is taken" in m]
+    finally:
+        child.stop()
+        await task
+
+
 async def test_input_is_closed_and_environment_is_passed(tmp_path: Path) -> None:
     code = "import os,sys,time; print(repr(sys.stdin.read()), os.environ['A'], os.environ['HAFNIUM_SUPERVISED_BY']); time.sleep(300)"
     async with running(ProcessSpec("x", python(code), env=merged({"A": "0"}, {"A": "1"})), tmp_path) as child:

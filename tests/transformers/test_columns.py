@@ -16,17 +16,21 @@ from hafnium_redis import Redis
 from hafnium_servers import make_feature_repo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from kserve import InferInput, InferRequest
 
 from hafnium_contract.contract_file import parse_contract
 from hafnium_contract.encoding import PlainColumns, encode_value, number_column, plain_encoder
 from hafnium_contract.model_contract import Feature, ModelContract
 from hafnium_transformer.batch import Parsed, parse_columns, parse_each
 from hafnium_transformer.batch_encoding import Encoded, encode_columns, encode_each
+from hafnium_transformer.model import rows_of_v2
 from hafnium_transformer.online_store.feast import FeastReader
 from hafnium_transformer.online_store.records import Found, value_message, value_reader
 from hafnium_transformer.online_store.redis import RedisStore
 from hafnium_transformer.online_store.sqlite import ROWS_MAX, SqliteStore
 from hafnium_transformer.online_store.value_columns import columns_of, plain_numbers
+from hafnium_transformer.openapi import document
 from hafnium_transformer.plan import ENTITY_NUMBER, ENTITY_TEXT, Plan, make_plan
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -118,7 +122,7 @@ def rows_of(plan: Plan) -> st.SearchStrategy[list[Any]]:
         | st.builds(lambda f, name: {k: v for k, v in f.items() if k != name}, features, names) \
         | st.sampled_from([None, {}, [], 1])
     odd_entity = st.builds(lambda e, key, value: {**e, key: value}, entity, st.sampled_from(["card_id", "shop_id", "other_id", "no"]),
-                           st.sampled_from([None, "", "a", "b" * 257, 1, True, 2**63, -(2**63), 1.5, [], {}])) \
+                           st.sampled_from([None, "", "a", "b" * 257, 1, True, 2**63, -(2**63), 1.5, [], {}, "7", "-7", "07"])) \
         | st.sampled_from([None, {}, [], "c", {"card_id": "a"}])
     odd = st.builds(lambda row, key, value: {**row, key: value}, plain, st.just("features"), odd_features) \
         | st.builds(lambda row, key, value: {**row, key: value}, plain, st.just("entity"), odd_entity) \
@@ -155,6 +159,44 @@ def test_rows_read_by_columns_are_those_read_one_by_one_and_their_errors_too(pla
         (a.request_ids, a.event_times_s, a.entities, a.explained, a.lacking)
     assert bits(b.columns(plan).ravel().tolist()) == bits(a.columns(plan).ravel().tolist())
     assert json.dumps(rows) == before
+
+
+KEYED = {"amount": 1.0, "risk": 1.0, "count": 1, "clamped": 1, "kind": "x", "flag": True}
+
+
+def as_json(text: str) -> dict[str, Any]:
+    return {"entity": {"card_id": "7", "shop_id": text}, "features": KEYED}
+
+
+def as_v2(plan: Plan, text: str) -> dict[str, Any]:
+    kinds = {"kind": "BYTES", "flag": "BOOL", "count": "INT64", "clamped": "INT64"}
+    inputs = [InferInput("card_id", [1], "BYTES", ["7"]), InferInput("shop_id", [1], "BYTES", [text])]
+    inputs += [InferInput(name, [1], kinds.get(name, "FP64"), [value]) for name, value in KEYED.items()]
+    return rows_of_v2(InferRequest("m", inputs), plan, 10)[0]
+
+
+@pytest.mark.parametrize("text", ["1001", "-5", "0", str(2**63 - 1), str(-(2**63) + 1)])
+def test_the_plain_text_of_a_numbered_key_is_that_number(plan: Plan, text: str) -> None:
+    for row in (as_json(text), as_v2(plan, text)):
+        for parsed in parsed_alike(plan, [row, as_json(text), {**row, "entity": {"card_id": "7", "shop_id": int(text)}}]):
+            assert not parsed.errors
+            assert parsed.batch.entities == [{"card_id": "7", "shop_id": int(text)}] * 3, "one entity to store and log; a text stays one"
+
+
+@pytest.mark.parametrize("text", [
+    "0763", "1.0", "1e3", " 1", "1 ", "1\n", "+1", "-0", "-", "", "1_000", "١", "1" * 20, str(2**63), str(-(2**63)), "9" * 5000])
+def test_any_other_text_for_a_numbered_key_is_refused_by_name(plan: Plan, text: str) -> None:
+    entity = Draft202012Validator(document(plan, "m", "1")["components"]["schemas"]["Request"]["properties"]["entity"])
+    assert all(entity.is_valid({"card_id": "7", "shop_id": key}) for key in (1001, "1001", "-5"))
+    # a pattern can't count to 2^63, and Python's, unlike JSON Schema's, ends before a line's end
+    assert not entity.is_valid({"card_id": "7", "shop_id": text}) or text in (str(2**63), str(-(2**63)), "1\n")
+    for row in (as_json(text), as_v2(plan, text)):
+        for parsed in parsed_alike(plan, [row, as_json("1")]):
+            assert parsed.places == [1]
+            (problem,) = parsed.errors[0].problems
+            assert problem.path == "rows[0].entity.shop_id"
+            assert problem.message.startswith("expected a whole number of 64 bits, as a number or its plain text")
+            assert problem.message.endswith(", got " + (repr(text) if len(text) < 50 else repr(text)[:57] + "..."))
 
 
 @settings(deadline=None)

@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from hafnium_servers import Server, make_feature_repo, predictor
 from prometheus_client import CollectorRegistry
@@ -18,12 +19,14 @@ from hafnium_contract.model_contract import ModelContract
 from hafnium_contract.serving.json_log import Sampled
 from hafnium_testing import make_bundle
 from hafnium_transformer.admission import Admission
-from hafnium_transformer.errors import LookedUpError, OverloadedError, RowInvalidError, ScoringError, UnavailableError
+from hafnium_transformer.errors import LookedUpError, OverloadedError, RowInvalidError, ScoringError, StoreSilentError, UnavailableError
 from hafnium_transformer.gate import Gate
 from hafnium_transformer.metrics import TransformerMetrics
 from hafnium_transformer.online_store.feast import FeastReader, SdkStore
 from hafnium_transformer.plan import ENTITY_TEXT, make_plan
 from hafnium_transformer.predictor_client import Deadline, HopLimits, PredictorClient
+from hafnium_transformer.row_encoding import check_derived
+from hafnium_transformer.rows import NOTHING
 from hafnium_transformer.scoring import Context, Scorer
 from hafnium_transformer.settings import Settings
 
@@ -140,6 +143,32 @@ async def test_looked_up_value_that_is_demanded_ends_as_503_and_names_the_view(
     assert "view usage" in result.detail
     assert result.problems[0].path == path
     assert said in result.problems[0].message
+
+
+class _SilentStore:
+    async def read(self, *_: Any) -> Any:
+        raise UnavailableError("gone")
+
+    read_columns = read
+
+    def close(self) -> None:
+        """There is nothing."""
+
+
+@pytest.mark.parametrize("rows", [1, 100], ids=["one row", "columns"])
+async def test_rows_that_a_silent_store_refuses_have_a_title_of_their_own_since_that_may_pass(
+    scorer: Scorer, metrics: TransformerMetrics, rows: int,
+) -> None:
+    async def titles(card: str) -> set[str]:
+        _, answer = await answered(scorer, metrics, "/v1/score/batch", {"requests": [asked(card)] * rows})
+        return {r["title"] for r in answer["results"]}
+
+    assert await titles("no-must") == await titles("old") == await titles("zero") == {"Feature not available"}
+    scorer.use_store(cast(Any, None), cast(Any, _SilentStore()))
+    assert await titles("fresh") == {"Feature store does not answer"}
+    columns = [float("nan") if f.name == "share" else 1.0 for f in scorer.plan.contract.inputs]
+    with pytest.raises(StoreSilentError, match="share can't be computed"):
+        check_derived(scorer.plan, NOTHING, np.array(columns, np.float32), silent=True)
 
 
 @pytest.mark.parametrize("rows", [1, 100], ids=["one row", "columns"])

@@ -95,7 +95,7 @@ def test_a_new_contract_is_taken_over_while_redis_is_gone_and_its_policies_hold(
             behind.kill()
             with predictor(newer.path, tmp_path, port=behind.port) as changed:
                 changed.wait()
-                wait_until(lambda: front.post(SCORE, row).json.get("title") == "Feature not available")
+                wait_until(lambda: front.post(SCORE, row).json.get("title") == "Feature store does not answer")
                 refused = front.post(SCORE, row)
                 assert refused.status == 503
                 assert contract.features[demanded].name in refused.json["detail"]

@@ -36,6 +36,8 @@ class Encoded(NamedTuple):
     """By place in the batch; rows that lack nothing are not in it."""
     errors: dict[int, LookedUpError]
     """Of the rows that can't."""
+    silent: bool
+    """The store could not be asked."""
 
 
 def encode(plan: Plan, batch: Batch, found: Sequence[Found] | FoundColumns | None) -> Encoded:
@@ -61,7 +63,8 @@ def encode_each(plan: Plan, batch: Batch, found: Sequence[Found | None]) -> Enco
         lines.append(plan.assemble_row(values, batch.event_times_s[i]))
         if lacks is not NOTHING:
             lacking[i] = lacks
-    return Encoded(places, matrix_of(lines) if lines else np.empty((0, len(plan.contract.inputs)), np.float32), lacking, errors)
+    matrix = matrix_of(lines) if lines else np.empty((0, len(plan.contract.inputs)), np.float32)
+    return Encoded(places, matrix, lacking, errors, all(one is None for one in found))
 
 
 def encode_columns(plan: Plan, batch: Batch, found: FoundColumns | None) -> Encoded:
@@ -91,7 +94,7 @@ def encode_columns(plan: Plan, batch: Batch, found: FoundColumns | None) -> Enco
     if errors:
         places = [i for i in places if i not in errors]
         matrix = matrix[places]
-    return Encoded(places, matrix, lacking, errors)
+    return Encoded(places, matrix, lacking, errors, found is None)
 
 
 def _plainly_good(plan: Plan, found: FoundColumns, event_times_s: Floats) -> npt.NDArray[np.bool_]:

@@ -10,6 +10,7 @@ HafniumError
     ├── OverloadedError         503  more requests than can be answered in time
     ├── UnavailableError        503  predictor, feature store or contract can't be had
     │   └── LookedUpError       503  a value that the contract demands is missing or stale in its view
+    │       └── StoreSilentError    503  nobody knows whether it is: the store did not answer
     ├── DeadlineError           504  the time that was given is over
     ├── RefusedError            4xx  the predictor refused the row; its status is kept
     └── ContractChangedError    409  the predictor has another contract; fetched anew and tried again once
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hafnium_contract.errors import HafniumError, Problem
-from hafnium_contract.wire import problem
+from hafnium_contract.wire import STORE_SILENT, problem
 
 
 class ScoringError(HafniumError):
@@ -104,6 +105,12 @@ class LookedUpError(UnavailableError):
     def __init__(self, detail: str, problems: Sequence[Problem] = (), features: Sequence[str] = ()) -> None:
         self.features = tuple(features)
         super().__init__(detail, problems)
+
+
+class StoreSilentError(LookedUpError):
+    """Its title tells callers that it may pass; it counts as its base does."""
+
+    title = STORE_SILENT
 
 
 class DeadlineError(ScoringError):

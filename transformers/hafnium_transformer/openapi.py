@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from hafnium_contract.model_contract import FLOAT_MAX, Feature
-from hafnium_contract.wire import BATCH_ROWS_MAX, PROBLEM_JSON
+from hafnium_contract.wire import BATCH_ROWS_MAX, PROBLEM_JSON, STORE_SILENT
 from hafnium_transformer.plan import ENTITY_TEXT, Plan
-from hafnium_transformer.rows import TEXT_MAX
+from hafnium_transformer.rows import NUMBER_AS_TEXT, TEXT_MAX
 
 _PROBLEMS = {
     "400": "no JSON, or not the form of a request", "413": "the body is too long", "422": "fields break the contract; errors names each",
     "429": "this client asks for too many rows",
-    "503": "too many requests of all, or predictor, store or a value that the contract demands is not available",
+    "503": "too many requests of all, or predictor, store or a value that the contract demands is not available; of the last, the title "
+           f"{STORE_SILENT!r} may pass, 'Feature not available' comes again with the next request",
     "504": "the time given for the answer is over",
 }
 
@@ -69,7 +70,7 @@ def _row(plan: Plan) -> dict[str, Any]:
     needed = [field for field, f in plan.request_features if f.missing == "reject"]
     entity = {
         key: {"type": "string", "minLength": 1, "maxLength": TEXT_MAX} if plan.entity_types.get(key, ENTITY_TEXT) == ENTITY_TEXT
-        else {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
+        else {"type": ["integer", "string"], "minimum": -(2**63) + 1, "maximum": 2**63 - 1, "pattern": NUMBER_AS_TEXT}
         for key in sorted(plan.declared_keys)
     }
     return _object({

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hafnium_contract.encoding import encode_value
 from hafnium_contract.errors import FeatureError, Problem
-from hafnium_transformer.errors import LookedUpError, RowInvalidError
+from hafnium_transformer.errors import LookedUpError, RowInvalidError, StoreSilentError
 from hafnium_transformer.online_store.records import Found
 from hafnium_transformer.plan import LookedUp, Plan, ViewPlan
 from hafnium_transformer.rows import Lacking, Row, expected_form
@@ -25,7 +25,7 @@ CLOCK_SKEW_S = 300.0
 def encode_row(plan: Plan, row: Row, found: Found | None) -> tuple[dict[str, float], Lacking]:
     """Encoded features by name, NaN = missing, without derived ones; and what the row lacks.
 
-    `found`: None when the store could not be asked. Raises LookedUpError for a value that the contract demands.
+    `found`: None when the store could not be asked. Raises LookedUpError for a value that the contract demands; StoreSilentError then.
     """
     if not plan.views:
         return row.values, row.lacking
@@ -54,8 +54,12 @@ def encode_row(plan: Plan, row: Row, found: Found | None) -> tuple[dict[str, flo
                     degraded.append(name)
     if problems:
         views = sorted({p.path.split(".")[0] for p in problems})
-        raise LookedUpError(f"view {', '.join(views)}: {problems[0].path} {problems[0].message}", problems, missing)
+        raise _looked_up(found is None)(f"view {', '.join(views)}: {problems[0].path} {problems[0].message}", problems, missing)
     return values, _and(row.lacking, degraded, missing)
+
+
+def _looked_up(silent: bool) -> type[LookedUpError]:
+    return StoreSilentError if silent else LookedUpError
 
 
 def _and(lacking: Lacking, degraded: list[str], missing: list[str]) -> Lacking:
@@ -82,8 +86,9 @@ def _value(view: ViewPlan, looked_up: LookedUp, row: Row, found: Found | None) -
     return value, f"has no value for {view.join_key}" if math.isnan(value) else "", True
 
 
-def check_derived(plan: Plan, lacking: Lacking, inputs: npt.NDArray[np.float32]) -> Lacking:
+def check_derived(plan: Plan, lacking: Lacking, inputs: npt.NDArray[np.float32], *, silent: bool = False) -> Lacking:
     """Policies of derived inputs that can't be computed (an input is missing, or x/0). `inputs` [n]: the row, assembled.
+    `silent`: the store could not be asked.
 
     Raises LookedUpError or RowInvalidError, after where the cause lies.
     """
@@ -99,6 +104,6 @@ def check_derived(plan: Plan, lacking: Lacking, inputs: npt.NDArray[np.float32])
             problem = Problem(feature.name, f"can't be computed from this row; expected {expected_form(feature)}")
             views = plan.looked_up_behind[feature.name]
             if views:
-                raise LookedUpError(f"view {', '.join(views)}: {problem.path} {problem.message}", [problem], missing)
+                raise _looked_up(silent)(f"view {', '.join(views)}: {problem.path} {problem.message}", [problem], missing)
             raise RowInvalidError([problem])
     return _and(lacking, degraded, missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,11 @@ UNKNOWN_SHOWN_MAX = 50
 """Of one object's unknown keys. A body of 4 MB has 400,000, and an answer that named all of them would be fifteen times as long."""
 TEXT_MAX = 256
 """Characters of a request id or an entity key: they are logged, hashed and sent to the store."""
+
+NUMBER_AS_TEXT = "^(0|-?[1-9][0-9]{0,18})$"
+"""The one way to write a key of the store that is a number: 0763, 1.0 and 1e3 may be somebody else's."""
+_NUMBER_AS_TEXT = re.compile(NUMBER_AS_TEXT)
+_NUMBER_FORM = f"{ENTITY_NUMBER} of 64 bits, as a number or its plain text, such as \"1001\""
 
 
 class Lacking(NamedTuple):
@@ -104,10 +110,17 @@ def plain_event_time(given: Any) -> float | None:
 
 
 def is_key(value: Any, expected: str | None) -> bool:
-    """Whether an entity can be looked up by it. `expected`: ENTITY_TEXT, ENTITY_NUMBER, or None when the store does not say."""
+    """Whether an entity can be looked up by it as it is. `expected`: ENTITY_TEXT, ENTITY_NUMBER, or None when the store does not say."""
     if type(value) is str:
         return 0 < len(value) <= TEXT_MAX and expected != ENTITY_NUMBER
     return type(value) is int and abs(value) < 2**63 and expected != ENTITY_TEXT
+
+
+def _key(value: Any, expected: str | None) -> Any:
+    """A text that stands for a number of the store is that number: CSVs, V2's BYTES and other systems have keys as texts."""
+    if expected == ENTITY_NUMBER and type(value) is str and _NUMBER_AS_TEXT.fullmatch(value):
+        return int(value)
+    return value
 
 
 def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dict[str, EntityValue]:
@@ -125,10 +138,11 @@ def _entity(plan: Plan, given: Any, prefix: str, problems: list[Problem]) -> dic
     for key, value in entity.items():
         if value is not None and key in plan.declared_keys:
             expected = plan.entity_types.get(key)
-            if is_key(value, expected):
-                out[key] = value
+            found = _key(value, expected)
+            if is_key(found, expected):
+                out[key] = found
             else:
-                form = f"a string of 1 to {TEXT_MAX} characters" if expected != ENTITY_NUMBER else ENTITY_NUMBER
+                form = f"a string of 1 to {TEXT_MAX} characters" if expected != ENTITY_NUMBER else _NUMBER_FORM
                 problems.append(Problem(f"{prefix}entity.{key}", f"expected {form}, got {_shown(value)}"))
     if not out.keys() >= plan.needed_keys:
         problems.extend(

@@ -448,7 +448,8 @@ class Scorer:
             if i in refused:
                 continue
             try:
-                encoded.lacking[i] = check_derived(plan, encoded.lacking.get(i, NOTHING), encoded.matrix[k])
+                lacking = encoded.lacking.get(i, NOTHING)
+                encoded.lacking[i] = check_derived(plan, lacking, encoded.matrix[k], silent=encoded.silent)
             except ScoringError as error:
                 refused[i] = error
         return refused
