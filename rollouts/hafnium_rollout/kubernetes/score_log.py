@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hafnium_rollout.errors import StateError
+from hafnium_rollout.errors import OnlyAhead, StateError
 from hafnium_rollout.kubernetes.log_mirror import LogMirror, Room, Scratch
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import LiveRoute
@@ -127,7 +127,7 @@ class ScoreLog:
         try:
             found = late.read.result(self._read_s_max)
         except StateError as e:
-            return (), str(e), dict(late.reading.cursor)
+            return (), str(e), e.cursor if isinstance(e, OnlyAhead) else dict(late.reading.cursor)
         if found is not None:
             return found[0], "", found[1]
         with self._lock:
