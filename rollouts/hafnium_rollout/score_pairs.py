@@ -206,6 +206,21 @@ def forgotten(read: Sequence[str]) -> str:
     return min(read) if len(read) >= NAMES_MAX else ""
 
 
+def known_names(known: object, now: datetime | None) -> tuple[list[str] | None, list[str]]:
+    """What an arm's part of a cursor counts as read, and what of it is ahead of the clock.
+
+    The release before kept both in one list, in which soon only those ahead were left. Which files a full list has forgotten can't be told
+    without them, so nothing is known then (None), as at the beginning: what is there came before.
+    """
+    if not isinstance(known, list):
+        return None, []
+    read, last = [str(n) for n in cast("list[object]", known)], _last(now)
+    wrong = [n for n in read if _is_ahead(n, last)]
+    if wrong and len(read) >= NAMES_MAX:
+        return None, wrong
+    return [n for n in read if not _is_ahead(n, last)], wrong
+
+
 def ahead(names: Iterable[str], now: datetime | None) -> list[str]:
     """Those of a time that hasn't come, as many as are remembered. None: there are none."""
     last = _last(now)
@@ -270,7 +285,8 @@ def _files_of(folder: Path, known: object, passed: Sequence[str], only_ahead: fl
     names = [p.name for p in files]
     last = _last(now)
     lately = _last(now - CLOCK_SKEW_MAX - ONLY_AHEAD_LASTS) if now is not None else ""
-    read = [str(n) for n in cast("list[object]", known)] if isinstance(known, list) else None
+    read, wrong = known_names(known, now)
+    passed = _bounded([*passed, *wrong])
     # Counted as read when their time is well past: before, they would push all others out, or pass for what was written lately
     due = [n for n in passed if n <= lately]
     of_late = ahead(names, now)

@@ -189,6 +189,26 @@ def test_what_the_other_arm_writes_meanwhile_meets_its_partners_when_the_clock_i
     assert looked(pairs, tmp_path, cursor, now)[:2] == ("", 0)
 
 
+@pytest.mark.parametrize("wrong", [256, 100, 6], ids=["nothing else was left", "some of the list", "a list with room"])
+def test_a_list_that_the_release_before_filled_with_names_ahead_of_the_clock_hears_again(tmp_path: Path, wrong: int) -> None:
+    pairs = ScorePairs()
+    write_log(tmp_path / "s", [("old", "stable", 0.5)], at=NOW - timedelta(hours=1))
+    counted = write_log(tmp_path / "c", [("old", "shadow", 0.7)], at=NOW - timedelta(hours=1)).name
+    read = [counted, *(f"part-{NOW - timedelta(seconds=999 - i):%Y%m%dT%H%M%S%f}-a.parquet" for i in range(155 if wrong == 100 else 9))]
+    later = [f"part-{NOW + timedelta(days=1, seconds=i):%Y%m%dT%H%M%S%f}-w.parquet" for i in range(wrong)]
+    cursor: dict[str, Any] = {"stable": [], "candidate": sorted([*read, *later])[-256:]}
+    total = 0
+    for i in range(60):
+        now = NOW + timedelta(seconds=10 * i)
+        said, found, cursor = looked(pairs, tmp_path, cursor, now)
+        assert said == ""
+        total += found
+        write_log(tmp_path / "s", [(f"r{i}", "stable", 0.5)], at=now)
+        write_log(tmp_path / "c", [(f"r{i}", "shadow", 0.7)], at=now)
+    assert total == 59, "all of them, and none that was counted before"
+    assert cursor["ahead"]["candidate"] == later
+
+
 def test_what_waits_for_its_partner_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hafnium_rollout.score_pairs.WAITING_MAX", 10)
     stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()

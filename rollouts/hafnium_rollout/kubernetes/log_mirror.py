@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hafnium_rollout.errors import StateError
-from hafnium_rollout.score_pairs import NAMES_MAX, ahead, forgotten, unread
+from hafnium_rollout.score_pairs import NAMES_MAX, ahead, forgotten, known_names, unread
 
 FILE_BYTES_MAX = 64 * 1024 * 1024
 """The transformer's largest are 5,000 rows: half a megabyte."""
@@ -126,7 +126,7 @@ class LogMirror:
             yield folder
 
     def _fetched(self, now: datetime, known: Sequence[object], held: ExitStack) -> Path:
-        lists = [[str(r) for r in cast("list[object]", k)] for k in known if isinstance(k, list)]
+        lists = [read for read, _ in (known_names(k, now) for k in known) if read is not None]
         all_read = "" if len(lists) < len(known) else min((forgotten(read) for read in lists), default="")
         files = self._files(_days(now, all_read))
         names = [f.name for f in files]

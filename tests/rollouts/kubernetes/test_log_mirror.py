@@ -82,6 +82,17 @@ def test_yesterday_is_listed_while_a_file_of_it_may_be_unread(
             assert list(_files(folder)) == ([late.name] if listed else [])
 
 
+def test_a_list_that_is_full_of_names_ahead_of_the_clock_hides_nothing(log: Log, scratch: Path) -> None:
+    """As the release before may have left it: what it had forgotten isn't known, so what is there came before."""
+    there = log.write(3)
+    wrong = [f"part-{NOW + timedelta(days=1, seconds=i):%Y%m%dT%H%M%S%f}-0.parquet" for i in range(NAMES_MAX)]
+    mirror = LogMirror(log.uri, scratch, Room())
+    with mirror.unread(NOW, [wrong]) as folder:
+        assert _files(folder) == dict.fromkeys(there, 0)
+    with mirror.unread(NOW, [[*there[:2], *wrong[:9]]]) as folder:
+        assert _files(folder) == {there[2]: 10}, "a list with room has forgotten nothing"
+
+
 def test_nothing_is_kept_after_a_read_nor_after_one_that_failed(log: Log, scratch: Path) -> None:
     log.write(3)
     room = Room(bytes_max=30)
