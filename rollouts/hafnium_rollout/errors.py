@@ -4,6 +4,7 @@ HafniumError (contract)
 ├── RolloutFileError   a ModelRollout file is not as it should be: carries every problem with its line
 ├── SchemaError        a type of ours has no structural schema: a mistake in this code, found when CRDs are generated
 ├── StateError         the state folder holds something that can't be used, or another controller holds it
+│   └── OnlyAhead      an arm writes its inference log by a clock that is ahead: the rest was read, and has a cursor
 ├── RecordError        the record of a rollout can't be read, or was written by another Hafnium
 ├── NotLeading         another process guards the rollouts by now: whoever meets this stops, and changes nothing more
 └── UnknownRollout     a command names a rollout that isn't there
@@ -11,7 +12,8 @@ HafniumError (contract)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hafnium_contract.errors import HafniumError, Problem
 
@@ -35,6 +37,14 @@ class SchemaError(HafniumError):
 
 class StateError(HafniumError):
     """The state folder can't be used as it is. The message names the file and what to do."""
+
+
+class OnlyAhead(StateError):  # noqa: N818 - the name says what is so
+    """All that an arm wrote of late is of a time that hasn't come. `cursor`: after what was read all the same."""
+
+    def __init__(self, message: str, cursor: Mapping[str, Any]) -> None:
+        self.cursor = dict(cursor)
+        super().__init__(message)
 
 
 class RecordError(HafniumError):

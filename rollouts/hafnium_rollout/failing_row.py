@@ -7,8 +7,15 @@ says neither (Inconclusive, NoData, Error) neither counts nor ends anything: a n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 
 from hafnium_contract.evidence import EvidenceSpec
+
+
+def age_in_row(e: EvidenceSpec, max_age: timedelta, run_since: datetime | None) -> timedelta:
+    """How old a finding may be to stand in a row: of this run however old, or windows as long as `max_age` would never make one. Whether
+    the newest Fail of the row is too old is asked by who asks for the row."""
+    return timedelta.max if run_since is not None and e.window_start >= run_since else max_age
 
 
 def standing(fails: Sequence[EvidenceSpec], passes: Sequence[EvidenceSpec]) -> list[EvidenceSpec]:

@@ -53,14 +53,14 @@ class Evidence(Strict):
     kind: Literal["drift", "performance", "smoke", "fairness"]
     """Which job's evidence."""
     max_age: PositiveDuration = parse_duration("24h")
-    """Older evidence is no evidence."""
+    """Older evidence is no evidence. With a failureLimit above 1 that is so of the newest Fail; those before it count for the whole run."""
 
 
 class DriftEvidence(Strict):
     """The last ModelEvidence of kind drift about the candidate's digest."""
 
     max_age: PositiveDuration = parse_duration("24h")
-    """Older evidence is no evidence."""
+    """Older evidence is no evidence. With a failureLimit above 1 that is so of the newest Fail; those before it count for the whole run."""
 
 
 class Dispersion(Strict):

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 from hafnium_contract.durations import format_duration
 from hafnium_contract.evidence import EvidenceSpec, Verdict
-from hafnium_rollout.failing_row import in_a_row, standing
+from hafnium_rollout.failing_row import age_in_row, in_a_row, standing
 from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.observation import Counts, EvidenceUnread, GateLook, Look, Series
 from hafnium_rollout.statistics import betting, dispersion, tilt
@@ -343,10 +343,14 @@ def _evidence(gate: Gate, before: GateStatus, evidence: Sequence[EvidenceSpec], 
     state = before.state
     mine = sorted((e for e in evidence if e.kind == kind and e.model_digest == context.digest), key=lambda e: e.window_end)
     usable = [e for e in mine if _why_not(e, kind, max_age, context) == ""]
-    of_run = [e for e in mine if _why_not(e, kind, max_age, context, fail=True) == ""]
+    borne = gate.failure_limit > 1
+    ages = [age_in_row(e, max_age, context.run_since) if borne else max_age for e in mine]
+    of_run = [e for e, age in zip(mine, ages, strict=True) if _why_not(e, kind, age, context, fail=True) == ""]
     failing = [e for e in of_run if e.verdict == "Fail" and not e.both_arms]
-    if gate.failure_limit > 1:  # one Fail is borne, so a later window decides; without that the first one is the last word
+    if borne:  # a later window decides; without a limit the first Fail is the last word
         failing = standing(failing, [e for e in of_run if e.verdict == "Pass"])
+        if failing and context.now - failing[-1].window_end > max_age:
+            failing = []
     failed = failing[-1] if failing else None
     # Overlapping windows are no second opinion: one counts, unless it says Fail.
     until: datetime | None = None

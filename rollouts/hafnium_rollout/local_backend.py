@@ -18,7 +18,7 @@ from hafnium_rollout.actions import Action, EnsureCandidate, LowerPods, Promote,
 from hafnium_rollout.approvals import candidate_of
 from hafnium_rollout.arm_looks import Arms, gate_look
 from hafnium_rollout.envoy_counters import ArmCounters, EnvoyAdmin, from_data, was_reset
-from hafnium_rollout.errors import StateError
+from hafnium_rollout.errors import OnlyAhead, StateError
 from hafnium_rollout.gate_spec import Gate
 from hafnium_rollout.objects import ModelRollout, UserAction
 from hafnium_rollout.observation import GateLook, LiveRoute, Look, Observation, RouteSeen, ServiceSeen
@@ -146,6 +146,9 @@ class LocalBackend:
             differences, after = reading.reader.read(
                 self._state.log(stable.service), self._state.log(candidate.service), candidate.digest, reading.cursor,
                 now)
+        except OnlyAhead as e:
+            cursor["log"] = e.cursor
+            return (), str(e)
         except StateError as e:
             return (), str(e)
         cursor["log"] = after

@@ -14,14 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
 
 from hafnium_contract.inference_log import log_files, read_files
-from hafnium_rollout.errors import StateError
+from hafnium_rollout.errors import OnlyAhead, StateError
 from hafnium_rollout.gates import CLOCK_SKEW_MAX
 from hafnium_rollout.statistics import across
 
@@ -31,6 +31,9 @@ NAMES_MAX = 256
 Names ahead of the clock are remembered apart (`ahead`), as many: among the others they would soon be the oldest, and every true name below
 them. Their files are never read, also when their time has come: rows of another time than they say would count for another step.
 """
+ONLY_AHEAD_LASTS = timedelta(minutes=2)
+"""For so long after an arm wrote a file ahead of the clock, and nothing else, its clock is said to be wrong; then nobody asks it. A pod
+that is asked flushes every few seconds."""
 FILES_PER_LOOK_MAX = 64
 WAITING_MAX = 20_000
 State = TypeVar("State")
@@ -79,20 +82,23 @@ class ScorePairs:
     def read(
         self, stable: Path, candidate: Path, digest: str, cursor: Mapping[str, Any], now: datetime | None = None,
     ) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """New differences (candidate − stable) and the cursor after them. Raises StateError when a file can't be read, or when all that
-        an arm writes of late is ahead of `now` (None: nothing is).
+        """New differences (candidate − stable) and the cursor after them. Raises StateError when a file can't be read, and OnlyAhead, with
+        the cursor to go on from, when all that an arm writes of late is ahead of `now` (None: nothing is).
 
         `digest`: the candidate's; rows of another model under the same service name don't count. An empty cursor marks what
         is there as read: those requests came before the shadow step.
         """
         state = (self._memory.at(cursor) if cursor else None) or _Paired()
-        known, new_stable, new_candidate = _new_files(stable, candidate, cursor, now)
+        known, new_stable, new_candidate, wrong = _new_files(stable, candidate, cursor, now)
         of_stable = _newest({**state.stable, **_rows(new_stable, "stable", None)})
         of_candidate = _newest({**state.candidate, **_rows(new_candidate, "shadow", digest)})
         both = [k for k in of_candidate if k in of_stable]
         differences = (*state.pending, *(of_candidate.pop(k) - of_stable.pop(k) for k in both))
         after = _cursor(cursor, known, differences)
         self._memory.keep(cursor, state, after, _Paired(of_stable, of_candidate))
+        if wrong:
+            self.give_back(differences)
+            raise OnlyAhead(wrong, after)
         return differences, after
 
     def give_back(self, differences: tuple[float, ...]) -> None:
@@ -133,7 +139,7 @@ class ScoresAcross:
         state = self._memory.at(cursor) if cursor else _Across()
         if state is None:
             state, cursor = _Across(), {}
-        known, new_stable, new_candidate = _new_files(stable, candidate, cursor, now)
+        known, new_stable, new_candidate, wrong = _new_files(stable, candidate, cursor, now)
 
         def is_stable(model: str) -> bool:
             return model == self._stable_digest if self._stable_digest else model != digest
@@ -150,6 +156,9 @@ class ScoresAcross:
                 of_candidate, of_stable = ([x for x in rows if x[0] > until] for rows in (of_candidate, of_stable))
         after = {**_cursor(cursor, known, found), "live": True}
         self._memory.keep(cursor, state, after, _Across(of_stable, of_candidate))
+        if wrong:
+            self.give_back(found)
+            raise OnlyAhead(wrong, after)
         return found, after
 
     def give_back(self, differences: tuple[float, ...]) -> None:
@@ -197,10 +206,36 @@ def forgotten(read: Sequence[str]) -> str:
     return min(read) if len(read) >= NAMES_MAX else ""
 
 
+def known_names(known: object, now: datetime | None) -> tuple[list[str] | None, list[str]]:
+    """What an arm's part of a cursor counts as read, and what of it is ahead of the clock.
+
+    The release before kept both in one list, in which soon only those ahead were left. Which files a full list has forgotten can't be told
+    without them, so nothing is known then (None), as at the beginning: what is there came before.
+    """
+    if not isinstance(known, list):
+        return None, []
+    read, last = [str(n) for n in cast("list[object]", known)], _last(now)
+    wrong = [n for n in read if _is_ahead(n, last)]
+    if wrong and len(read) >= NAMES_MAX:
+        return None, wrong
+    return [n for n in read if not _is_ahead(n, last)], wrong
+
+
 def ahead(names: Iterable[str], now: datetime | None) -> list[str]:
-    """Those of a time that hasn't come; of too many the ones whose time comes first. None: there are none."""
+    """Those of a time that hasn't come, as many as are remembered. None: there are none."""
     last = _last(now)
-    return sorted(n for n in names if _is_ahead(n, last))[:NAMES_MAX]
+    return _bounded(n for n in names if _is_ahead(n, last))
+
+
+def _bounded(names: Iterable[str]) -> list[str]:
+    """Of too many the ones whose time comes first, which must not be read when it does, and the last one, by which a newer one is known."""
+    found = sorted(set(names))
+    return found if len(found) <= NAMES_MAX else [*found[:NAMES_MAX - 1], found[-1]]
+
+
+def _is_new(name: str, passed: Sequence[str]) -> bool:
+    """Written since these were remembered. A full list has left names out, before its last one."""
+    return name not in passed and not (len(passed) >= NAMES_MAX and passed[-2] < name < passed[-1])
 
 
 def _last(now: datetime | None) -> str:
@@ -214,41 +249,57 @@ def _is_ahead(name: str, last: str) -> bool:
 
 def _new_files(
     stable: Path, candidate: Path, cursor: Mapping[str, Any], now: datetime | None,
-) -> tuple[dict[str, Any], list[Path], list[Path]]:
-    """Names to remember, as a part of the cursor, and each arm's files that aren't read yet."""
+) -> tuple[dict[str, Any], list[Path], list[Path], str]:
+    """Names to remember, as a part of the cursor; each arm's files that aren't read yet; and what is wrong with an arm's clock."""
     passed = cast("dict[str, list[str]]", cursor.get("ahead") or {})
-    names: dict[str, Any] = {}
-    later: dict[str, list[str]] = {}
-    new: list[list[Path]] = []
-    for arm, folder in (("stable", stable), ("candidate", candidate)):
-        names[arm], later[arm], found = _files_of(folder, cursor.get(arm), passed.get(arm, []), now)
-        new.append(found)
-    return names | ({"ahead": later} if any(later.values()) else {}), new[0], new[1]
+    since = cast("dict[str, float]", cursor.get("only_ahead") or {})
+    arms = {
+        arm: _files_of(folder, cursor.get(arm), passed.get(arm, []), since.get(arm), now)
+        for arm, folder in (("stable", stable), ("candidate", candidate))}
+    names: dict[str, Any] = {arm: a.names for arm, a in arms.items()}
+    if any(a.ahead for a in arms.values()):
+        names["ahead"] = {arm: a.ahead for arm, a in arms.items()}
+    if only := {arm: a.only_ahead for arm, a in arms.items() if a.only_ahead is not None}:
+        names["only_ahead"] = only
+    wrong = next((a.ahead[-1] for a in arms.values() if a.only_ahead is not None and a.ahead), None)
+    text = "" if wrong is None or now is None else (
+        f"inference log: {wrong} is of a time that hasn't come (here it is {now.astimezone(UTC):%Y-%m-%dT%H:%M:%S} UTC), "
+        "and nothing else was written lately: such files are not read. The clock of their pod is wrong, or ours; correct it")
+    return names, arms["stable"].new, arms["candidate"].new, text
 
 
-def _files_of(folder: Path, known: Any, passed: Sequence[str], now: datetime | None) -> tuple[list[str], list[str], list[Path]]:
-    """Names to remember, those ahead of the clock apart, and files not read yet.
+@dataclass(frozen=True, slots=True)
+class _ArmFiles:
+    names: list[str]
+    """To remember as read."""
+    ahead: list[str]
+    """To remember apart."""
+    only_ahead: float | None
+    """When a look last found new files ahead of the clock and no others; None: never, or long ago, or others came since."""
+    new: list[Path]
 
-    `folder` may lack what was read: the cursor has its names.
-    """
+
+def _files_of(folder: Path, known: object, passed: Sequence[str], only_ahead: float | None, now: datetime | None) -> _ArmFiles:
+    """`folder` may lack what was read: the cursor has its names."""
     files = log_files(folder)
     names = [p.name for p in files]
     last = _last(now)
-    here = f"part-{now.astimezone(UTC):%Y%m%dT%H%M%S%f}" if now is not None else ""
-    due = [n for n in passed if n <= here]  # not before: two minutes of them could push all others out
-    later = sorted({*passed, *ahead(names, now)} - set(due))[:NAMES_MAX]
-    if not isinstance(known, list):
-        return [n for n in names if not _is_ahead(n, last)][-NAMES_MAX:], later, []
-    read = [str(n) for n in cast("list[object]", known)]
+    lately = _last(now - CLOCK_SKEW_MAX - ONLY_AHEAD_LASTS) if now is not None else ""
+    read, wrong = known_names(known, now)
+    passed = _bounded([*passed, *wrong])
+    # Counted as read when their time is well past: before, they would push all others out, or pass for what was written lately
+    due = [n for n in passed if n <= lately]
+    of_late = ahead(names, now)
+    later = _bounded({*passed, *of_late} - set(due))
+    if read is None:
+        return _ArmFiles([n for n in names if not _is_ahead(n, last)][-NAMES_MAX:], later, None, [])
     wanted = set(unread([n for n in names if n not in passed], read, now))
-    if later and not wanted and now is not None:
-        # One pod of several is borne; an arm whose every file is so must not look as if nobody asked it
-        earliest = _last(now - 2 * CLOCK_SKEW_MAX)
-        if not any(earliest < n <= last for n in (*read, *names) if n not in passed):
-            raise StateError(
-                f"inference log: {later[-1]} is of a time that hasn't come (here it is {now.astimezone(UTC):%Y-%m-%dT%H:%M:%S} UTC), "
-                "and nothing else was written lately: such files are not read. The clock of their pod is wrong, or ours; correct it")
-    return sorted({*read, *wanted, *due})[-NAMES_MAX:], later, [p for p in files if p.name in wanted]
+    only = None
+    # One pod of several is borne. An arm whose every file is so must not look as if nobody asked it, nor the other way round
+    if now is not None and not wanted and not any(lately < n <= last for n in (*read, *names) if n not in passed):
+        only = now.timestamp() if any(_is_new(n, passed) for n in of_late) else only_ahead
+        only = only if only is not None and abs(now.timestamp() - only) <= ONLY_AHEAD_LASTS.total_seconds() else None
+    return _ArmFiles(sorted({*read, *wanted, *due})[-NAMES_MAX:], later, only, [p for p in files if p.name in wanted])
 
 
 def _rows(files: Sequence[Path], arm: str, digest: str | None) -> dict[str, float]:

@@ -546,6 +546,37 @@ def test_3_findings_with_fail_count_in_a_row_over_windows_that_do_not_overlap(
     assert _drift_of(1, windows)[0] == _drift_of(1, windows, "Safety")[0] == "Fail", "without a limit the first Fail is the last word"
 
 
+@pytest.mark.parametrize(("windows", "kind", "verdict", "failures"), [
+    ([("Fail", 0, 24), ("Fail", 24, 48), ("Fail", 48, 72)], "drift", "Fail", 3),
+    ([("Fail", 0, 24), ("Pass", 24, 36), ("Fail", 48, 72)], "drift", "Fail", 1),
+    ([("Fail", 0, 24), ("Fail", 24, 46)], "drift", "NoData", 0),
+    ([("Fail", 0, 24), ("Fail", 24, 46), ("Pass", 48, 72)], "drift", "Pass", 0),
+    ([("Fail", 0, 24), ("Fail", 24, 46), ("Inconclusive", 48, 72)], "drift", "Inconclusive", 0),
+    ([("Fail", -48, -24), ("Fail", 48, 72)], "drift", "Fail", 1),
+    ([("Fail", 0, 24), ("Fail", 48, 72)], "fairness", "Fail", 2),
+    ([("Fail", -48, -24), ("Fail", 48, 72)], "fairness", "Fail", 1),
+    ([("Fail", -96, 71), ("Fail", 71, 72)], "fairness", "Fail", 2),
+], ids=["daily", "an old pass ends an old fail", "the newest is too old", "a pass after old ones", "unclear after old ones",
+        "before the run", "a test of the model", "one of before the run", "a young one of before the run"])
+def test_3_fails_in_a_row_count_for_the_run_as_long_as_the_newest_is_young(
+    windows: list[tuple[Any, int, int]], kind: Any, verdict: str, failures: int,
+) -> None:
+    """Windows in hours of a run of 72 h; a finding is young for a day."""
+    gate_of = {"name": "jobs", "role": "Quality", "evidence": {"kind": kind}, "failureLimit": 2}
+    (gate,) = rollout(gates=[ERRORS, gate_of]).spec.gates[1:]
+    since = World().now
+    context = GateContext(
+        now=since + timedelta(hours=72), shadow=True, weight=0, digest=CANDIDATE, step_since=since, counts_for_pass=True,
+        counts_for_fail=True, run_since=since, alpha_fail=0.01, alpha_limit=0.01, fresh=timedelta(minutes=1))
+    found = tuple(EvidenceSpec(
+        model_digest=CANDIDATE, kind=kind, verdict=v, samples=10, message=v, created_at=since + timedelta(hours=b),
+        window_start=since + timedelta(hours=a), window_end=since + timedelta(hours=b)) for v, a, b in windows)
+    after = judge(gate, GateStatus(name="jobs", role="Quality"), None, found, "", context)
+    assert (after.verdict, after.failures) == (verdict, failures)
+    alone = gate.model_copy(update={"failure_limit": 1})
+    assert judge(alone, GateStatus(name="jobs", role="Quality"), None, found, "", context).verdict == verdict, "only young ones count"
+
+
 @pytest.mark.parametrize(("verdicts", "phase"), [(["Fail", "Pass", "Pass"], "Progressing"), (["Fail", "Fail"], "RolledBack")])
 def test_3_a_tolerated_finding_holds_until_a_later_window_passes(verdicts: list[Any], phase: str) -> None:
     steps = [{"shadow": True, "deadline": "2h"}, {"weight": 50, "minDwell": "30m", "deadline": "2h"}, {"weight": 100}]

@@ -21,7 +21,7 @@ from hafnium_rollout.actions import EnsureCandidate, Promote, RetireService, Rol
 from hafnium_rollout.approvals import count
 from hafnium_rollout.arm_looks import latency_look, thresholds
 from hafnium_rollout.envoy_counters import ArmCounters
-from hafnium_rollout.errors import StateError, UnknownRollout
+from hafnium_rollout.errors import OnlyAhead, StateError, UnknownRollout
 from hafnium_rollout.local_backend import LocalBackend
 from hafnium_rollout.objects import UserAction
 from hafnium_rollout.record_lines import rollout_data
@@ -121,6 +121,92 @@ def test_an_arm_that_writes_nothing_but_files_of_a_time_to_come_is_an_error_that
     path = write_log(candidate, [("r1", "shadow", 0.7)], at=NOW + timedelta(hours=1))
     with pytest.raises(StateError, match=path.name):
         pairs.read(stable, candidate, CANDIDATE, cursor, NOW + timedelta(seconds=10))
+
+
+def looked(pairs: ScorePairs, root: Path, cursor: dict[str, Any], now: datetime) -> tuple[str, int, dict[str, Any]]:
+    """What a gate would say of it, the differences, and the cursor that the next look has."""
+    try:
+        found, after = pairs.read(root / "s", root / "c", CANDIDATE, json.loads(json.dumps(cursor)), now)
+    except OnlyAhead as e:
+        return "Error", 0, e.cursor
+    return "", len(found), after
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=10), timedelta(hours=9)], ids=["minutes", "hours"])
+def test_an_arm_of_a_wrong_clock_is_an_error_as_long_as_it_writes_and_not_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: timedelta,
+) -> None:
+    monkeypatch.setattr("hafnium_rollout.score_pairs.NAMES_MAX", 40)
+    pairs, now = ScorePairs(), NOW
+    _, _, cursor = looked(pairs, tmp_path, {}, now)
+    for i in range(100):  # more than may be remembered, and in one case until their time has come
+        now = NOW + timedelta(seconds=10 * (i + 1))
+        write_log(tmp_path / "s", [(f"r{i}", "stable", 0.5)], at=now)
+        write_log(tmp_path / "c", [(f"r{i}", "shadow", 0.7)], at=now + ahead)
+        if i % 3 == 0:
+            said, _, cursor = looked(pairs, tmp_path, cursor, now)
+            assert said == "Error", now
+            assert len(cursor["ahead"]["candidate"]) <= 40
+    heard = [looked(pairs, tmp_path, cursor, now + timedelta(seconds=60))[0]]
+    for minutes in (3, 5, 9, 12, 30, 600):
+        said, _, cursor = looked(pairs, tmp_path, cursor, now + timedelta(minutes=minutes))
+        heard.append(said)
+    assert heard == ["Error", "", "", "", "", "", ""], "between two flushes it is one still; then nobody asks it"
+
+
+def test_one_file_of_a_time_to_come_makes_no_lull_an_error(tmp_path: Path) -> None:
+    pairs, now = ScorePairs(), NOW
+    _, _, cursor = looked(pairs, tmp_path, {}, now)
+    wrong = write_log(tmp_path / "c", [("w", "shadow", 0.7)], at=NOW + timedelta(hours=9), name="wrong")
+    for i in range(60):
+        now += timedelta(seconds=10)
+        write_log(tmp_path / "s", [(f"r{i}", "stable", 0.5)], at=now)
+        write_log(tmp_path / "c", [(f"r{i}", "shadow", 0.7)], at=now)
+        said, found, cursor = looked(pairs, tmp_path, cursor, now)
+        assert (said, found) == ("", 1)
+    for minutes in (1, 3, 5, 30):
+        said, _, cursor = looked(pairs, tmp_path, cursor, now + timedelta(minutes=minutes))
+        assert said == "", f"idle for {minutes} minutes"
+        if minutes == 5:
+            wrong.unlink()
+
+
+def test_what_the_other_arm_writes_meanwhile_meets_its_partners_when_the_clock_is_right_again(tmp_path: Path) -> None:
+    pairs = ScorePairs()
+    _, _, cursor = looked(pairs, tmp_path, {}, NOW)
+    write_log(tmp_path / "c", [("r1", "shadow", 0.7)], at=NOW)
+    said, _, cursor = looked(pairs, tmp_path, cursor, NOW)
+    assert said == ""
+    now = NOW + timedelta(minutes=4)
+    write_log(tmp_path / "s", [("r1", "stable", 0.5), ("r2", "stable", 0.5)], at=now)
+    write_log(tmp_path / "c", [("lost", "shadow", 0.7)], at=now + timedelta(hours=1))
+    said, _, cursor = looked(pairs, tmp_path, cursor, now)
+    assert said == "Error"
+    now += timedelta(seconds=30)
+    write_log(tmp_path / "c", [("r2", "shadow", 0.7)], at=now)
+    said, found, cursor = looked(pairs, tmp_path, cursor, now)
+    assert (said, found) == ("", 2), "that of the look before, and this one's"
+    assert looked(pairs, tmp_path, cursor, now)[:2] == ("", 0)
+
+
+@pytest.mark.parametrize("wrong", [256, 100, 6], ids=["nothing else was left", "some of the list", "a list with room"])
+def test_a_list_that_the_release_before_filled_with_names_ahead_of_the_clock_hears_again(tmp_path: Path, wrong: int) -> None:
+    pairs = ScorePairs()
+    write_log(tmp_path / "s", [("old", "stable", 0.5)], at=NOW - timedelta(hours=1))
+    counted = write_log(tmp_path / "c", [("old", "shadow", 0.7)], at=NOW - timedelta(hours=1)).name
+    read = [counted, *(f"part-{NOW - timedelta(seconds=999 - i):%Y%m%dT%H%M%S%f}-a.parquet" for i in range(155 if wrong == 100 else 9))]
+    later = [f"part-{NOW + timedelta(days=1, seconds=i):%Y%m%dT%H%M%S%f}-w.parquet" for i in range(wrong)]
+    cursor: dict[str, Any] = {"stable": [], "candidate": sorted([*read, *later])[-256:]}
+    total = 0
+    for i in range(60):
+        now = NOW + timedelta(seconds=10 * i)
+        said, found, cursor = looked(pairs, tmp_path, cursor, now)
+        assert said == ""
+        total += found
+        write_log(tmp_path / "s", [(f"r{i}", "stable", 0.5)], at=now)
+        write_log(tmp_path / "c", [(f"r{i}", "shadow", 0.7)], at=now)
+    assert total == 59, "all of them, and none that was counted before"
+    assert cursor["ahead"]["candidate"] == later
 
 
 def test_what_waits_for_its_partner_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -370,6 +370,16 @@ def test_attempts_of_the_release_before_are_told_as_they_were_or_not_at_all(tmp_
         ("RetrainingStarted", NOW, "geo moved (Succeeded)")]
 
 
+def test_an_attempt_without_times_is_written_as_the_release_before_reads_it(tmp_path: Path) -> None:
+    """It takes no field that it doesn't know, also not as null, and a file that it can't read stops all proposals."""
+    made = Attempt(id="a", time=NOW, digest=STABLE, kind="drift", findings=("f",), message="geo moved", state="Proposed")
+    FileAttempts(tmp_path).save("default/risk", [made, made.model_copy(update={"started_at": NOW, "ended_at": NOW + HOUR})])
+    before, after = json.loads((tmp_path / "default/risk.json").read_bytes())
+    assert set(before) == {"id", "time", "digest", "kind", "findings", "message", "state", "detail"}
+    assert set(after) - set(before) == {"startedAt", "endedAt"}
+    assert [a.ended_at for a in FileAttempts(tmp_path).load("default/risk")] == [None, NOW + HOUR]
+
+
 def test_who_lost_the_lease_writes_no_attempt_any_more(tmp_path: Path) -> None:
     """The file is the next leader's: nothing is said about a start that wasn't tried."""
     starter = Cluster(error=NotLeading("another process leads"))

@@ -2,8 +2,8 @@
 
 Pairs of scores (score_pairs.py) need the contents of files that nobody has read yet. Which were read is in the status' cursor; so only the
 others are fetched, as many as one look reads, and nothing is kept after it: a read whose status could not be written is done again. A new
-leader thus goes on where the last one stood, however many files lie there. Only today's partitions are listed, and yesterday's while they
-may have an unread file: a shadow step compares what comes in now.
+leader thus goes on where the last one stood, however many files lie there. Only today's partitions are listed, yesterday's while they may
+have an unread file, and tomorrow's, for a pod whose clock is ahead: a shadow step compares what comes in now.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hafnium_rollout.errors import StateError
-from hafnium_rollout.score_pairs import NAMES_MAX, ahead, forgotten, unread
+from hafnium_rollout.score_pairs import NAMES_MAX, ahead, forgotten, known_names, unread
 
 FILE_BYTES_MAX = 64 * 1024 * 1024
 """The transformer's largest are 5,000 rows: half a megabyte."""
@@ -109,28 +109,29 @@ class LogMirror:
         self._opened: tuple[Any, str] | None = None
 
     @contextmanager
-    def unread(self, now: datetime, known: Sequence[object]) -> Generator[Path]:
+    def unread(self, now: datetime, known: Sequence[object], passed: Collection[str] = ()) -> Generator[Path]:
         """A folder with what isn't read yet, until the block ends. Raises StateError.
 
         `known`: for each arm that writes here, the names that the cursor has; no list where nobody has read anything yet. Then what is
-        there came before, and the newest are empty files: only their names count.
+        there came before, and the newest are empty files: only their names count. `passed`: those that it has as ahead of the clock, which
+        are never read, not when their time comes either.
         """
         from pyarrow import ArrowException
 
         with ExitStack() as held:
             try:
-                folder = self._fetched(now, known, held)
+                folder = self._fetched(now, known, passed, held)
             except (OSError, ArrowException, StateError) as e:
                 self._opened = None  # a connection that failed is opened anew
                 raise StateError(f"inference log {self._uri.partition('?')[0]}: it can't be read: {e}") from e
             yield folder
 
-    def _fetched(self, now: datetime, known: Sequence[object], held: ExitStack) -> Path:
-        lists = [[str(r) for r in cast("list[object]", k)] for k in known if isinstance(k, list)]
+    def _fetched(self, now: datetime, known: Sequence[object], passed: Collection[str], held: ExitStack) -> Path:
+        lists = [read for read, _ in (known_names(k, now) for k in known) if read is not None]
         all_read = "" if len(lists) < len(known) else min((forgotten(read) for read in lists), default="")
         files = self._files(_days(now, all_read))
         names = [f.name for f in files]
-        wanted = {n for read in lists for n in unread(names, read, now)}
+        wanted = {n for read in lists for n in unread([n for n in names if n not in passed], read, now)}
         fetched = _first(f for f in files if f.name in wanted)
         held.enter_context(self._room.take(sum(f.size for f in fetched)))
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -180,13 +181,17 @@ class LogMirror:
 
 
 def _days(now: datetime, all_read: str) -> tuple[date, ...]:
-    """Days whose files may be unread, when those up to the name `all_read` count as read. Listing a day costs a call per thousand files."""
+    """Days whose files may be unread, when those up to the name `all_read` count as read. Listing a day costs a call per thousand files.
+
+    Tomorrow's too: an arm whose clock is past midnight must not look as if nobody asked it.
+    """
     today = now.astimezone(UTC).date()
+    yesterday, tomorrow = today - timedelta(days=1), today + timedelta(days=1)
     try:
         known_until = datetime.strptime(all_read[:_TIMED], "part-%Y%m%dT%H%M%S").replace(tzinfo=UTC)
     except ValueError:
-        return today - timedelta(days=1), today
-    return (today,) if (known_until - LATE_MAX).date() >= today else (today - timedelta(days=1), today)
+        return yesterday, today, tomorrow
+    return (today, tomorrow) if (known_until - LATE_MAX).date() >= today else (yesterday, today, tomorrow)
 
 
 def _first(files: Iterable[_File]) -> list[_File]:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hafnium_rollout.errors import StateError
+from hafnium_rollout.errors import OnlyAhead, StateError
 from hafnium_rollout.kubernetes.log_mirror import LogMirror, Room, Scratch
 from hafnium_rollout.objects import ModelRollout
 from hafnium_rollout.observation import LiveRoute
@@ -111,9 +111,11 @@ class ScoreLog:
         def do() -> _Found:
             places = [self._place_of(namespace, rollout.name, s) for s in names]
             known = [reading.cursor.get(arm) for arm in ("stable", "candidate")]
+            passed = frozenset(n for names in reading.cursor.get("ahead", {}).values() for n in names)
             with ExitStack() as held:
                 # Both arms may write to one place: then what either hasn't read is fetched, and once.
-                folders = {p: self._folder(p, now, [k for k, q in zip(known, places, strict=True) if q == p], held) for p in set(places)}
+                of_place = {p: [k for k, q in zip(known, places, strict=True) if q == p] for p in places}
+                folders = {p: self._folder(p, now, lists, passed, held) for p, lists in of_place.items()}
                 return reading.reader.read(folders[places[0]], folders[places[1]], digest, reading.cursor, now)
 
         return self._await(key, _Late(reading, _Read(do)))
@@ -127,7 +129,7 @@ class ScoreLog:
         try:
             found = late.read.result(self._read_s_max)
         except StateError as e:
-            return (), str(e), dict(late.reading.cursor)
+            return (), str(e), e.cursor if isinstance(e, OnlyAhead) else dict(late.reading.cursor)
         if found is not None:
             return found[0], "", found[1]
         with self._lock:
@@ -140,7 +142,7 @@ class ScoreLog:
     def _place_of(self, namespace: str, rollout: str, service: str) -> str:
         return self._place.replace("{namespace}", namespace).replace("{rollout}", rollout).replace("{service}", service)
 
-    def _folder(self, place: str, now: datetime, known: Sequence[object], held: ExitStack) -> Path:
+    def _folder(self, place: str, now: datetime, known: Sequence[object], passed: Collection[str], held: ExitStack) -> Path:
         """Where the place's new files can be read until `held` ends."""
         if "://" not in place:
             return Path(place)
@@ -152,4 +154,4 @@ class ScoreLog:
             self._mirrors[place] = mirror
             if len(self._mirrors) > MIRRORS_MAX:
                 del self._mirrors[next(iter(self._mirrors))]
-        return held.enter_context(mirror.unread(now, known))
+        return held.enter_context(mirror.unread(now, known, passed))

@@ -93,7 +93,9 @@ class FileAttempts:
             raise StateError(f"{path}: can't be read, so no training is proposed; repair it or move it away: {e}") from e
 
     def save(self, key: str, attempts: Sequence[Attempt]) -> None:
-        write_atomically(self._folder / f"{key}.json", _ATTEMPTS.dump_json(tuple(attempts[-HISTORY_MAX:]), indent=1).decode())
+        # no nulls: the release before refuses fields that it doesn't know, and so only attempts that have times keep it from reading
+        data = _ATTEMPTS.dump_json(tuple(attempts[-HISTORY_MAX:]), indent=1, exclude_none=True)
+        write_atomically(self._folder / f"{key}.json", data.decode())
 
 
 class CommandStarter:

@@ -82,6 +82,30 @@ def test_yesterday_is_listed_while_a_file_of_it_may_be_unread(
             assert list(_files(folder)) == ([late.name] if listed else [])
 
 
+def test_a_list_that_is_full_of_names_ahead_of_the_clock_hides_nothing(log: Log, scratch: Path) -> None:
+    """As the release before may have left it: what it had forgotten isn't known, so what is there came before."""
+    there = log.write(3)
+    wrong = [f"part-{NOW + timedelta(days=1, seconds=i):%Y%m%dT%H%M%S%f}-0.parquet" for i in range(NAMES_MAX)]
+    mirror = LogMirror(log.uri, scratch, Room())
+    with mirror.unread(NOW, [wrong]) as folder:
+        assert _files(folder) == dict.fromkeys(there, 0)
+    with mirror.unread(NOW, [[*there[:2], *wrong[:9]]]) as folder:
+        assert _files(folder) == {there[2]: 10}, "a list with room has forgotten nothing"
+
+
+def test_files_of_a_clock_past_midnight_are_seen_and_not_fetched_even_when_their_time_comes(log: Log, scratch: Path) -> None:
+    read = log.write(NAMES_MAX)
+    wrong = NOW.replace(hour=0) + timedelta(days=1, minutes=5)
+    path = log.folder / f"date={wrong:%Y-%m-%d}/model_version=1/part-{wrong:%Y%m%dT%H%M%S%f}-0.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    mirror = LogMirror(log.uri, scratch, Room())
+    with mirror.unread(NOW, [read]) as folder:
+        assert _files(folder) == {path.name: 0}
+    with mirror.unread(wrong - timedelta(seconds=60), [read], {path.name}) as folder:
+        assert _files(folder) == {}
+
+
 def test_nothing_is_kept_after_a_read_nor_after_one_that_failed(log: Log, scratch: Path) -> None:
     log.write(3)
     room = Room(bytes_max=30)
