@@ -195,7 +195,7 @@ def test_a_list_that_fails_is_a_failing_operator_until_the_next_one_that_does_no
         operator = Operator(Settings(watch=False), api.client(), log=lambda _: None)
         operator.metrics.leads(True)
         told = lambda: operator.metrics.exposition().decode()  # noqa: E731
-        zero = 'modelrollout_failing_seconds{namespace="",rollout=""} 0.0'
+        zero = 'modelrollout_failing_seconds{namespace="",rollout=""} 0.0\n'
         assert not operator.full_turn()
         assert zero not in told()
         assert operator.full_turn()
