@@ -222,7 +222,7 @@ def plan_table(file: Path, *, rate: float, base: float, regression: float) -> st
 
 
 def promote(where: Where, name: str, reason: str = "", *, by: str = "", now: datetime | None = None) -> str:
-    """Asks for 100 % at once: waits for no step, but Safety, approvals, readiness and the bake stay."""
+    """Asks for 100 % at once: waits for no step and no gate. Approvals, readiness and the bake stay, and so does Safety's Fail."""
     return _ask(where, name, "Promote", reason, by, now)
 
 

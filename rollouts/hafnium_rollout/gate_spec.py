@@ -32,12 +32,14 @@ class Scores(Strict):
 
 
 class PrometheusCounts(Strict):
-    """Two queries that return the increase of bad and of all requests, per arm; the operator fills in the arm's service."""
+    """Two queries that count bad and all requests of an arm. `$service` in them is its service, `$window` the time since the last look.
+
+    Without `$window` a query is a running total, from which the last one is subtracted; with it, the increase over that time."""
 
     bad: Query
-    """PromQL for the increase of bad requests of one arm."""
+    """PromQL for bad requests of one arm: a running total, or with `$window` the increase over it."""
     total: Query
-    """PromQL for the increase of all requests of one arm."""
+    """PromQL for all requests of one arm, in the same form."""
 
 
 class Slower(Strict):
@@ -99,7 +101,7 @@ class Gate(Strict):
     role: Role = "Quality"
     """Safety goes back at its first Fail and steps down when blind; Quality goes back after failureLimit; Advisory is only shown."""
     requests: Empty | None = None
-    """Share of failed requests, counted at the gateway."""
+    """Share of failed requests. On a cluster the pods count them (what never reached a pod is in no gate), on one machine Envoy does."""
     prometheus: PrometheusCounts | None = None
     """Share of bad requests, counted by two Prometheus queries."""
     latency: Slower | None = None

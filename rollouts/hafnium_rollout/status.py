@@ -313,7 +313,7 @@ class RolloutStatus(Strict):
     paused_by_spec: bool = False
     """It is paused because spec.paused says so, whatever else was said since; it goes on when the spec says so."""
     force_promote: bool = False
-    """A person asked to promote: steps are not waited for, Safety still is."""
+    """A person asked to promote: no step and no gate is waited for; a Fail of Safety still takes the candidate back."""
     rejected_digests: tuple[str, ...] = ()
     """Models that were taken back; they come again only by Retry."""
     handled_actions: tuple[str, ...] = ()

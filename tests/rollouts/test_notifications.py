@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -29,7 +30,7 @@ from hafnium_rollout.companions import Companions
 from hafnium_rollout.controller import Controller
 from hafnium_rollout.controller_settings import load_settings
 from hafnium_rollout.errors import RolloutFileError, StateError
-from hafnium_rollout.notifications.alertmanager import RESOLVED_FOR, AlertmanagerCourier, after_round
+from hafnium_rollout.notifications.alertmanager import RESOLVED_FOR, RUNBOOK, AlertmanagerCourier, after_round
 from hafnium_rollout.notifications.cursors import FileCursors
 from hafnium_rollout.notifications.delivery import post, wait_s
 from hafnium_rollout.notifications.notices import Alert, Subject, alerts, notices
@@ -41,6 +42,9 @@ from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
 
 SUBJECT = Subject("default", "risk")
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "rollouts" / "hafnium_rollout" / "notifications"
 Lines = list[dict[str, Any]]
 
 
@@ -336,6 +340,29 @@ def test_a_post_says_what_became_of_it() -> None:
 def test_an_address_that_cannot_work_is_refused_before_the_night(url: str, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Webhook(name="hook", url=url)
+
+
+def test_the_pages_examples_are_settings_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rayjob.yaml").write_text("apiVersion: ray.io/v1\nkind: RayJob\n")
+    page = (DOCS / "rollout-commands.md").read_text(encoding="utf-8").replace("/etc/hafnium", str(tmp_path))
+    (tmp_path / "webhook-secret").write_text("0123456789abcdef0123456789abcdef")
+    found = [y for y in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if y.startswith(("notifications:", "retraining:"))]
+    assert len(found) == 2
+    for text in found:
+        (tmp_path / "s.yaml").write_text(text)
+        load_settings(tmp_path / "s.yaml")
+
+
+def test_each_alert_of_the_operator_has_its_line_in_the_runbooks() -> None:
+    said = (PACKAGE / "notices.py").read_text(encoding="utf-8")
+    lines = [line for line in (DOCS / "runbooks.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `Hafnium")]
+    written = {name for line in lines for name in re.findall(r"`(Hafnium\w+)`", line.split("|")[1])}
+    own = {*re.findall(r'"(Hafnium\w+)"', said)}
+    assert own >= {"HafniumRolloutRollingBack", "HafniumRetrainingUnknown"}
+    assert own - written == {"HafniumRolloutRollbackUnconfirmed"}  # it has a section: Prometheus says it too
+    assert written <= own
+    heading = RUNBOOK.partition("#")[2].replace("-", " ")
+    assert any(line.lower() == f"# {heading}" for line in (DOCS / "runbooks.md").read_text(encoding="utf-8").splitlines())
 
 
 def test_settings_come_with_their_lines(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from hafnium_local.commands.arguments import DEFAULT_STATE
 from hafnium_rollout.stores import FolderStore, RolloutStore
 
 StateHere = Annotated[Path | None, typer.Option(
-    "--state", help=f"State folder of `hafnium up` [default: {DEFAULT_STATE}, unless a cluster is asked for].", show_default=False)]
+    "--state", help=f"State folder of `hafnium up` \\[default: {DEFAULT_STATE}, unless a cluster is asked for].", show_default=False)]
 Namespace = Annotated[str | None, typer.Option(
-    "--namespace", "-n", help="On a cluster: this namespace [default: the context's].", show_default=False)]
+    "--namespace", "-n", help="On a cluster: this namespace \\[default: the context's].", show_default=False)]
 Context = Annotated[str | None, typer.Option(help="On a cluster: this context of the kubeconfig.", show_default=False)]
 Kubeconfig = Annotated[Path | None, typer.Option(
-    help="On a cluster: this file of credentials [default: KUBECONFIG, ~/.kube/config].", show_default=False)]
+    help="On a cluster: this file of credentials \\[default: KUBECONFIG, ~/.kube/config].", show_default=False)]
 
 
 @dataclass

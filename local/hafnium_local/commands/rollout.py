@@ -133,7 +133,9 @@ def promote(
     name: Name, reason: Reason = "", state: StateHere = None,
     namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Asks for 100 % now: steps are not waited for, Safety gates and approvals still are.
+    """Asks for 100 % now. Steps and gates are not waited for; approvals are.
+
+    What takes a candidate back still does: a Safety gate's Fail, or one that is blind for longer than maxBlindDuration.
 
     Example: hafnium rollout promote unified-risk --reason "approved in CHG-1234"
     """

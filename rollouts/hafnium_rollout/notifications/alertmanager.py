@@ -22,6 +22,7 @@ from hafnium_rollout.notifications.webhook import read_token
 from hafnium_rollout.status import RolloutStatus
 
 PATH = "/api/v2/alerts"
+RUNBOOK = "docs/runbooks.md#alerts-that-the-operator-sends-itself"
 ENDS_AFTER = 4
 """Rounds without a repetition after which an alert ends by itself. Prometheus uses the same number."""
 RESOLVED_FOR = timedelta(minutes=15)
@@ -43,7 +44,8 @@ def wire(alert: Alert, labels: dict[str, str], ends_at: datetime) -> dict[str, A
     """An alert as POST /api/v2/alerts takes it."""
     return {
         "labels": {**labels, **alert.labels}, "startsAt": alert.since.isoformat(), "endsAt": ends_at.isoformat(),
-        "annotations": {"summary": f"{alert.name.removeprefix('Hafnium')}: {alert.subject.key}", "description": alert.message[:1000]},
+        "annotations": {"summary": f"{alert.name.removeprefix('Hafnium')}: {alert.subject.key}", "description": alert.message[:1000],
+                        "runbook": RUNBOOK},
     }
 
 
