@@ -129,9 +129,13 @@ def outside_change(turn: Turn) -> Outcome | None:
         return None  # our own write was cut off; `write_again` repeats it
     # Also while a weight is intended and not written yet: it would be a rise against a person's word.
     weights = [r.weight for r in (*before, wanted) if r.weight]
-    if weights and there == RouteWanted(stable=wanted.stable):
+    # At 100 % stable has 0: who only takes the candidate's away leaves nobody any, and means the same
+    emptied = there.stable == FOREIGN and wanted.candidate is not None and seen.route.candidate == wanted.candidate
+    if weights and (emptied or there == RouteWanted(stable=wanted.stable)):
         text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
-        return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
+        text += f"; then nobody had any weight, so {wanted.stable} gets all requests" if emptied else ""
+        turn = start_rollback(turn, "AbortedOutside", text, reject=True)
+        return Outcome(turn, (route_action(turn),) if emptied else ())
     # A share that it has not begun with yet, or that was taken from it because nobody could say how it does, is in no stranger's gift
     return put_back(turn, always=wanted.candidate is None or _rejected_serves(turn, seen.route))
 
