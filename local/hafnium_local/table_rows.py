@@ -30,7 +30,9 @@ from hafnium_contract.table_text import MISSING_NUMBERS, TRUTH, WHOLE_WITH_FRACT
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _YEARS = (datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC))
 _FIXED = ("request_id", "event_time")
-_MISSING = r"(?i:[+-]?nan|#?n/a|na|null|none|)"
+_MISSING_TIME = r"(?i:[+-]?nan|#?n/a|na|null|none|)"
+_MISSING_VALUE = "|".join(["[+-]?(?i:nan)", *(re.escape(word) for word in MISSING_NUMBERS)])
+"""In a column of numbers or truths: training's words and no others. `none` beside codes is a category, and then no code is a number."""
 _NUMBER = r"(?i:[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf(inity)?)"
 """What float() takes, but for zeros in front: 0763 is a code, and no number."""
 _TRUTH = "(?i:true|false|[01](\\.0)?)"
@@ -68,8 +70,9 @@ def _csv_rows(file: Path, contract: ModelContract | None) -> Iterator[Row]:
     else:
         convert = _by_prefix(names, file)
         features = [n for n in names if n.startswith("features.")]
-        numbers = _whole_columns(file, names, dict.fromkeys(features, rf"\s*({_NUMBER}|{_MISSING})\s*"))
-        truths = _whole_columns(file, names, dict.fromkeys((f for f in features if f not in numbers), rf"\s*({_TRUTH}|{_MISSING})\s*"))
+        numbers = _whole_columns(file, names, dict.fromkeys(features, rf"\s*({_NUMBER})\s*"), rf"\s*({_MISSING_VALUE})\s*")
+        others = [f for f in features if f not in numbers]
+        truths = _whole_columns(file, names, dict.fromkeys(others, rf"\s*({_TRUTH})\s*"), rf"\s*({_MISSING_VALUE})\s*")
         meant = dict.fromkeys(numbers, _plain_number) | dict.fromkeys(truths, _plain_truth)
     with _texts(file, names) as reader:
         for row in _rows(reader, dict):
@@ -81,31 +84,31 @@ def _without_fraction(text: str) -> str:
 
 
 def _plain_number(text: str) -> float | None:
-    return None if _is_missing_word(text) else float(text)
+    return None if _is_missing(text, _MISSING_VALUE) else float(text)
 
 
 def _plain_truth(text: str) -> bool | None:
-    return None if _is_missing_word(text) else TRUTH[text.strip().lower()] == 1.0
+    return None if _is_missing(text, _MISSING_VALUE) else TRUTH[text.strip().lower()] == 1.0
 
 
-def _is_missing_word(text: str) -> bool:
+def _is_missing(text: str, words: str) -> bool:
     """In a column of numbers, truths or times alone: the category or country NA is not missing."""
-    return re.fullmatch(_MISSING, text.strip()) is not None
+    return re.fullmatch(words, text.strip()) is not None
 
 
 def _texts(file: Path, names: list[str]) -> pacsv.CSVStreamingReader:
     return pacsv.open_csv(file, convert_options=pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())))
 
 
-def _whole_columns(file: Path, names: list[str], patterns: dict[str, str]) -> set[str]:
-    """Columns with a value all of whose values match their pattern."""
+def _whole_columns(file: Path, names: list[str], patterns: dict[str, str], missing: str = "") -> set[str]:
+    """Columns with a value all of whose values match their pattern. What matches `missing` is no value."""
     seen: set[str] = set()
     failed: set[str] = set()
     with _texts(file, names) as reader:
         for batch in reader:
             for name in patterns.keys() - failed:
                 column = batch.column(name)
-                column = column.filter(pc.not_equal(column, ""))
+                column = column.filter(pc.invert(pc.match_substring_regex(column, f"^(?:{missing})$")))
                 if len(column) == 0:
                     continue
                 seen.add(name)
@@ -154,7 +157,7 @@ class _Times:
 
     def __call__(self, value: Any) -> Any:
         unit = self.spec.unit
-        if isinstance(value, str) and _is_missing_word(value):
+        if isinstance(value, str) and _is_missing(value, _MISSING_TIME):
             return None
         number = _number(value) if unit is not None else value
         if unit is None or not isinstance(number, int | float):
@@ -211,7 +214,7 @@ def _key(value: Any) -> Any:
 def _moment(value: Any) -> Any:
     """A text with a time is that time, a date alone its midnight UTC, as in training; any other text is left to the service.
     None: missing."""
-    if isinstance(value, str) and _is_missing_word(value):
+    if isinstance(value, str) and _is_missing(value, _MISSING_TIME):
         return None
     if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
         try:

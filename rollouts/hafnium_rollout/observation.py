@@ -84,7 +84,8 @@ class ServiceSeen:
 
 
 FOREIGN = "(not of our form)"
-"""Stable service of a route whose form doesn't say who is stable. It is no service's name, and equals no route that is wanted."""
+"""Stable service of a route whose form doesn't say who is stable. It is no service's name, and equals no route that is wanted. With a
+candidate, the route is of our form, and nobody has a weight: neither stable nor that one."""
 
 
 @dataclass(frozen=True, slots=True)

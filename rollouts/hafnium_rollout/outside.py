@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from hafnium_contract.durations import format_duration
 from hafnium_rollout.actions import Action, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.intake import live_matches, recent_changes
-from hafnium_rollout.observation import RouteSeen
+from hafnium_rollout.observation import FOREIGN, RouteSeen
 from hafnium_rollout.status import RolloutStatus, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, hold, normal, start_rollback
 
 PATIENCE = timedelta(minutes=2)
 """A put back that has no effect for so long counts as one more change: other rules have their turn only when this one gives up."""
+_PATIENCE_TEXT = format_duration(PATIENCE)
 CHANGES_MAX = 3
 """So many changes by someone else in ten minutes (`intake.CHANGES_WINDOW`) are a fight; the rollout leaves it."""
 
@@ -29,23 +31,36 @@ def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     """Restores the wanted route, unless that was needed too often lately. `always`: a model that is due nothing must not serve.
 
     It is told at most three times in ten minutes, however often it is done, and once for each change: a write that the API server refuses
-    leaves the same change there at the next look (for PATIENCE).
+    leaves the same change there at the next look (for PATIENCE). One that waits for pods is done by `write_again`, as any rise: it may wait
+    as long as it takes, and hides no other trouble meanwhile.
     """
     status, recent, revision = turn.status, recent_changes(turn), turn.seen.route.revision if turn.seen.route is not None else ""
-    same = revision != "" and revision == status.external_revision
-    waits = same and bool(status.external_changes) and turn.now - status.external_changes[-1] < PATIENCE
+    same = revision != "" and revision == status.external_revision and bool(status.external_changes)
+    if same and not fought_over(status) and _needs_pods(turn.seen.route, _writable(status)):
+        return None
+    waits = same and turn.now - status.external_changes[-1] < PATIENCE
     told = waits or (len(recent) >= CHANGES_MAX if always else fought_over(status))
     if not told:
         turn = turn.update(external_changes=(*recent, turn.now)[-CHANGES_MAX:], external_revision=revision)
-    text = f"{_who(turn)} changed the route to {_route_text(turn.seen.route)}"
+    text, in_vain = f"{_who(turn)} changed the route to {_route_text(turn.seen.route)}", f"its put back had no effect for {_PATIENCE_TEXT}"
     if not always and fought_over(turn.status):
-        return _left(turn, f"{text}; {CHANGES_MAX} times in ten minutes: left as it is, a person must settle it and Retry", told=told)
+        why = in_vain if same else f"{CHANGES_MAX} times in ten minutes"
+        if same and told and status.reason == "ExternalChange":
+            return _left(turn, status.message, told=True)  # which of the two it was is known when it is told first
+        return _left(turn, f"{text}; {why}: left as it is, a person must settle it and Retry", told=told)
     if told:
         how = "" if waits else " each time, until whoever writes it stops"
         turn = turn.update(reason="ExternalChange", message=f"{text}; put back{how}")
     else:
-        turn = turn.say("ExternalChange", "ExternalChange", f"{text}; put back", alert=True)
+        turn = turn.say("ExternalChange", "ExternalChange", f"{text}; {f'{in_vain}: tried again' if same else 'put back'}", alert=True)
     return Outcome(turn, (route_action(turn, _writable(status)),))
+
+
+def _needs_pods(there: RouteSeen | None, wanted: RouteWanted | None) -> bool:
+    """Whether the put back gives the candidate no less than the route does: such a write waits until there are pods for it."""
+    if there is None or wanted is None or wanted.candidate is None or there.stable in (wanted.candidate, FOREIGN):
+        return False
+    return (there.weight if there.candidate == wanted.candidate else 0) <= wanted.weight
 
 
 def _left(turn: Turn, text: str, *, told: bool) -> Outcome | None:
@@ -114,9 +129,13 @@ def outside_change(turn: Turn) -> Outcome | None:
         return None  # our own write was cut off; `write_again` repeats it
     # Also while a weight is intended and not written yet: it would be a rise against a person's word.
     weights = [r.weight for r in (*before, wanted) if r.weight]
-    if weights and there == RouteWanted(stable=wanted.stable):
+    # At 100 % stable has 0: who only takes the candidate's away leaves nobody any, and means the same
+    emptied = there.stable == FOREIGN and wanted.candidate is not None and seen.route.candidate == wanted.candidate
+    if weights and (emptied or there == RouteWanted(stable=wanted.stable)):
         text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
-        return Outcome(start_rollback(turn, "AbortedOutside", text, reject=True))
+        text += f"; then nobody had any weight, so {wanted.stable} gets all requests" if emptied else ""
+        turn = start_rollback(turn, "AbortedOutside", text, reject=True)
+        return Outcome(turn, (route_action(turn),) if emptied else ())
     # A share that it has not begun with yet, or that was taken from it because nobody could say how it does, is in no stranger's gift
     return put_back(turn, always=wanted.candidate is None or _rejected_serves(turn, seen.route))
 

@@ -28,9 +28,14 @@ from hafnium_rollout.statistics import across
 NAMES_MAX = 256
 """File names remembered per arm. Names begin with their time; one below the oldest remembered came far too late and is left out.
 
-Names ahead of the clock are remembered apart (`ahead`), as many: among the others they would soon be the oldest, and every true name below
-them. Their files are never read, also when their time has come: rows of another time than they say would count for another step.
+Names ahead of the clock are remembered apart (`ahead`) until their time has come: among the others they would soon be the oldest, and every
+true name below them. Their files are never read, also then: rows of another time than they say would count for another step.
 """
+AHEAD_MAX = 512
+"""Names ahead of the clock remembered per arm: of CLOCK_SKEW_MAX, at the four files a second that looks keep up with. Of more, those that
+come next must be among them."""
+AHEAD_SEEN_MAX = 4096
+"""So many files ahead of the clock are counted where each costs something: those of a pod nine hours ahead, one each eight seconds."""
 ONLY_AHEAD_LASTS = timedelta(minutes=2)
 """For so long after an arm wrote a file ahead of the clock, and nothing else, its clock is said to be wrong; then nobody asks it. A pod
 that is asked flushes every few seconds."""
@@ -222,20 +227,15 @@ def known_names(known: object, now: datetime | None) -> tuple[list[str] | None, 
 
 
 def ahead(names: Iterable[str], now: datetime | None) -> list[str]:
-    """Those of a time that hasn't come, as many as are remembered. None: there are none."""
+    """Those of a time that hasn't come, as many as are counted. None: there are none."""
     last = _last(now)
-    return _bounded(n for n in names if _is_ahead(n, last))
+    return _bounded((n for n in names if _is_ahead(n, last)), AHEAD_SEEN_MAX)
 
 
-def _bounded(names: Iterable[str]) -> list[str]:
-    """Of too many the ones whose time comes first, which must not be read when it does, and the last one, by which a newer one is known."""
+def _bounded(names: Iterable[str], most: int) -> list[str]:
+    """Of too many the ones whose time comes first, which must not be read when it does, and the last one, for the message."""
     found = sorted(set(names))
-    return found if len(found) <= NAMES_MAX else [*found[:NAMES_MAX - 1], found[-1]]
-
-
-def _is_new(name: str, passed: Sequence[str]) -> bool:
-    """Written since these were remembered. A full list has left names out, before its last one."""
-    return name not in passed and not (len(passed) >= NAMES_MAX and passed[-2] < name < passed[-1])
+    return found if len(found) <= most else [*found[:most - 1], found[-1]]
 
 
 def _last(now: datetime | None) -> str:
@@ -251,14 +251,11 @@ def _new_files(
     stable: Path, candidate: Path, cursor: Mapping[str, Any], now: datetime | None,
 ) -> tuple[dict[str, Any], list[Path], list[Path], str]:
     """Names to remember, as a part of the cursor; each arm's files that aren't read yet; and what is wrong with an arm's clock."""
-    passed = cast("dict[str, list[str]]", cursor.get("ahead") or {})
-    since = cast("dict[str, float]", cursor.get("only_ahead") or {})
-    arms = {
-        arm: _files_of(folder, cursor.get(arm), passed.get(arm, []), since.get(arm), now)
-        for arm, folder in (("stable", stable), ("candidate", candidate))}
-    names: dict[str, Any] = {arm: a.names for arm, a in arms.items()}
+    arms = {arm: _files_of(folder, arm, cursor, now) for arm, folder in (("stable", stable), ("candidate", candidate))}
+    names: dict[str, Any] = {**{arm: a.names for arm, a in arms.items()}, "heard": {arm: a.heard for arm, a in arms.items()}}
     if any(a.ahead for a in arms.values()):
         names["ahead"] = {arm: a.ahead for arm, a in arms.items()}
+        names["ahead_seen"] = {arm: a.ahead_seen for arm, a in arms.items()}
     if only := {arm: a.only_ahead for arm, a in arms.items() if a.only_ahead is not None}:
         names["only_ahead"] = only
     wrong = next((a.ahead[-1] for a in arms.values() if a.only_ahead is not None and a.ahead), None)
@@ -274,32 +271,53 @@ class _ArmFiles:
     """To remember as read."""
     ahead: list[str]
     """To remember apart."""
+    ahead_seen: list[Any]
+    """A name, and how many files above it there are, all ahead of the clock. Names can't tell whether others came: of too many most are
+    forgotten, and those of one pod may come before those that another, further ahead, has left."""
+    heard: str
+    """The newest name that was never ahead of the clock; empty: none is known."""
     only_ahead: float | None
     """When a look last found new files ahead of the clock and no others; None: never, or long ago, or others came since."""
     new: list[Path]
 
 
-def _files_of(folder: Path, known: object, passed: Sequence[str], only_ahead: float | None, now: datetime | None) -> _ArmFiles:
+def _files_of(folder: Path, arm: str, cursor: Mapping[str, Any], now: datetime | None) -> _ArmFiles:
     """`folder` may lack what was read: the cursor has its names."""
+    def kept(part: str) -> Any:
+        return cast("dict[str, Any]", cursor.get(part) or {}).get(arm)
+
     files = log_files(folder)
     names = [p.name for p in files]
     last = _last(now)
-    lately = _last(now - CLOCK_SKEW_MAX - ONLY_AHEAD_LASTS) if now is not None else ""
-    read, wrong = known_names(known, now)
-    passed = _bounded([*passed, *wrong])
-    # Counted as read when their time is well past: before, they would push all others out, or pass for what was written lately
-    due = [n for n in passed if n <= lately]
-    of_late = ahead(names, now)
-    later = _bounded({*passed, *of_late} - set(due))
+    here = _last(now - CLOCK_SKEW_MAX) if now is not None else ""
+    read, wrong = known_names(cursor.get(arm), now)
+    passed = _bounded([*(kept("ahead") or ()), *wrong], AHEAD_MAX)
+    due = [n for n in passed if n <= here]  # counted as read from now on; before, they would push all others out
+    of_late = [n for n in names if _is_ahead(n, last)]
+    later, seen = _bounded({*passed, *of_late} - set(due), AHEAD_MAX), [last, len(of_late)]
     if read is None:
-        return _ArmFiles([n for n in names if not _is_ahead(n, last)][-NAMES_MAX:], later, None, [])
+        there = [n for n in names if not _is_ahead(n, last)][-NAMES_MAX:]
+        return _ArmFiles(there, later, seen, _newest_until(last, there), None, [])
     wanted = set(unread([n for n in names if n not in passed], read, now))
+    heard = kept("heard")
+    heard = _newest_until(last, [*wanted, *([str(heard)] if heard is not None else (n for n in read if n not in passed))])
     only = None
     # One pod of several is borne. An arm whose every file is so must not look as if nobody asked it, nor the other way round
-    if now is not None and not wanted and not any(lately < n <= last for n in (*read, *names) if n not in passed):
-        only = now.timestamp() if any(_is_new(n, passed) for n in of_late) else only_ahead
+    if now is not None and not wanted and heard <= _last(now - CLOCK_SKEW_MAX - ONLY_AHEAD_LASTS):
+        only = now.timestamp() if _more_ahead(names, of_late, passed, kept("ahead_seen")) else kept("only_ahead")
         only = only if only is not None and abs(now.timestamp() - only) <= ONLY_AHEAD_LASTS.total_seconds() else None
-    return _ArmFiles(sorted({*read, *wanted, *due})[-NAMES_MAX:], later, only, [p for p in files if p.name in wanted])
+    return _ArmFiles(sorted({*read, *wanted, *due})[-NAMES_MAX:], later, seen, heard, only, [p for p in files if p.name in wanted])
+
+
+def _newest_until(last: str, names: Iterable[str]) -> str:
+    return max((n for n in names if n <= last), default="")
+
+
+def _more_ahead(names: Sequence[str], of_late: Sequence[str], passed: Sequence[str], seen: list[Any] | None) -> bool:
+    """Whether files ahead of the clock came since the last look. `seen`: None where it saw none, or was one of an older release."""
+    if seen is None:
+        return any(n not in passed for n in of_late)
+    return sum(_is_ahead(n, seen[0]) for n in names) > seen[1]
 
 
 def _rows(files: Sequence[Path], arm: str, digest: str | None) -> dict[str, float]:

@@ -353,7 +353,7 @@ def test_without_a_contract_a_feature_is_a_number_where_the_whole_column_holds_n
 
 @pytest.mark.parametrize(("cell", "value"), [
     (".5", 0.5), ("5.", 5.0), ("+1.5", 1.5), (" 1.5", 1.5), ("-1E+3 ", -1000.0), ("-0.0", 0.0), ("inf", None), ("-Infinity", None),
-    ("n/a", None), ("#N/A", None), ("-nan", None), ("NAN", None), (" NA ", None), ("None", None), ("  ", None),
+    ("N/A", None), ("null", None), ("-nan", None), ("NAN", None), (" NA ", None), ("None", None), ("  ", None),
 ])
 def test_without_a_contract_no_way_to_write_a_number_or_none_makes_texts_of_its_column(
     tmp_path: Path, cell: str, value: float | None,
@@ -363,11 +363,20 @@ def test_without_a_contract_no_way_to_write_a_number_or_none_makes_texts_of_its_
     assert [r["features"] for r in read_rows(file)] == [{"amount": 12.5}, {} if value is None else {"amount": value}]
 
 
-@pytest.mark.parametrize("cell", ["007", "-01", "1_000", "0x1f", "1,5", "e5", ".", "١", "1 2", "nano"])
+@pytest.mark.parametrize("cell", ["007", "-01", "1_000", "0x1f", "1,5", "e5", ".", "١", "1 2", "nano", "none", "NONE", "na", "#N/A"])
 def test_without_a_contract_a_cell_that_is_no_number_leaves_its_column_text(tmp_path: Path, cell: str) -> None:
     file = tmp_path / "rows.csv"
     file.write_text(f'request_id,features.code\na,12\nb,"{cell}"\n')
     assert [r["features"]["code"] for r in read_rows(file)] == ["12", cell]
+
+
+def test_without_a_contract_a_column_without_a_number_is_text_whatever_its_words_are(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(
+        "entity.c,features.discount,features.grade,features.country,features.amount\n1,none,1,NA,5\n2,none,none,NA,NA\n3,NONE,2,,7\n")
+    assert [r["features"] for r in read_rows(file)] == [
+        {"discount": "none", "grade": "1", "country": "NA", "amount": 5.0}, {"discount": "none", "grade": "none", "country": "NA"},
+        {"discount": "NONE", "grade": "2", "amount": 7.0}]
 
 
 def test_without_a_contract_true_and_false_may_be_mixed_with_digits_and_gaps(tmp_path: Path) -> None:

@@ -1038,6 +1038,65 @@ def test_10_a_put_back_that_never_has_an_effect_ends_in_a_pause_and_hides_no_oth
     assert "BlindStepDown" in world.events
 
 
+def changed_while_pods_are_lacking() -> World:
+    """Confirmed at 50 %, somebody takes it down to 25 % once, and by then the candidate has pods for 30 % only."""
+    world = World(rollout(strategy={"steps": [{"weight": 50, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.route, world.room_for = RouteSeen("risk", SERVICE, 25, False, "kubectl", revision="u/7"), 30
+    return world
+
+
+def test_10_one_change_whose_put_back_waits_for_pods_pauses_nothing_however_long_it_takes() -> None:
+    world = changed_while_pods_are_lacking()
+    for _ in range(360):  # twelve minutes
+        world.turn()
+        assert (world.weight, world.status.phase, world.status.reason) == (25, "Progressing", "ExternalChange")
+    world.room_for = 100
+    world.until_step(0)
+    assert (world.weight, world.status.phase, world.events.count("ExternalChange")) == (50, "Progressing", 1)
+
+
+def test_10_a_put_back_that_waits_for_pods_hides_no_blindness() -> None:
+    world = changed_while_pods_are_lacking()
+    world.turn()
+    world.blind = True
+    for _ in range(60):
+        world.turn()
+    assert "BlindStepDown" in world.events
+    assert (world.weight, world.status.phase) == (0, "Paused")
+
+
+def test_10_a_copy_that_is_taken_away_and_waits_for_pods_pauses_nothing() -> None:
+    world = World()
+    world.until_step(0)
+    for _ in range(200):
+        world.route = RouteSeen("risk", None, 0, False, "kubectl", revision="u/7")
+        world.turn(actions_done=0)
+    assert (world.status.phase, world.events.count("ExternalChange")) == ("Progressing", 1)
+
+
+def test_10_a_put_back_without_effect_is_told_as_that_and_as_no_fight() -> None:
+    world = World()
+    world.until_step(1)
+    world.route = RouteSeen("risk", SERVICE, 50, False, "webhook", revision="u/7")
+    for _ in range(150):
+        world.turn(actions_done=0)
+    assert (world.status.phase, world.events.count("ExternalChange")) == ("Paused", 3)
+    assert "its put back had no effect for 2m: left as it is, a person must settle it and Retry" in world.messages[-1]
+    assert "times in ten minutes" not in " ".join([*world.messages, world.status.message])
+
+
+def test_10_after_the_end_a_fight_stays_told_as_a_fight_while_the_same_change_stays() -> None:
+    world = World()
+    assert world.until("Promoted") == "Promoted"
+    for i in range(3):
+        world.route = RouteSeen("risk", SERVICE, 50, False, "gitops", revision=f"u/{i}")
+        world.turn()
+    for _ in range(100):
+        world.turn()
+    assert "3 times in ten minutes: left as it is" in world.status.message
+
+
 def test_10_a_missing_route_is_written_again() -> None:
     world = World()
     world.until_step(1)

@@ -99,6 +99,7 @@ def test_a_damaged_log_file_is_an_error_and_not_silence(tmp_path: Path) -> None:
 
 def test_a_pod_whose_clock_is_ahead_does_not_make_the_others_unheard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hafnium_rollout.score_pairs.NAMES_MAX", 30)
+    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_MAX", 30)
     stable, candidate, pairs = tmp_path / "s", tmp_path / "c", ScorePairs()
     _, cursor = pairs.read(stable, candidate, CANDIDATE, {}, NOW)
     found = 0
@@ -137,6 +138,7 @@ def test_an_arm_of_a_wrong_clock_is_an_error_as_long_as_it_writes_and_not_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: timedelta,
 ) -> None:
     monkeypatch.setattr("hafnium_rollout.score_pairs.NAMES_MAX", 40)
+    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_MAX", 40)
     pairs, now = ScorePairs(), NOW
     _, _, cursor = looked(pairs, tmp_path, {}, now)
     for i in range(100):  # more than may be remembered, and in one case until their time has come
@@ -169,6 +171,40 @@ def test_one_file_of_a_time_to_come_makes_no_lull_an_error(tmp_path: Path) -> No
         assert said == "", f"idle for {minutes} minutes"
         if minutes == 5:
             wrong.unlink()
+
+
+def test_files_ahead_of_the_clock_are_not_read_when_their_time_comes_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their list has room for what comes to its time in two minutes, and no more: what is past must not stand in it."""
+    pods, pairs, total = 6, ScorePairs(), 0
+    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_MAX", 12 * pods + 8)
+    _, _, cursor = looked(pairs, tmp_path, {}, NOW)
+    for i in range(60):
+        now = NOW + timedelta(seconds=10 * i)
+        write_log(tmp_path / "s", [(f"{i}-{pod}", "stable", 0.5) for pod in range(pods + 1)], at=now)
+        write_log(tmp_path / "c", [(f"{i}-{pods}", "shadow", 0.7)], at=now, name="good")
+        for pod in range(pods):
+            write_log(tmp_path / "c", [(f"{i}-{pod}", "shadow", 0.7)], at=now + timedelta(seconds=180), name=f"wrong{pod}")
+        said, found, cursor = looked(pairs, tmp_path, cursor, now)
+        total += found
+        assert (said, total) == ("", i + 1), "the good pod's, once each"
+
+
+def test_an_arm_of_a_wrong_clock_is_an_error_also_behind_files_that_another_pod_left_further_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_MAX", 20)
+    pairs, now = ScorePairs(), NOW
+    _, _, cursor = looked(pairs, tmp_path, {}, now)
+    for i in range(60):
+        now = NOW + timedelta(seconds=20 * (i + 1))
+        write_log(tmp_path / "c", [(f"r{i}", "shadow", 0.7)], at=now + timedelta(minutes=6))
+        if i < 10:
+            write_log(tmp_path / "c", [(f"q{i}", "shadow", 0.7)], at=now + timedelta(hours=5))
+        said, _, cursor = looked(pairs, tmp_path, cursor, now)
+        assert said == "Error", now
+    for minutes in (3, 5, 30, 280, 400):
+        said, _, cursor = looked(pairs, tmp_path, cursor, now + timedelta(minutes=minutes))
+        assert said == "", "nobody asks it any more"
 
 
 def test_what_the_other_arm_writes_meanwhile_meets_its_partners_when_the_clock_is_right_again(tmp_path: Path) -> None:

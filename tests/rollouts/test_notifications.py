@@ -37,6 +37,7 @@ from hafnium_rollout.notifications.notices import Alert, Subject, alerts, notice
 from hafnium_rollout.notifications.notifier import Notifier
 from hafnium_rollout.notifications.settings import Alertmanager, Notifications, Webhook
 from hafnium_rollout.notifications.webhook import WebhookCourier, signature
+from hafnium_rollout.objects import UserAction
 from hafnium_rollout.record_lines import rollout_data
 from hafnium_rollout.state_folder import StateFolder
 from hafnium_rollout.status import HistoryPoint, RolloutStatus
@@ -429,6 +430,30 @@ def test_a_notice_about_a_rejected_digest_names_no_other_model_as_its_candidate(
             sum(e == "DigestRejected" for e in world.events))
         assert ("RolledBack", CANDIDATE, world.status.run_id) in told_of
     assert world.events.count("DigestRejected") == 2
+
+
+@pytest.mark.parametrize("end", ["Promoted", "RolledBack"])
+def test_a_notice_about_a_next_model_that_is_refused_before_it_begins_names_no_other_one(end: str) -> None:
+    world = World(bad_candidate=0.5 if end == "RolledBack" else 0.0)
+    assert world.until(end) == end
+    world.spec = rollout(model={"digest": OTHER})
+    world.actions = (UserAction(type="Abort", id="1", candidate_digest=OTHER),)
+    for _ in range(2):
+        world.turn()
+    told = {n.point.event: (n.model.get("digest"), n.run_id) for n in notices(SUBJECT, world.status, ("phases", "alerts"))}
+    assert told["CandidateRejected"] == (None, "")
+    assert told[end] == (CANDIDATE, world.status.run_id)
+
+
+def test_a_notice_about_a_candidate_that_is_rejected_while_it_goes_back_names_it() -> None:
+    world = World(uncounted=True)
+    world.until_step(1)
+    world.spec = rollout(model={"digest": OTHER})
+    world.turn()
+    world.actions = (UserAction(type="Abort", id="1", candidate_digest=CANDIDATE),)
+    world.turn()
+    told = {n.point.event: n.model.get("digest") for n in notices(SUBJECT, world.status, ("alerts",))}
+    assert told["CandidateRejected"] == CANDIDATE
 
 
 def test_an_alert_about_a_retraining_names_the_model_that_decays() -> None:

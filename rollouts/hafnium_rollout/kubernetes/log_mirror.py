@@ -136,8 +136,8 @@ class LogMirror:
         held.enter_context(self._room.take(sum(f.size for f in fetched)))
         self._scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(held.enter_context(TemporaryDirectory(dir=self._scratch, prefix="read-")))
-        # Of these only the names count: what came before, and what is ahead of the clock
-        later = set(ahead(names, now))
+        # Of these only the names count: what came before, and what is ahead of the clock or was (their number tells whether more come)
+        later = {*ahead(names, now), *passed}
         before = {f.name for f in [f for f in files if f.name not in later][-NAMES_MAX:]} if len(lists) < len(known) else set[str]()
         for file in files:
             if file.name in before or file.name in later:

@@ -220,11 +220,13 @@ def revision_of(item: Json) -> str:
 
 
 def route_seen(item: Json) -> RouteSeen:
-    """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right."""
+    """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right; of our form, but
+    that nobody has a weight, with the candidate's name."""
     manager, revision = other_manager(item), revision_of(item)
     rules = rows(item, "spec", "rules")
-    if not_our_form(item):
-        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules), revision)
+    if why := not_our_form(item):
+        emptied = _refs(rules[0])[1:] if why == _NO_WEIGHT else []
+        return RouteSeen(FOREIGN, emptied[0][0] if emptied else None, 0, False, manager, _named(rules), revision)
     refs, mirrors = _refs(rules[0]), _mirrors(rules[0])
     total = sum(w for _, w in refs)
     if len(refs) == 1:
@@ -232,6 +234,9 @@ def route_seen(item: Json) -> RouteSeen:
     # The first is the stable one by our order; a stranger's order is another route, and is put back like any other change.
     (stable, _), (candidate, weight) = refs
     return RouteSeen(stable, candidate, _percent(weight, total), False, manager, revision=revision)
+
+
+_NO_WEIGHT = "no backend of its rule has a weight"
 
 
 def not_our_form(item: Json) -> str:
@@ -248,7 +253,7 @@ def not_our_form(item: Json) -> str:
         return f"its rule has filters ({', '.join(others)}), expected none"
     if len(refs) not in (1, 2) or len(mirrors) > 1 or (mirrors and len(refs) == 2):
         return f"its rule names {len(refs)} backends and {len(mirrors)} mirrors, expected one backend"
-    return "" if sum(w for _, w in refs) > 0 else "no backend of its rule has a weight"
+    return "" if sum(w for _, w in refs) > 0 else _NO_WEIGHT
 
 
 def _refs(rule: Json) -> list[tuple[str, int]]:

@@ -94,10 +94,17 @@ def notices(subject: Subject, status: RolloutStatus, groups: Sequence[Group]) ->
         text = "\n".join((subject.key, *what, str(number)))
         # Only events of the present run are about the present candidate; an older one that is still unsent must not name it.
         # Nor is the stable model, when it is asked for again, what an unsent one of the run before is about.
-        present = (began is None or point.time >= began) and (over is None or point.time < over) and point.event != "DigestRejected"
+        present = (began is None or point.time >= began) and (over is None or point.time < over) and not _of_another(point, candidate)
         out.append(Notice(hashlib.sha256(text.encode()).hexdigest()[:32], subject, point, model if present else {},
                           status.run_id if present else ""))
     return out
+
+
+def _of_another(point: HistoryPoint, candidate: ModelSeen | None) -> bool:
+    """Whether it is about a model that is refused before it begins. `CandidateRejected` begins with the digest that it is about."""
+    if point.event == "CandidateRejected":
+        return candidate is None or not point.message.startswith(candidate.digest[:19])
+    return point.event == "DigestRejected"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hafnium_rollout.errors import StateError
+from hafnium_rollout.errors import OnlyAhead, StateError
 from hafnium_rollout.kubernetes.log_mirror import LogMirror, Room, Scratch
-from hafnium_rollout.score_pairs import NAMES_MAX
+from hafnium_rollout.score_pairs import NAMES_MAX, ScorePairs
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -103,7 +104,34 @@ def test_files_of_a_clock_past_midnight_are_seen_and_not_fetched_even_when_their
     with mirror.unread(NOW, [read]) as folder:
         assert _files(folder) == {path.name: 0}
     with mirror.unread(wrong - timedelta(seconds=60), [read], {path.name}) as folder:
-        assert _files(folder) == {}
+        assert _files(folder) == {path.name: 0}
+
+
+def test_a_pod_that_writes_ahead_of_the_clock_as_ever_is_told_of_for_as_long_as_it_does(log: Log, scratch: Path) -> None:
+    """As many of its files reach their time as come: how many are ahead stays the same. Another pod's lie beyond them."""
+    mirror, pairs, cursor = LogMirror(log.uri, scratch, Room()), ScorePairs(), dict[str, Any]()
+
+    def wrong(when: datetime) -> None:
+        path = log.folder / f"date={when:%Y-%m-%d}/model_version=1/part-{when:%Y%m%dT%H%M%S%f}-0.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    for i in range(9):
+        wrong(NOW + timedelta(hours=9, seconds=i))
+    heard: list[bool] = []
+    for i in range(60):
+        now = NOW + timedelta(seconds=30 * i)
+        if i < 50:
+            wrong(now + timedelta(minutes=5))
+        passed = [n for names in cursor.get("ahead", {}).values() for n in names]
+        with mirror.unread(now, [cursor.get("candidate")], passed) as folder:
+            try:
+                _, cursor = pairs.read(scratch / "none", folder, "sha256:" + "a" * 64, cursor, now)
+                heard.append(True)
+            except OnlyAhead as e:
+                cursor = e.cursor
+                heard.append(False)
+    assert heard == [True, *[False] * 53, *[True] * 6]
 
 
 def test_nothing_is_kept_after_a_read_nor_after_one_that_failed(log: Log, scratch: Path) -> None:

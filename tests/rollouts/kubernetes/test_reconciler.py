@@ -168,6 +168,33 @@ def test_a_weight_that_is_taken_to_zero_by_hand_while_a_higher_one_can_not_be_wr
         assert found.status.rollback.reason == "AbortedOutside"
 
 
+@pytest.mark.parametrize("stable", [100, 0], ids=["both weights", "the candidate's alone, so that nobody has any"])
+def test_a_candidate_that_has_all_requests_and_is_taken_out_by_hand_while_the_operator_is_down_is_aborted(stable: int) -> None:
+    with cluster() as found:
+        found.climbed()
+        found.serve(SERVICE, CANDIDATE, pods=2)
+        skip = {"type": "SkipStep", "id": "s-1", "candidateDigest": CANDIDATE}
+        found.ask(rollout(routing={"backend": "PairedServices"}, strategy=STRATEGY, action=skip))
+        for _ in range(3):
+            found.turn()
+        assert (found.status.phase, found.weight, found.status.route_confirmed) == ("Progressing", 100, True)
+        route = found.api.get(HTTP_ROUTE, NAMESPACE, NAME)
+        for ref, weight in zip(route["spec"]["rules"][0]["backendRefs"], (stable, 0), strict=True):
+            ref["weight"] = weight
+        found.api.put(HTTP_ROUTE, route)
+        found.reconciler = found.operator()
+        found.turn()
+        refs = found.api.get(HTTP_ROUTE, NAMESPACE, NAME)["spec"]["rules"][0]["backendRefs"]
+        assert {r["name"]: r["weight"] for r in refs if r["weight"]} == {f"{STABLE_SERVICE}-predictor": 100}
+        for _ in range(2):
+            found.turn()
+            assert found.weight == 0
+        assert found.status.rollback is not None
+        assert (found.status.rollback.reason, found.status.rollback.reject) == ("AbortedOutside", True)
+        assert "took the candidate's weight from 100 to 0" in found.status.rollback.message
+        assert ("nobody had any weight" in found.status.rollback.message) == (stable == 0)
+
+
 def test_a_repeated_action_stores_no_status_again() -> None:
     with cluster() as found:
         found.at_an_intent_that_cannot_be_written()
