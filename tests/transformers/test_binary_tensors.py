@@ -56,7 +56,7 @@ def rows(chain: Any) -> list[dict[str, Any]]:
     return [r for r in found if set(r["features"]) == same and None not in r["features"].values()][:2]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sockets(chain: Any) -> Iterator[tuple[socket.socket, socket.socket]]:
     with connect(chain.transformer.port) as one, connect(chain.transformer.port) as other:
         yield one, other
@@ -68,12 +68,13 @@ def scores(answer: RawAnswer) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def right(chain: Any, rows: list[dict[str, Any]], sockets: tuple[socket.socket, socket.socket]) -> list[float]:
+def right(chain: Any, rows: list[dict[str, Any]]) -> list[float]:
     """The scores that the rows have by /v1/score: both ways must agree. The events are now in both."""
     plain = [{k: r[k] for k in ("entity", "features")} for r in rows]
     want = [chain.transformer.post("/v1/score", r).json["score"] for r in plain]
-    sockets[0].sendall(request(*tensors(rows)))
-    got = scores(read_answer(sockets[0]))
+    with connect(chain.transformer.port) as s:
+        s.sendall(request(*tensors(rows)))
+        got = scores(read_answer(s))
     assert got == pytest.approx(want, rel=1e-3)  # some features are ages: the two were asked a moment apart
     return got
 
