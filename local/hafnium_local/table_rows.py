@@ -31,7 +31,9 @@ _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _YEARS = (datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC))
 _FIXED = ("request_id", "event_time")
 _MISSING_TIME = r"(?i:[+-]?nan|#?n/a|na|null|none|)"
-_MISSING_VALUE = "|".join(["[+-]?(?i:nan)", *(re.escape(word) for word in MISSING_NUMBERS)])
+_NAN = "[+-]?(?i:nan)"
+_MISSING_WORD = "|".join(re.escape(word) for word in MISSING_NUMBERS if word.lower() != "nan")
+_MISSING_VALUE = f"{_NAN}|{_MISSING_WORD}"
 """In a column of numbers or truths: training's words and no others. `none` beside codes is a category, and then no code is a number."""
 _NUMBER = r"(?i:[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf(inity)?)"
 """What float() takes, but for zeros in front: 0763 is a code, and no number."""
@@ -70,7 +72,7 @@ def _csv_rows(file: Path, contract: ModelContract | None) -> Iterator[Row]:
     else:
         convert = _by_prefix(names, file)
         features = [n for n in names if n.startswith("features.")]
-        numbers = _whole_columns(file, names, dict.fromkeys(features, rf"\s*({_NUMBER})\s*"), rf"\s*({_MISSING_VALUE})\s*")
+        numbers = _whole_columns(file, names, dict.fromkeys(features, rf"\s*({_NUMBER}|{_NAN})\s*"), rf"\s*({_MISSING_WORD})\s*")
         others = [f for f in features if f not in numbers]
         truths = _whole_columns(file, names, dict.fromkeys(others, rf"\s*({_TRUTH})\s*"), rf"\s*({_MISSING_VALUE})\s*")
         meant = dict.fromkeys(numbers, _plain_number) | dict.fromkeys(truths, _plain_truth)

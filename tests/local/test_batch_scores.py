@@ -379,6 +379,12 @@ def test_without_a_contract_a_column_without_a_number_is_text_whatever_its_words
         {"discount": "NONE", "grade": "2", "amount": 7.0}]
 
 
+def test_without_a_contract_a_column_of_nan_alone_is_one_of_numbers_that_are_all_missing(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("entity.c,features.income,features.limit,features.word\n1,nan,NaN,nan\n2,,-NAN,x\n3,nan,NA,nan\n")
+    assert [r["features"] for r in read_rows(file)] == [{"word": "nan"}, {"word": "x"}, {"word": "nan"}]
+
+
 def test_without_a_contract_true_and_false_may_be_mixed_with_digits_and_gaps(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("request_id,features.new,features.word\n" + "".join(
