@@ -272,8 +272,9 @@ class _ArmFiles:
     ahead: list[str]
     """To remember apart."""
     ahead_seen: list[Any]
-    """A name, and how many files above it there are, all ahead of the clock. Names can't tell whether others came: of too many most are
-    forgotten, and those of one pod may come before those that another, further ahead, has left."""
+    """A name, how many files above it there are, all ahead of the clock, and the newest of them. Names alone can't tell whether others
+    came: of too many most are forgotten, and those of one pod may come before those that another, further ahead, has left. Nor can their
+    number alone: no more than AHEAD_SEEN_MAX are counted, and some may have been deleted."""
     heard: str
     """The newest name that was never ahead of the clock; empty: none is known."""
     only_ahead: float | None
@@ -294,7 +295,7 @@ def _files_of(folder: Path, arm: str, cursor: Mapping[str, Any], now: datetime |
     passed = _bounded([*(kept("ahead") or ()), *wrong], AHEAD_MAX)
     due = [n for n in passed if n <= here]  # counted as read from now on; before, they would push all others out
     of_late = [n for n in names if _is_ahead(n, last)]
-    later, seen = _bounded({*passed, *of_late} - set(due), AHEAD_MAX), [last, len(of_late)]
+    later, seen = _bounded({*passed, *of_late} - set(due), AHEAD_MAX), [last, len(of_late), max(of_late, default="")]
     if read is None:
         there = [n for n in names if not _is_ahead(n, last)][-NAMES_MAX:]
         return _ArmFiles(there, later, seen, _newest_until(last, there), None, [])
@@ -317,7 +318,9 @@ def _more_ahead(names: Sequence[str], of_late: Sequence[str], passed: Sequence[s
     """Whether files ahead of the clock came since the last look. `seen`: None where it saw none, or was one of an older release."""
     if seen is None:
         return any(n not in passed for n in of_late)
-    return sum(_is_ahead(n, seen[0]) for n in names) > seen[1]
+    later = [n for n in names if _is_ahead(n, seen[0])]
+    newest = seen[2] if len(seen) > 2 else None  # an older release kept none
+    return len(later) > seen[1] or (newest is not None and max(later, default="") > newest)
 
 
 def _rows(files: Sequence[Path], arm: str, digest: str | None) -> dict[str, float]:
