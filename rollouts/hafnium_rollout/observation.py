@@ -101,6 +101,8 @@ class RouteSeen:
     """Services that a route of a foreign form names, sorted: what it does with them isn't known, only that it may."""
     revision: str = ""
     """Another one after each write, by whomever; empty where none is known."""
+    dark: bool = False
+    """A candidate is in, and that it has no share yet was written by ourselves: nobody took it away."""
 
 
 @dataclass(frozen=True, slots=True)

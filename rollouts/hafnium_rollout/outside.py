@@ -36,7 +36,7 @@ def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     """
     status, recent, revision = turn.status, recent_changes(turn), turn.seen.route.revision if turn.seen.route is not None else ""
     same = revision != "" and revision == status.external_revision and bool(status.external_changes)
-    if same and not fought_over(status) and _needs_pods(turn.seen.route, _writable(status)):
+    if same and not fought_over(status) and _rises(turn.seen.route, _writable(status)):
         return None
     waits = same and turn.now - status.external_changes[-1] < PATIENCE
     told = waits or (len(recent) >= CHANGES_MAX if always else fought_over(status))
@@ -56,11 +56,16 @@ def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     return Outcome(turn, (route_action(turn, _writable(status)),))
 
 
-def _needs_pods(there: RouteSeen | None, wanted: RouteWanted | None) -> bool:
-    """Whether the put back gives the candidate no less than the route does: such a write waits until there are pods for it."""
-    if there is None or wanted is None or wanted.candidate is None or there.stable in (wanted.candidate, FOREIGN):
+def _rises(there: RouteSeen | None, wanted: RouteWanted | None) -> bool:
+    """Whether the put back only gives the candidate more of a route that is ours: such a write waits until there are pods for it.
+
+    A route that names another service is no such one: while its put back waits, that service answers requests, and somebody must hear it.
+    """
+    if there is None or wanted is None or wanted.candidate is None:
         return False
-    return (there.weight if there.candidate == wanted.candidate else 0) <= wanted.weight
+    if there.stable != wanted.stable or there.candidate not in (None, wanted.candidate):
+        return False
+    return there.weight <= wanted.weight
 
 
 def _left(turn: Turn, text: str, *, told: bool) -> Outcome | None:
@@ -130,12 +135,14 @@ def outside_change(turn: Turn) -> Outcome | None:
     # Also while a weight is intended and not written yet: it would be a rise against a person's word.
     weights = [r.weight for r in (*before, wanted) if r.weight]
     # At 100 % stable has 0: who only takes the candidate's away leaves nobody any, and means the same
-    emptied = there.stable == FOREIGN and wanted.candidate is not None and seen.route.candidate == wanted.candidate
-    if weights and (emptied or there == RouteWanted(stable=wanted.stable)):
+    emptied = 100 in weights and there.stable == FOREIGN and seen.route.candidate is not None and seen.route.candidate == wanted.candidate
+    if weights and not seen.route.dark and (emptied or there == RouteWanted(stable=wanted.stable)):
         text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
         text += f"; then nobody had any weight, so {wanted.stable} gets all requests" if emptied else ""
         turn = start_rollback(turn, "AbortedOutside", text, reject=True)
         return Outcome(turn, (route_action(turn),) if emptied else ())
+    if weights and seen.route.dark and there.stable == wanted.stable:
+        return None  # brought in again by ourselves, after a stranger's template: `write_again` gives it its share when it is ready
     # A share that it has not begun with yet, or that was taken from it because nobody could say how it does, is in no stranger's gift
     return put_back(turn, always=wanted.candidate is None or _rejected_serves(turn, seen.route))
 

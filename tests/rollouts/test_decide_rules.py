@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hafnium_contract.evidence import EvidenceSpec
 from hafnium_rollout.gates import GateContext, judge
 from hafnium_rollout.objects import UserAction
-from hafnium_rollout.observation import Counts, EvidenceUnread, GateLook, Observation, RouteSeen, Series
+from hafnium_rollout.observation import FOREIGN, Counts, EvidenceUnread, GateLook, Observation, RouteSeen, Series
 from hafnium_rollout.status import GateStatus, stored
 
 SCORES = {"name": "scores", "role": "Quality", "scores": {}, "compare": {"margin": 0.05}}
@@ -1054,6 +1054,26 @@ def test_10_one_change_whose_put_back_waits_for_pods_pauses_nothing_however_long
     world.room_for = 100
     world.until_step(0)
     assert (world.weight, world.status.phase, world.events.count("ExternalChange")) == (50, "Progressing", 1)
+
+
+@pytest.mark.parametrize("route", [
+    RouteSeen("other", SERVICE, 25, False, "kubectl", revision="u/7"), RouteSeen("risk", "other", 25, False, "kubectl", revision="u/7")],
+    ids=["another stable one", "another candidate"])
+def test_10_a_route_that_names_another_service_is_told_also_while_its_put_back_waits_for_pods(route: RouteSeen) -> None:
+    world = changed_while_pods_are_lacking()
+    world.route = route
+    for _ in range(150):  # five minutes
+        world.turn()
+    assert (world.status.phase, world.events.count("ExternalChange")) == ("Paused", 3)
+    assert world.route == route
+
+
+def test_10_all_weights_set_to_zero_below_100_say_nothing_of_the_candidate_and_are_put_back() -> None:
+    world = World(rollout(strategy={"steps": [{"weight": 50, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
+    world.until_step(0)
+    world.route = RouteSeen(FOREIGN, SERVICE, 0, False, "kubectl", revision="u/7")
+    world.turn()
+    assert (world.weight, world.status.phase, world.status.rollback) == (50, "Progressing", None)
 
 
 def test_10_a_put_back_that_waits_for_pods_hides_no_blindness() -> None:

@@ -29,6 +29,7 @@ from hafnium_rollout.kubernetes.objects_seen import (
     dig,
     meta_of,
     other_manager,
+    ours_alone,
     revision_of,
     rows,
     texts,
@@ -109,7 +110,8 @@ def route_of(rollout: ModelRollout, item: Json, stable: str) -> RouteSeen:
     if not stable or arm == stable:
         return RouteSeen(arm, None, 0, False, manager, revision=revision)
     weight = 100 if percent is None else percent
-    return RouteSeen(stable, arm if weight else None, weight, False, manager, revision=revision)
+    dark = weight == 0 and all(ours_alone(item, c, PERCENT) for c in components(item))
+    return RouteSeen(stable, arm if weight else None, weight, False, manager, revision=revision, dark=dark)
 
 
 def live_of(rollout: ModelRollout, item: Json, digests: Mapping[str, str]) -> tuple[LiveRoute | None, str]:

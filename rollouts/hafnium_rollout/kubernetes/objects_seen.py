@@ -290,6 +290,13 @@ def others_own(item: Json, *path: str, own: str = FIELD_MANAGER) -> bool:
         m.get("manager") != own and dig(m, "fieldsV1", "f:spec", *fields) is not None for m in rows(item, "metadata", "managedFields"))
 
 
+def ours_alone(item: Json, *path: str, own: str = FIELD_MANAGER) -> bool:
+    """Whether we wrote this field of the spec last and nobody has written the same since. Where that isn't known it is False."""
+    fields, managed = [f"f:{p}" for p in path], rows(item, "metadata", "managedFields")
+    mine = any(m.get("manager") == own and dig(m, "fieldsV1", "f:spec", *fields) is not None for m in managed)
+    return mine and not others_own(item, *path, own=own)
+
+
 def written_at(item: Json, own: str = FIELD_MANAGER) -> datetime | None:
     """When we wrote the spec last, by the API server's clock."""
     times = [str(m.get("time") or "") for m in rows(item, "metadata", "managedFields")

@@ -23,6 +23,7 @@ from hafnium_rollout.kubernetes.canary_backend import CanaryBackend
 from hafnium_rollout.kubernetes.capabilities import findings
 from hafnium_rollout.kubernetes.client import KubernetesClient
 from hafnium_rollout.kubernetes.errors import Conflict
+from hafnium_rollout.kubernetes.kinds import FIELD_MANAGER
 from hafnium_rollout.kubernetes.objects_seen import Meta, PodSeen, meta_of
 from hafnium_rollout.kubernetes.observer import Observer
 from hafnium_rollout.kubernetes.paired_backend import NotYet
@@ -53,10 +54,22 @@ class Kserve:
     traffic: dict[str, int] = field(default_factory=dict[str, int])
     version: int = 0
     template: str = ""
+    percent_by: str = ""
 
-    def _written(self, item: dict[str, Any]) -> dict[str, Any]:
+    def by_hand(self, **predictor: Any) -> None:
+        """Somebody else's write."""
+        item = copy.deepcopy(self.item)
+        assert item is not None
+        item["spec"]["predictor"] = {**item["spec"]["predictor"], **predictor}
+        self._written(item, "kubectl-edit")
+
+    def _written(self, item: dict[str, Any], manager: str = FIELD_MANAGER) -> dict[str, Any]:
         self.version += 1
-        item["metadata"] = {**item["metadata"], "resourceVersion": str(self.version)}
+        if self.item is None or canary_traffic.percent_of(item) != canary_traffic.percent_of(self.item):
+            self.percent_by = manager  # who writes what is there already owns nothing by that
+        owned = {"f:spec": {"f:predictor": {"f:canaryTrafficPercent": {}}}}
+        managed = [{"manager": self.percent_by, "operation": "Update", "fieldsV1": owned}]
+        item["metadata"] = {**item["metadata"], "resourceVersion": str(self.version), "managedFields": managed}
         self.item = item
         template = json.dumps(canary_traffic.with_percent(item["spec"], None), sort_keys=True)
         if template != self.template:
@@ -310,13 +323,38 @@ def test_a_strangers_percent_is_put_back(mine: int, theirs: int) -> None:
     found = live("a")
     found.spec = spec_of("b")
     found.at_weight(mine)
-    assert found.kserve.item is not None
-    found.kserve.item["spec"]["predictor"]["canaryTrafficPercent"] = theirs
-    found.kserve.version += 1
-    found.kserve.item["metadata"]["resourceVersion"] = str(found.kserve.version)
+    found.kserve.by_hand(canaryTrafficPercent=theirs)
     found.turn()
+    assert found.kserve.item is not None
     assert canary_traffic.percent_of(found.kserve.item) == mine
     assert any(p.event == "ExternalChange" for p in found.status.history)
+
+
+def test_a_percent_that_a_stranger_takes_to_zero_is_an_abort() -> None:
+    found = live("a")
+    found.spec = spec_of("b")
+    found.at_weight(20)
+    found.kserve.by_hand(canaryTrafficPercent=0)
+    found.until("RolledBack")
+    assert found.status.reason == "AbortedOutside"
+    assert found.status.message.startswith("kubectl-edit (Update) took the candidate's weight from 20 to 0")
+    assert found.status.rejected_digests == (DIGESTS["b"],)
+
+
+def test_a_candidate_that_is_brought_in_again_after_a_strangers_template_is_not_aborted() -> None:
+    """It comes in at 0 %, which is our own write and no person's word."""
+    found = live("a")
+    found.spec = spec_of("b")
+    found.at_weight(20)
+    found.kserve.by_hand(
+        annotations={"hafnium.dev/model-digest": DIGESTS["d"]},
+        containers=[{"name": "kserve-container", "env": [{"name": "V", "value": "d"}]}])
+    for _ in range(20):
+        found.turn()
+        assert found.status.phase == "Progressing", found.status.message
+    found.at_weight(20)
+    assert (found.kserve.share(DIGESTS["a"]), found.kserve.share(DIGESTS["b"])) == (80, 20)
+    assert [p.event for p in found.status.history].count("ExternalChange") == 1
 
 
 # --- taking over a service that is there already --------------------------------------------------------------------------------
