@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ ENVIRONMENTS = {
 """Peers that pin other versions than Hafnium does get an environment of their own."""
 
 
+SETTLE_S = 0.2
+"""Timers that came due while a contestant slept have fired by then."""
 TRACED_SHARE = "0.01"
 """Of the requests of the traced chain: what docs/serving.md recommends in production."""
 
@@ -33,6 +36,8 @@ class Contestant:
     path: str
     kind: str
     """Prefix of the request bodies: `rows`, `v2`, `chain`, `naive`."""
+    beside: tuple[Process, ...] = ()
+    """What it needs and whose CPU doesn't count."""
 
     @property
     def url(self) -> str:
@@ -160,7 +165,8 @@ class Field:
                 )
                 argv += ["--inference_log", str(folder / "inference-log")] if log else []
                 chain = self._process(f"{name}-transformer", argv, port, env, ready="/health/ready")
-                self.chains[name] = Contestant(name, (chain, behind, *more), "/v1/score", "chain")
+                beside = (self.receiver,) if env else ()
+                self.chains[name] = Contestant(name, (chain, behind, *more), "/v1/score", "chain", beside)
             for name, tuned, predictor in ((f"naive-{store}", False, naive_predictor), (f"tuned-{store}", True, tuned_predictor)):
                 env = {"BENCH_SPEC": s.spec, "BENCH_REPO": str(repo), "BENCH_TUNED": "1" if tuned else "0",
                        "BENCH_PREDICTOR": f"127.0.0.1:{predictor.port}"}
@@ -168,11 +174,22 @@ class Field:
                 self.chains[name] = Contestant(name, (chain, predictor, *more), "/v1/models/m:predict", "naive")
 
     def start(self) -> None:
-        """Starts all, a few at a time: each imports for seconds."""
+        """Starts all, one after the other: each imports for seconds."""
         for process in self.processes:
             if process.running is None:
                 process.start()
                 process.wait()
+
+    def wake(self, contestant: Contestant) -> None:
+        """Only this one goes on, all others sleep: two dozen idle servers empty the caches of the one that is measured, and cost the quick
+        ones most (docs/performance.md)."""
+        needed = {id(p) for p in (*contestant.processes, *contestant.beside)}
+        for process in self.processes:
+            if id(process) not in needed:
+                process.sleep()
+        for process in reversed([p for p in self.processes if id(p) in needed]):
+            process.wake()
+        time.sleep(SETTLE_S)
 
     def stop(self) -> None:
         """Stops all, whatever happened."""
