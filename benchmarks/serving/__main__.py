@@ -3,8 +3,9 @@
     python benchmarks/serving                        all, three rounds (about twelve minutes)
     python benchmarks/serving --rounds 1 --seconds 1 --only hafnium,kserve
 
-Every figure with a goal is a ratio of two servers that were pressed one after the other in the same round, while all others are stopped
-(SIGSTOP); the value is the median over rounds. Needs wrk and redis-server (Debian has both). Bodies, logs and environments of peers lie in build/bench.
+Every figure with a goal is a ratio of two servers that were pressed one after the other in the same round, while all others are
+stopped (SIGSTOP); the value is the median over rounds. Needs wrk and redis-server (Debian has both). Bodies, logs and environments of
+peers lie in build/bench.
 """
 
 from __future__ import annotations
