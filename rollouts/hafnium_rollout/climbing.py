@@ -8,7 +8,7 @@ from hafnium_rollout.actions import Action, EnsureCandidate
 from hafnium_rollout.endings import go_back, promote, promoted
 from hafnium_rollout.gates import new_step
 from hafnium_rollout.intake import blind_since
-from hafnium_rollout.outside import route_action
+from hafnium_rollout.outside import left_to_a_person, route_action
 from hafnium_rollout.statistics.sample_ratio import RatioState, in_doubt
 from hafnium_rollout.status import GateState, GateStatus, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, begin_step, hold, lacking_room, normal, own_time_since, reached, since, want_route, withheld
@@ -152,6 +152,8 @@ def missing_service(turn: Turn) -> Outcome | None:
     """Someone deleted the candidate's service under way: make it again. If it doesn't come back, `_broken_service` ends it."""
     if turn.status.step is None or turn.seen.services is None or not _ensure(turn):
         return None
+    if left_to_a_person(turn):
+        return None  # with CanaryTrafficPercent the template is what they fight for
     if turn.status.phase == "Paused":
         return Outcome(turn, _ensure(turn))  # reason and message stay those of the pause
     return Outcome(turn.say("ServiceMissing", "ServiceMissing", "the candidate's service is gone; making it again"), _ensure(turn))

@@ -84,8 +84,7 @@ class ServiceSeen:
 
 
 FOREIGN = "(not of our form)"
-"""Stable service of a route whose form doesn't say who is stable. It is no service's name, and equals no route that is wanted. With a
-candidate, the route is of our form, and nobody has a weight: neither stable nor that one."""
+"""Stable service of a route whose form doesn't say who is stable. It is no service's name, and equals no route that is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +100,10 @@ class RouteSeen:
     """Services that a route of a foreign form names, sorted: what it does with them isn't known, only that it may."""
     revision: str = ""
     """Another one after each write, by whomever; empty where none is known."""
+    weightless: tuple[str, ...] = ()
+    """Services of a route that is of our form, but that none of them has a weight."""
     dark: bool = False
-    """A candidate is in, and that it has no share yet was written by ourselves: nobody took it away."""
+    """The candidate is in, and that it has no share yet was written by ourselves: nobody took it away."""
 
 
 @dataclass(frozen=True, slots=True)

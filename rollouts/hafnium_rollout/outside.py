@@ -27,6 +27,13 @@ def fought_over(status: RolloutStatus) -> bool:
     return len(status.external_changes) >= CHANGES_MAX
 
 
+def left_to_a_person(turn: Turn) -> bool:
+    """The rollout is paused for a fight, and the route is still as the stranger wants it."""
+    status, route = turn.status, turn.seen.route
+    changed = route is not None and status.route is not None and normal(route) != normal(status.route)
+    return status.phase == "Paused" and fought_over(status) and changed
+
+
 def put_back(turn: Turn, *, always: bool) -> Outcome | None:
     """Restores the wanted route, unless that was needed too often lately. `always`: a model that is due nothing must not serve.
 
@@ -134,8 +141,9 @@ def outside_change(turn: Turn) -> Outcome | None:
         return None  # our own write was cut off; `write_again` repeats it
     # Also while a weight is intended and not written yet: it would be a rise against a person's word.
     weights = [r.weight for r in (*before, wanted) if r.weight]
-    # At 100 % stable has 0: who only takes the candidate's away leaves nobody any, and means the same
-    emptied = 100 in weights and there.stable == FOREIGN and seen.route.candidate is not None and seen.route.candidate == wanted.candidate
+    # At 100 % stable has 0: who only takes the candidate's away, or the candidate itself, leaves nobody any, and means the same
+    ours = {wanted.stable, *(r.candidate for r in (*before, wanted) if r.candidate is not None)}
+    emptied = 100 in weights and bool(seen.route.weightless) and set(seen.route.weightless) <= ours
     if weights and not seen.route.dark and (emptied or there == RouteWanted(stable=wanted.stable)):
         text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
         text += f"; then nobody had any weight, so {wanted.stable} gets all requests" if emptied else ""

@@ -35,7 +35,8 @@ AHEAD_MAX = 512
 """Names ahead of the clock remembered per arm: of CLOCK_SKEW_MAX, at the four files a second that looks keep up with. Of more, those that
 come next must be among them."""
 AHEAD_SEEN_MAX = 4096
-"""So many files ahead of the clock are counted where each costs something: those of a pod nine hours ahead, one each eight seconds."""
+"""So many files ahead of the clock are counted where each costs something: those of a pod nine hours ahead, one each eight seconds. Of
+more only the newest tells whether others come: behind one that is further ahead they are not heard."""
 ONLY_AHEAD_LASTS = timedelta(minutes=2)
 """For so long after an arm wrote a file ahead of the clock, and nothing else, its clock is said to be wrong; then nobody asks it. A pod
 that is asked flushes every few seconds."""

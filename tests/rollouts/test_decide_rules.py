@@ -1071,7 +1071,7 @@ def test_10_a_route_that_names_another_service_is_told_also_while_its_put_back_w
 def test_10_all_weights_set_to_zero_below_100_say_nothing_of_the_candidate_and_are_put_back() -> None:
     world = World(rollout(strategy={"steps": [{"weight": 50, "minDwell": "1h", "deadline": "2h"}, {"weight": 100}]}))
     world.until_step(0)
-    world.route = RouteSeen(FOREIGN, SERVICE, 0, False, "kubectl", revision="u/7")
+    world.route = RouteSeen(FOREIGN, None, 0, False, "kubectl", revision="u/7", weightless=("risk", SERVICE))
     world.turn()
     assert (world.weight, world.status.phase, world.status.rollback) == (50, "Progressing", None)
 

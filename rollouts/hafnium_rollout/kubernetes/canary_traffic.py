@@ -101,8 +101,11 @@ def revision_digests(revisions: Sequence[Json]) -> dict[str, str]:
     return {meta_of(r).name: meta_of(r).annotations.get(DIGEST_ANNOTATION, "") for r in revisions}
 
 
-def route_of(rollout: ModelRollout, item: Json, stable: str) -> RouteSeen:
-    """What the spec intends. A candidate's template at 0 is dark: no candidate."""
+def route_of(rollout: ModelRollout, item: Json, stable: str, wanted: str | None) -> RouteSeen:
+    """What the spec intends. A candidate's template at 0 is dark: no candidate. `wanted`: the arm that is to have a share.
+
+    Is another's template in its place, at the 0 % that we wrote, nobody took its share: what is to be told is the template.
+    """
     arm, percent = arm_of(rollout, template_digest(item)), percent_of(item)
     manager, revision = other_manager(item), revision_of(item)
     if percent == -1:
@@ -110,7 +113,9 @@ def route_of(rollout: ModelRollout, item: Json, stable: str) -> RouteSeen:
     if not stable or arm == stable:
         return RouteSeen(arm, None, 0, False, manager, revision=revision)
     weight = 100 if percent is None else percent
-    dark = weight == 0 and all(ours_alone(item, c, PERCENT) for c in components(item))
+    dark = weight == 0 and wanted is not None and all(ours_alone(item, c, PERCENT) for c in components(item))
+    if dark and arm != wanted:
+        return RouteSeen(FOREIGN, None, 0, False, manager, revision=revision)
     return RouteSeen(stable, arm if weight else None, weight, False, manager, revision=revision, dark=dark)
 
 

@@ -220,13 +220,12 @@ def revision_of(item: Json) -> str:
 
 
 def route_seen(item: Json) -> RouteSeen:
-    """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right; of our form, but
-    that nobody has a weight, with the candidate's name."""
+    """Weights and copies of an HTTPRoute. One of another form than ours comes back as FOREIGN, so that it is put right."""
     manager, revision = other_manager(item), revision_of(item)
     rules = rows(item, "spec", "rules")
     if why := not_our_form(item):
-        emptied = _refs(rules[0])[1:] if why == _NO_WEIGHT else []
-        return RouteSeen(FOREIGN, emptied[0][0] if emptied else None, 0, False, manager, _named(rules), revision)
+        weightless = tuple(name for name, _ in _refs(rules[0])) if why == _NO_WEIGHT else ()
+        return RouteSeen(FOREIGN, None, 0, False, manager, _named(rules), revision, weightless)
     refs, mirrors = _refs(rules[0]), _mirrors(rules[0])
     total = sum(w for _, w in refs)
     if len(refs) == 1:

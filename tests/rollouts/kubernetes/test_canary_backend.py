@@ -67,9 +67,11 @@ class Kserve:
         self.version += 1
         if self.item is None or canary_traffic.percent_of(item) != canary_traffic.percent_of(self.item):
             self.percent_by = manager  # who writes what is there already owns nothing by that
-        owned = {"f:spec": {"f:predictor": {"f:canaryTrafficPercent": {}}}}
-        managed = [{"manager": self.percent_by, "operation": "Update", "fieldsV1": owned}]
-        item["metadata"] = {**item["metadata"], "resourceVersion": str(self.version), "managedFields": managed}
+        owners = [(self.percent_by, "f:canaryTrafficPercent"), (manager, "f:containers")]
+        managed = [
+            {"manager": m, "operation": "Update", "fieldsV1": {"f:spec": {"f:predictor": {field: {}}}}} for m, field in owners]
+        item["metadata"] = {
+            **item["metadata"], "uid": "u", "generation": self.version, "resourceVersion": str(self.version), "managedFields": managed}
         self.item = item
         template = json.dumps(canary_traffic.with_percent(item["spec"], None), sort_keys=True)
         if template != self.template:
@@ -341,14 +343,42 @@ def test_a_percent_that_a_stranger_takes_to_zero_is_an_abort() -> None:
     assert found.status.rejected_digests == (DIGESTS["b"],)
 
 
+def anothers_template(found: Cluster) -> None:
+    found.kserve.by_hand(
+        annotations={"hafnium.dev/model-digest": DIGESTS["d"]},
+        containers=[{"name": "kserve-container", "env": [{"name": "V", "value": "d"}]}])
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 6], ids=lambda n: f"every {n} looks")
+def test_who_writes_another_template_again_and_again_is_told_of_and_left_alone_after_three_times(every: int) -> None:
+    """Sooner than the candidate is ready again (it is back at our own 0 % then), or later."""
+    found = live("a")
+    found.spec = spec_of("b")
+    found.at_weight(20)
+    for i in range(3 * every):
+        if i % every == 0:
+            anothers_template(found)
+        found.turn()
+    assert [p.event for p in found.status.history].count("ExternalChange") == 3
+    assert (found.status.phase, found.status.reason) == ("Paused", "ExternalChange")
+    assert found.status.message.startswith("kubectl-edit")
+    assert "left as it is" in found.status.message
+    before = len(found.kserve.revisions)
+    for _ in range(20):
+        found.turn()
+    assert found.kserve.item is not None
+    assert (canary_traffic.template_digest(found.kserve.item), len(found.kserve.revisions)) == (DIGESTS["d"], before)
+    found.ask("b", "Retry")
+    found.at_weight(20)
+    assert (found.kserve.share(DIGESTS["a"]), found.kserve.share(DIGESTS["b"])) == (80, 20)
+
+
 def test_a_candidate_that_is_brought_in_again_after_a_strangers_template_is_not_aborted() -> None:
     """It comes in at 0 %, which is our own write and no person's word."""
     found = live("a")
     found.spec = spec_of("b")
     found.at_weight(20)
-    found.kserve.by_hand(
-        annotations={"hafnium.dev/model-digest": DIGESTS["d"]},
-        containers=[{"name": "kserve-container", "env": [{"name": "V", "value": "d"}]}])
+    anothers_template(found)
     for _ in range(20):
         found.turn()
         assert found.status.phase == "Progressing", found.status.message

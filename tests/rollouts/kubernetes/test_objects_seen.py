@@ -98,12 +98,12 @@ def test_a_route_of_another_form_equals_none_that_could_be_wanted(change: str) -
     assert route_seen(_foreign(change)).stable == FOREIGN
 
 
-def test_a_route_in_which_nobody_has_a_weight_names_the_candidate_that_lost_its_own() -> None:
-    assert route_seen(_foreign("no weight at all")).candidate == "risk-bbbbbbbb"
-    assert route_seen(_foreign("only one path")).candidate is None
+def test_a_route_in_which_nobody_has_a_weight_names_whose_it_could_be() -> None:
+    assert set(route_seen(_foreign("no weight at all")).weightless) == {"risk-aaaaaaaa", "risk-bbbbbbbb"}
+    assert route_seen(_foreign("only one path")).weightless == ()
     alone = _foreign("no weight at all")
     del alone["spec"]["rules"][0]["backendRefs"][1]
-    assert (route_seen(alone).stable, route_seen(alone).candidate) == (FOREIGN, None)
+    assert (route_seen(alone).stable, route_seen(alone).weightless) == (FOREIGN, ("risk-aaaaaaaa",))
 
 
 def test_a_route_of_another_form_still_says_which_services_it_names() -> None:

@@ -168,8 +168,11 @@ def test_a_weight_that_is_taken_to_zero_by_hand_while_a_higher_one_can_not_be_wr
         assert found.status.rollback.reason == "AbortedOutside"
 
 
-@pytest.mark.parametrize("stable", [100, 0], ids=["both weights", "the candidate's alone, so that nobody has any"])
-def test_a_candidate_that_has_all_requests_and_is_taken_out_by_hand_while_the_operator_is_down_is_aborted(stable: int) -> None:
+@pytest.mark.parametrize(("stable", "entry"), [(100, True), (0, True), (0, False)], ids=[
+    "both weights", "the candidate's alone, so that nobody has any", "its whole entry"])
+def test_a_candidate_that_has_all_requests_and_is_taken_out_by_hand_while_the_operator_is_down_is_aborted(
+    stable: int, entry: bool,
+) -> None:
     with cluster() as found:
         found.climbed()
         found.serve(SERVICE, CANDIDATE, pods=2)
@@ -181,6 +184,8 @@ def test_a_candidate_that_has_all_requests_and_is_taken_out_by_hand_while_the_op
         route = found.api.get(HTTP_ROUTE, NAMESPACE, NAME)
         for ref, weight in zip(route["spec"]["rules"][0]["backendRefs"], (stable, 0), strict=True):
             ref["weight"] = weight
+        if not entry:
+            del route["spec"]["rules"][0]["backendRefs"][1]
         found.api.put(HTTP_ROUTE, route)
         found.reconciler = found.operator()
         found.turn()
