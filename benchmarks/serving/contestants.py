@@ -184,8 +184,7 @@ class Field:
                 process.wait()
 
     def wake(self, contestant: Contestant) -> None:
-        """Only this one goes on, all others sleep: two dozen idle servers empty the caches of the one that is measured, and cost the quick
-        ones most (docs/performance.md)."""
+        """Only this one goes on, all others sleep: nothing that two dozen servers do in the background is measured with it."""
         needed = {id(p) for p in (*contestant.processes, *contestant.beside)}
         for process in self.processes:
             if id(process) not in needed:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from hafnium_contract.durations import format_duration
 from hafnium_rollout.actions import Action, LowerPods, Promote, RetireService, Rollback, SetShadow, SetWeight
 from hafnium_rollout.intake import live_matches, recent_changes
-from hafnium_rollout.observation import FOREIGN, RouteSeen
+from hafnium_rollout.observation import RouteSeen
 from hafnium_rollout.status import RolloutStatus, RouteWanted
 from hafnium_rollout.turn import Outcome, Turn, hold, normal, start_rollback
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import threading
@@ -191,6 +192,47 @@ def test_a_canary_rollback_gets_through_when_kserves_webhook_is_back(knative: Ku
             if traffic is not None:
                 traffic.stop()
             operator.stop()
+
+
+def test_anothers_template_is_replaced_and_a_share_that_a_person_takes_to_zero_ends_the_run(knative: Kubectl, tmp_path: Path) -> None:
+    """The operator brings the candidate in again at 0 %. Whose that 0 is, the API server knows."""
+    kubectl, name = knative, "shared"
+
+    def item(version: int) -> dict[str, Any]:
+        found = model_rollout(name, version, steps=[
+            {"weight": 20, "minDwell": "30m", "deadline": "2h"}, {"weight": 100, "deadline": "2h"}])
+        return {**found, "spec": {**found["spec"], "routing": {"backend": "CanaryTrafficPercent"}}}
+
+    def status() -> dict[str, Any]:
+        return kubectl.read("modelrollout", name).get("status", {})
+
+    def predictor() -> dict[str, Any]:
+        return kubectl.read("inferenceservice", name)["spec"]["predictor"]
+
+    def history() -> list[str]:
+        return [h["event"] for h in status().get("history", [])]
+
+    operator = OperatorProcess(tmp_path, kubectl.namespace, "shared")
+    try:
+        kubectl("apply", "-f", "-", given=item(1))
+        until(lambda: status().get("phase") == "Promoted", "the first model")
+        kubectl("apply", "-f", "-", given=item(2))
+        until(lambda: (status().get("step") or {}).get("weightEffectiveSince"), "the candidate has its fifth")
+        candidates = predictor()["containers"][0]["env"]
+        theirs = [{**e, "value": "7"} if e["name"] == "MODEL_VERSION" else e for e in candidates]
+        kubectl("patch", "inferenceservice", name, "--type=json", "-p", json.dumps([
+            {"op": "replace", "path": "/spec/predictor/containers/0/env", "value": theirs},
+            {"op": "replace", "path": "/spec/predictor/annotations/hafnium.dev~1model-digest", "value": digest(7)}]))
+        until(lambda: predictor()["containers"][0]["env"] == candidates, "the candidate's template is back")
+        until(lambda: predictor().get("canaryTrafficPercent") == 20, "with its share, when it is ready")
+        assert (status()["phase"], history().count("ExternalChange")) == ("Progressing", 1)
+
+        kubectl("patch", "inferenceservice", name, "--type=merge", "-p", '{"spec": {"predictor": {"canaryTrafficPercent": 0}}}')
+        until(lambda: status().get("phase") == "RolledBack", "a person's 0 is an abort")
+        assert status()["reason"] == "AbortedOutside"
+        assert "kubectl-patch" in status()["message"]
+    finally:
+        operator.stop()
 
 
 def test_a_service_in_the_middle_of_somebodys_canary_is_not_taken_over(knative: Kubectl, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class CanaryBackend:
             managed = frozenset({f"{rollout.name}-{_SETTLING}"})
         route = canary_traffic.route_of(rollout, item, stable, status.route.candidate if status.route is not None else None)
         return Traffic(
-            services=services, declared=managed, managed=managed, route=route, live=live, pods=by_arm, serving=serving, problems=(*problems, problem) if problem else problems, cursor=cursor)
+            services=services, declared=managed, managed=managed, route=route, live=live, pods=by_arm, serving=serving,
+            problems=(*problems, problem) if problem else problems, cursor=cursor)
 
     # --- acting ---------------------------------------------------------------------------------------------------------------
 
