@@ -42,8 +42,7 @@ def types(cluster: Kubectl) -> Kubectl:
     if further_versions(cluster):
         as_before(cluster)
     cluster("apply", "--server-side", "--force-conflicts", "-k", "kustomize/crds")
-    crds = ("crd/modelrollouts.hafnium.dev", "crd/modelevidences.hafnium.dev", "crd/modelapprovals.hafnium.dev")
-    cluster("wait", "--for=condition=Established", *crds, "--timeout=30s")
+    cluster.established("crd/modelrollouts.hafnium.dev", "crd/modelevidences.hafnium.dev", "crd/modelapprovals.hafnium.dev")
     return cluster
 
 

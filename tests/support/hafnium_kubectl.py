@@ -63,6 +63,14 @@ class Kubectl:
         """`kubectl get … -o json`."""
         return json.loads(self("get", *arguments, "-o", "json"))
 
+    def established(self, *crds: str) -> None:
+        """Waits until the API server serves these. `kubectl wait` gives up on one that has no conditions yet, just after it was made."""
+        until = time.monotonic() + SEEN_S_MAX
+        waiting = ("wait", "--for=condition=Established", *crds, "--timeout=30s")
+        while "accessor error" in self.run(*waiting).stderr and time.monotonic() < until:
+            time.sleep(0.2)
+        self(*waiting)
+
     def can(self, verb: str, resource: str, *more: str) -> bool:
         """`kubectl auth can-i`."""
         return self.run("auth", "can-i", verb, resource, *more).stdout.strip() == "yes"

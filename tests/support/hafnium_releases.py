@@ -90,7 +90,7 @@ def present() -> list[JSON]:
 def install(kubectl: Kubectl, crds: list[JSON]) -> None:
     """Until the API server serves just those, and kubectl, which remembers versions for hours, knows it."""
     kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", given=crds)
-    kubectl("wait", "--for=condition=Established", *CRDS, "--timeout=30s")
+    kubectl.established(*CRDS)
     served = {v["name"] for crd in crds for v in crd["spec"]["versions"]}
     until(lambda: {v["version"] for v in json.loads(kubectl("get", "--raw", "/apis/hafnium.dev"))["versions"]} == served,
           f"{', '.join(served)} served", 60)
