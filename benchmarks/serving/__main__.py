@@ -4,7 +4,7 @@
     python benchmarks/serving --rounds 1 --seconds 1 --only hafnium,kserve
 
 Every figure with a goal is a ratio of two servers that were pressed one after the other in the same round, while all others are
-stopped (SIGSTOP); the value is the median over rounds. Needs wrk and redis-server (Debian has both). Bodies, logs and environments of
+suspended (SIGSTOP); the value is the median over rounds. Needs wrk and redis-server (Debian has both). Bodies, logs and environments of
 peers lie in build/bench.
 """
 
@@ -243,25 +243,25 @@ def main() -> int:
         field.processes[:] = [p for p in field.processes if p.name in used or p.running is not None]
         field.start()
         for case in list(todo):
-            field.wake(case.contestant)
             try:
-                check(case)
+                with field.resumed(case.contestant):
+                    check(case)
             except (OSError, RuntimeError) as e:
                 missing.append(f"{case.name}: {e}")
                 todo.remove(case)
         for case in [c for c in todo if c.connections == 8]:
-            field.wake(case.contestant)
-            run(case, WARM_S, -1, script)
+            with field.resumed(case.contestant):
+                run(case, WARM_S, -1, script)
         for number in range(args.rounds):
             order.shuffle(todo)
             for k, case in enumerate(todo):
                 print(f"\rround {number + 1} of {args.rounds}, {k + 1} of {len(todo)}: {case.name:<32}", end="", flush=True)
-                field.wake(case.contestant)
                 try:
-                    seen.append(run(case, args.seconds, number, script))
+                    with field.resumed(case.contestant):
+                        seen.append(run(case, args.seconds, number, script))
                 except RuntimeError as e:
                     missing.append(f"{case.name}, {case.connections} connections: {e}")
-        field.receiver.wake()
+        field.receiver.resume()
         if traced and not spans_came(field.receiver):
             missing.append("tracing: no span reached the receiver, so tracing_added_share says nothing")
             seen = [s for s in seen if not s.contestant.endswith("-traced")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +23,10 @@ ENVIRONMENTS = {
 
 
 SETTLE_S = 0.2
-"""Timers that came due while a contestant slept have fired by then: before it is measured. So that what is done once in five or ten seconds
-(spans are sent, a file of the log is written) falls into three seconds at all, it is done more often here than by default."""
-OFTEN_S = 2.5
+"""Timers that came due while a contestant was suspended have fired by then: before it is measured."""
+BACKGROUND_S = 2.5
+"""How often spans are sent and a file of the log is written. By default it is every five and ten seconds, which would fall into no run
+of three: the timers are due when a contestant is resumed."""
 TRACED_SHARE = "0.01"
 """Of the requests of the traced chain: what docs/serving.md recommends in production."""
 
@@ -146,7 +149,7 @@ class Field:
         traced = {
             "HAFNIUM_TRACING": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.receiver.port}",
             "OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": TRACED_SHARE,
-            "OTEL_BSP_SCHEDULE_DELAY": f"{1000 * OFTEN_S:.0f}",
+            "OTEL_BSP_SCHEDULE_DELAY": f"{1000 * BACKGROUND_S:.0f}",
         }
         traced_predictor = self._hafnium_predictor("hafnium-predictor-traced", traced)
         if s.redis is not None:
@@ -166,7 +169,7 @@ class Field:
                     "hafnium_transformer", "--model_name", "m", "--predictor_host", f"127.0.0.1:{behind.port}", "--host", "127.0.0.1",
                     "--http_port", str(port), "--feature_repo", str(repo),
                 )
-                argv += ["--inference_log", str(folder / "inference-log"), "--log_flush_seconds", str(OFTEN_S)] if log else []
+                argv += ["--inference_log", str(folder / "inference-log"), "--log_flush_seconds", str(BACKGROUND_S)] if log else []
                 chain = self._process(f"{name}-transformer", argv, port, env, ready="/health/ready")
                 beside = (self.receiver,) if env else ()
                 self.chains[name] = Contestant(name, (chain, behind, *more), "/v1/score", "chain", beside)
@@ -177,23 +180,30 @@ class Field:
                 self.chains[name] = Contestant(name, (chain, predictor, *more), "/v1/models/m:predict", "naive")
 
     def start(self) -> None:
-        """Starts all, one after the other: each imports for seconds."""
+        """Starts all, one after the other (each imports for seconds), and suspends them."""
         for process in self.processes:
             if process.running is None:
                 process.start()
                 process.wait()
-
-    def wake(self, contestant: Contestant) -> None:
-        """Only this one goes on, all others sleep: nothing that two dozen servers do in the background is measured with it."""
-        needed = {id(p) for p in (*contestant.processes, *contestant.beside)}
         for process in self.processes:
-            if id(process) not in needed:
-                process.sleep()
-        for process in reversed([p for p in self.processes if id(p) in needed]):
-            process.wake()
+            process.suspend()
+
+    @contextmanager
+    def resumed(self, contestant: Contestant) -> Generator[None]:
+        """This one runs until the block ends, all others stand still: what they do in the background isn't measured with it."""
+        needed = (*contestant.beside, *reversed(contestant.processes))
+        for process in needed:
+            process.resume()
         time.sleep(SETTLE_S)
+        try:
+            yield
+        finally:
+            for process in reversed(needed):
+                process.suspend()
 
     def stop(self) -> None:
         """Stops all, whatever happened."""
+        for process in self.processes:
+            process.resume()  # who ends may have to ask another
         for process in reversed(self.processes):
             process.stop()

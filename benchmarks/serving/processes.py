@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,24 +110,22 @@ class Process:
                 continue
         return total / 2**20
 
-    def sleep(self) -> None:
-        """Stops its processes where they are (SIGSTOP), so that nothing they do in the background disturbs who is measured."""
-        self._tell(lambda p: p.suspend(), self._all())
-
-    def wake(self) -> None:
-        """Lets them go on; children first, so that no parent misses one."""
-        self._tell(lambda p: p.resume(), self._all()[::-1])
-
-    @staticmethod
-    def _tell(what: Callable[[psutil.Process], None], processes: list[psutil.Process]) -> None:
-        for process in processes:
+    def suspend(self) -> None:
+        """SIGSTOP to all of its processes, parents first, so that none sees a child stand still."""
+        for process in self._all():
             with contextlib.suppress(psutil.Error):
-                what(process)
+                process.suspend()
+
+    def resume(self) -> None:
+        """SIGCONT to all of them, children first."""
+        for process in reversed(self._all()):
+            with contextlib.suppress(psutil.Error):
+                process.resume()
 
     def stop(self) -> None:
         if self.running is None:
             return
-        self.wake()
+        self.resume()
         everybody = self._all()
         self.running.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

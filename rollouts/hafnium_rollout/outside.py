@@ -123,7 +123,7 @@ def write_again(turn: Turn) -> Outcome | None:
         return None
     if seen.route is not None and normal(seen.route) == normal(status.route):
         return None
-    if seen.route is not None and status.phase == "Paused" and fought_over(status) and normal(status.route).candidate is not None:
+    if left_to_a_person(turn) and normal(status.route).candidate is not None:
         return None
     return Outcome(turn, (route_action(turn),))
 
@@ -139,18 +139,18 @@ def outside_change(turn: Turn) -> Outcome | None:
     before = () if status.route_confirmed else tuple(normal(r) for r in status.route_before)
     if there in before:
         return None  # our own write was cut off; `write_again` repeats it
+    if seen.route.dark:
+        return None  # brought in again by ourselves, after a stranger's template: `write_again` gives it its share when it is ready
     # Also while a weight is intended and not written yet: it would be a rise against a person's word.
     weights = [r.weight for r in (*before, wanted) if r.weight]
     # At 100 % stable has 0: who only takes the candidate's away, or the candidate itself, leaves nobody any, and means the same
     ours = {wanted.stable, *(r.candidate for r in (*before, wanted) if r.candidate is not None)}
     emptied = 100 in weights and bool(seen.route.weightless) and set(seen.route.weightless) <= ours
-    if weights and not seen.route.dark and (emptied or there == RouteWanted(stable=wanted.stable)):
+    if weights and (emptied or there == RouteWanted(stable=wanted.stable)):
         text = f"{_who(turn)} took the candidate's weight from {weights[0]} to 0"
         text += f"; then nobody had any weight, so {wanted.stable} gets all requests" if emptied else ""
         turn = start_rollback(turn, "AbortedOutside", text, reject=True)
         return Outcome(turn, (route_action(turn),) if emptied else ())
-    if weights and seen.route.dark and there.stable == wanted.stable:
-        return None  # brought in again by ourselves, after a stranger's template: `write_again` gives it its share when it is ready
     # A share that it has not begun with yet, or that was taken from it because nobody could say how it does, is in no stranger's gift
     return put_back(turn, always=wanted.candidate is None or _rejected_serves(turn, seen.route))
 

@@ -207,23 +207,6 @@ def test_an_arm_of_a_wrong_clock_is_an_error_also_behind_files_that_another_pod_
         assert said == "", "nobody asks it any more"
 
 
-def test_more_files_ahead_of_the_clock_than_are_counted_do_not_silence_those_that_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_MAX", 5)
-    pairs, now = ScorePairs(), NOW
-    _, _, cursor = looked(pairs, tmp_path, {}, now)
-    for i in range(40):
-        now = NOW + timedelta(seconds=20 * (i + 1))
-        write_log(tmp_path / "c", [(f"r{i}", "shadow", 0.7)], at=now + timedelta(hours=9))
-        for old in sorted((tmp_path / "c").rglob("part-*"))[:-10]:
-            old.unlink()  # as a mirror shows them: so many, and the newest
-        said, _, cursor = looked(pairs, tmp_path, cursor, now)
-        assert said == "Error", now
-    said, _, cursor = looked(pairs, tmp_path, cursor, now + timedelta(minutes=3))
-    assert said == ""
-
-
 def test_what_the_other_arm_writes_meanwhile_meets_its_partners_when_the_clock_is_right_again(tmp_path: Path) -> None:
     pairs = ScorePairs()
     _, _, cursor = looked(pairs, tmp_path, {}, NOW)

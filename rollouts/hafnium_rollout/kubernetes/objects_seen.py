@@ -282,18 +282,20 @@ def other_manager(item: Json, own: str = FIELD_MANAGER) -> str:
     return f"{last.get('manager')} ({last.get('operation')}{when})"
 
 
+def _owners(item: Json, path: tuple[str, ...]) -> set[str]:
+    """Field managers that wrote a field of the spec last, or the same as that."""
+    fields = [f"f:{p}" for p in path]
+    return {str(m.get("manager")) for m in rows(item, "metadata", "managedFields") if dig(m, "fieldsV1", "f:spec", *fields) is not None}
+
+
 def others_own(item: Json, *path: str, own: str = FIELD_MANAGER) -> bool:
     """Whether somebody else wrote this field of the spec last, or wrote the same as we did."""
-    fields = [f"f:{p}" for p in path]
-    return any(
-        m.get("manager") != own and dig(m, "fieldsV1", "f:spec", *fields) is not None for m in rows(item, "metadata", "managedFields"))
+    return bool(_owners(item, path) - {own})
 
 
 def ours_alone(item: Json, *path: str, own: str = FIELD_MANAGER) -> bool:
     """Whether we wrote this field of the spec last and nobody has written the same since. Where that isn't known it is False."""
-    fields, managed = [f"f:{p}" for p in path], rows(item, "metadata", "managedFields")
-    mine = any(m.get("manager") == own and dig(m, "fieldsV1", "f:spec", *fields) is not None for m in managed)
-    return mine and not others_own(item, *path, own=own)
+    return _owners(item, path) == {own}
 
 
 def written_at(item: Json, own: str = FIELD_MANAGER) -> datetime | None:

@@ -107,22 +107,14 @@ def test_files_of_a_clock_past_midnight_are_seen_and_not_fetched_even_when_their
         assert _files(folder) == {path.name: 0}
 
 
-def test_a_pod_that_writes_ahead_of_the_clock_as_ever_is_told_of_for_as_long_as_it_does(log: Log, scratch: Path) -> None:
-    """As many of its files reach their time as come: how many are ahead stays the same. Another pod's lie beyond them."""
+def heard_while_written(log: Log, scratch: Path, looks: int, ahead: timedelta) -> list[bool]:
+    """Whether the candidate is heard, at 60 looks, one each 30 s. At the first `looks` a pod has written a file ahead of the clock."""
     mirror, pairs, cursor = LogMirror(log.uri, scratch, Room()), ScorePairs(), dict[str, Any]()
-
-    def wrong(when: datetime) -> None:
-        path = log.folder / f"date={when:%Y-%m-%d}/model_version=1/part-{when:%Y%m%dT%H%M%S%f}-0.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    for i in range(9):
-        wrong(NOW + timedelta(hours=9, seconds=i))
     heard: list[bool] = []
     for i in range(60):
         now = NOW + timedelta(seconds=30 * i)
-        if i < 50:
-            wrong(now + timedelta(minutes=5))
+        if i < looks:
+            written(log, now + ahead)
         passed = [n for names in cursor.get("ahead", {}).values() for n in names]
         with mirror.unread(now, [cursor.get("candidate")], passed) as folder:
             try:
@@ -131,7 +123,29 @@ def test_a_pod_that_writes_ahead_of_the_clock_as_ever_is_told_of_for_as_long_as_
             except OnlyAhead as e:
                 cursor = e.cursor
                 heard.append(False)
-    assert heard == [True, *[False] * 53, *[True] * 6]
+    return heard
+
+
+def written(log: Log, when: datetime) -> None:
+    """A file by its name; ahead of the clock it is never read."""
+    path = log.folder / f"date={when:%Y-%m-%d}/model_version=1/part-{when:%Y%m%dT%H%M%S%f}-0.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def test_a_pod_that_writes_ahead_of_the_clock_as_ever_is_told_of_for_as_long_as_it_does(log: Log, scratch: Path) -> None:
+    """As many of its files reach their time as come: how many are ahead stays the same. Another pod's lie beyond them."""
+    for i in range(9):
+        written(log, NOW + timedelta(hours=9, seconds=i))
+    assert heard_while_written(log, scratch, 50, timedelta(minutes=5)) == [True, *[False] * 53, *[True] * 6]
+
+
+def test_a_pod_that_writes_more_files_ahead_of_the_clock_than_are_counted_is_told_of(
+    log: Log, scratch: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_SEEN_MAX", 20)
+    monkeypatch.setattr("hafnium_rollout.score_pairs.AHEAD_MAX", 5)
+    assert heard_while_written(log, scratch, 60, timedelta(hours=9)) == [True, *[False] * 59]
 
 
 def test_nothing_is_kept_after_a_read_nor_after_one_that_failed(log: Log, scratch: Path) -> None:
